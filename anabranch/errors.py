@@ -1,0 +1,149 @@
+"""Every error that Anabranch raises on purpose, as one tree.
+
+    AnabranchError
+    +-- ConfigError (ValueError)        a configuration key that a user can mend
+    +-- InvalidRequest (ValueError)     a field of a request that a client can mend
+    |   +-- ContextExceeded             prompt plus answer longer than the context
+    +-- ModelError
+    |   +-- UnknownModel (ValueError)
+    |   +-- UnsupportedArchitecture (ValueError)
+    |   +-- CheckpointError             files that are missing, cut short or mislabelled
+    +-- CapacityError
+    |   +-- OutOfBlocks                 no KV blocks now; later there may be
+    |   +-- Overloaded                  the queue is full
+    +-- TransportError
+    |   +-- FrameTooLarge
+    |   +-- MalformedMessage
+    |   +-- ChecksumMismatch
+    |   +-- StaleLease                  a block's generation or a token's epoch has moved on
+    |   +-- PeerLost
+    |   +-- TransportUnavailable        the named transport cannot be had here
+    +-- DeadlineExceeded                a named wait ran out
+    +-- RequestCancelled
+    +-- WorkerDied                      the process that held the request ended
+    +-- Draining                        the process takes no new work
+
+Each carries `code`, a stable snake-case word that travels on the wire; `error_from_code` turns it back.
+"""
+
+from __future__ import annotations
+
+
+class AnabranchError(Exception):
+    """Base of the tree. `code` is what travels on the wire."""
+
+    code = "internal"
+
+
+class ConfigError(AnabranchError, ValueError):
+    """A configuration value is wrong: names the key, the value and the remedy."""
+
+    code = "config"
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        super().__init__(f"{key}: {value!r}: {remedy}")
+        self.key = key
+        self.value = value
+        self.remedy = remedy
+
+
+class InvalidRequest(AnabranchError, ValueError):
+    """A request's field is wrong. The message starts with the field's name."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+
+
+class ContextExceeded(InvalidRequest):
+    code = "context_exceeded"
+
+
+class ModelError(AnabranchError):
+    code = "model"
+
+
+class UnknownModel(ModelError, ValueError):
+    code = "unknown_model"
+
+
+class UnsupportedArchitecture(ModelError, ValueError):
+    code = "unsupported_architecture"
+
+
+class CheckpointError(ModelError):
+    code = "checkpoint"
+
+
+class CapacityError(AnabranchError):
+    code = "capacity"
+
+
+class OutOfBlocks(CapacityError):
+    code = "out_of_blocks"
+
+
+class Overloaded(CapacityError):
+    code = "overloaded"
+
+
+class TransportError(AnabranchError):
+    code = "transport"
+
+
+class FrameTooLarge(TransportError):
+    code = "frame_too_large"
+
+
+class MalformedMessage(TransportError):
+    code = "malformed_message"
+
+
+class ChecksumMismatch(TransportError):
+    code = "checksum_mismatch"
+
+
+class StaleLease(TransportError):
+    code = "stale_lease"
+
+
+class PeerLost(TransportError):
+    code = "peer_lost"
+
+
+class TransportUnavailable(TransportError):
+    code = "transport_unavailable"
+
+
+class DeadlineExceeded(AnabranchError):
+    """A wait ran out. The message names the wait and its length in seconds."""
+
+    code = "deadline_exceeded"
+
+
+class RequestCancelled(AnabranchError):
+    code = "cancelled"
+
+
+class WorkerDied(AnabranchError):
+    code = "worker_died"
+
+
+class Draining(AnabranchError):
+    code = "draining"
+
+
+def _tree(root: type[AnabranchError]) -> list[type[AnabranchError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+def error_from_code(code: str, message: str) -> AnabranchError:
+    """The error that `code` names, with `message`; an unknown code gives the base class."""
+    for kind in _tree(AnabranchError):
+        if kind.code == code:
+            error = kind.__new__(kind)
+            Exception.__init__(error, message)
+            return error
+    return AnabranchError(message)

@@ -1,0 +1,65 @@
+"""The operations that a decoder layer is made of, behind one interface.
+
+`PlainKernels` is the reference in PyTorch operations, on any device. `NativeKernels` is the CPU path,
+compiled at first use where a C++ compiler is present. A model is given one object and calls nothing else.
+
+Shape suffixes: T tokens, C hidden, F features, H query heads, K KV heads, D head dim, E experts, S chosen
+experts of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from anabranch.cache.paged_kv import LayerKv
+from anabranch.engine.batch import ForwardBatch
+
+
+class Kernels(Protocol):
+    name: str
+
+    def rms_norm(self, x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMS norm over the last axis, accumulated in float32; returns x's dtype. Also for `[T, H, D]`."""
+        ...
+
+    def linear(self, x_TC: torch.Tensor, weight_FC: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
+        """`x @ weight.T + bias`; the weight is row-major and stays the only copy."""
+        ...
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """`silu(first half) * second half` over the last axis: `[T, 2F] -> [T, F]`."""
+        ...
+
+    def rotary(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding, half-split convention; cos and sin are float32 `[T, D]` (both halves filled)."""
+        ...
+
+    def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:
+        """Write new tokens' K and V to their slots."""
+        ...
+
+    def paged_attention(
+        self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention of each sequence's new tokens over its whole paged context (new KV is stored).
+
+        `window`: a token sees itself and the `window - 1` tokens before it; None: all before it.
+        Returns `(out [T, H, D], lse [T, H] float32, natural log)`.
+        """
+        ...
+
+    def experts(
+        self,
+        x_TC: torch.Tensor,
+        weights_TS: torch.Tensor,
+        experts_TS: torch.Tensor,
+        gate_up_EFC: torch.Tensor,
+        down_ECF: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mixture of experts: `sum_s weights[t, s] * down(silu_mul(gate_up(x)))` of the chosen experts.
+
+        `weights_TS` float32, `experts_TS` int64 (local ids; -1: not held here, adds nothing).
+        """
+        ...

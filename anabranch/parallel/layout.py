@@ -1,0 +1,74 @@
+"""Where a KV cache lives: a value that both ends of a stream can compare and plan with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from anabranch.errors import ConfigError
+
+TokenSharding = Literal["block_cyclic", "zigzag"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one worker spreads KV over its `tp x cp` ranks.
+
+    Rank order is `rank = cp_rank * tp + tp_rank`. A TP rank holds a contiguous range of KV heads; where
+    `tp` exceeds `num_kv_heads`, several TP ranks hold the same head (replicas). A CP rank holds some of the
+    tokens, by `sharding`: `block_cyclic` gives block `b` to CP rank `b % cp`; `zigzag` cuts each chunk
+    into `2 * cp` pieces and gives rank r pieces r and `2 * cp - 1 - r`.
+
+    Attributes:
+        dtype: element type of K and V: float32, bfloat16 or float16.
+        num_layers: decoder layers.
+        num_kv_heads: KV heads of the whole model.
+        head_dim: elements per head.
+        block_size: tokens per block.
+        tp: tensor-parallel degree.
+        cp: context-parallel degree.
+        sharding: which tokens a CP rank holds.
+    """
+
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    tp: int = 1
+    cp: int = 1
+    sharding: TokenSharding = "block_cyclic"
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "num_kv_heads", "head_dim", "block_size", "tp", "cp"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"kv_layout.{key}", getattr(self, key), "must be at least 1")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError("kv_layout.dtype", self.dtype, f"must be one of {', '.join(DTYPE_BYTES)}")
+        if self.num_kv_heads % self.tp and self.tp % self.num_kv_heads:
+            raise ConfigError(
+                "kv_layout.tp", self.tp, f"must divide, or be a multiple of, the {self.num_kv_heads} KV heads"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.cp
+
+    @property
+    def element_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token over all layers and heads, replicas not counted."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.element_bytes
+
+    def heads_of(self, tp_rank: int) -> range:
+        """KV heads that a TP rank holds."""
+        if self.tp >= self.num_kv_heads:
+            head = tp_rank * self.num_kv_heads // self.tp
+            return range(head, head + 1)
+        count = self.num_kv_heads // self.tp
+        return range(tp_rank * count, (tp_rank + 1) * count)

@@ -1,0 +1,73 @@
+"""A tensor plane: moves messages of a small header and a large payload between processes.
+
+A plane owns one progress thread. Receiving is asked for, never pushed blindly: when a header arrives, the
+receiver's handler says where the payload goes (or that it is not wanted, and it is drained), and hears when
+it is there. Handlers run on the progress thread and must not block.
+
+A plane's life: construct (listens) -> `address` -> `connect` / incoming links -> `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+MAX_HEADER_BYTES = 4096
+MAX_PAYLOAD_BYTES = 1 << 30
+
+
+class Link(Protocol):
+    """One end of a two-way connection."""
+
+    peer: str
+
+    def send(self, header: bytes, payload: memoryview | None = None) -> Future[None]:
+        """Queue one message; messages of one link arrive in order.
+
+        The payload (contiguous bytes) must stay unchanged until the future is done. The future fails with
+        PeerLost or DeadlineExceeded. Never blocks.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class PlaneHandler(Protocol):
+    """What the receiving side supplies."""
+
+    def on_header(self, link: Link, header: bytes, payload_bytes: int) -> memoryview | None:
+        """Give the buffer (exactly `payload_bytes` long) that the payload goes to, or None to drain it.
+
+        Called also for messages without a payload (`payload_bytes == 0`, the result is not used). Raising
+        TransportError drops the message and closes the link.
+        """
+        ...
+
+    def on_payload(self, link: Link, header: bytes, buffer: memoryview) -> None:
+        """The payload of `header` is in `buffer` (the one that `on_header` gave)."""
+        ...
+
+    def on_lost(self, link: Link, error: Exception) -> None:
+        """The link is gone. Buffers given for unfinished payloads are no longer written."""
+        ...
+
+
+class Plane(Protocol):
+    name: str
+
+    @property
+    def address(self) -> str:
+        """What a peer passes to `connect`."""
+        ...
+
+    def connect(self, address: str, timeout_s: float) -> Link:
+        """Open a link. Raises PeerLost or DeadlineExceeded."""
+        ...
+
+    def close(self) -> None:
+        """Close all links, end the progress thread, release the sockets. Idempotent."""
+        ...
+
+
+PlaneFactory = Callable[[PlaneHandler], Plane]
