@@ -71,60 +71,60 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 # Orchestrator -> worker ---------------------------------------------------------------------------------
 
 
-class Registered(Message, tag="registered"):
+class Registered(Message, frozen=True, kw_only=True, tag="registered"):
     """The answer to Register. With an `error` the worker ends."""
 
     error: WireError | None = None
 
 
-class Reserve(Message, tag="reserve"):
+class Reserve(Message, frozen=True, kw_only=True, tag="reserve"):
     request: Request
 
 
-class Prefill(Message, tag="prefill"):
+class Prefill(Message, frozen=True, kw_only=True, tag="prefill"):
     request: Request
     destination: KvDestination
 
 
-class Generate(Message, tag="generate"):
+class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     request: Request
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """End this attempt wherever it is; unknown ones are ignored. Answered with Ended or PrefillEnded."""
 
     request_id: str
     epoch: int
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
     """Take no new work, finish what runs, then exit 0."""
 
 
-class Shutdown(Message, tag="shutdown"):
+class Shutdown(Message, frozen=True, kw_only=True, tag="shutdown"):
     """Exit now; what runs fails."""
 
 
 # Worker -> orchestrator ---------------------------------------------------------------------------------
 
 
-class Register(Message, tag="register"):
+class Register(Message, frozen=True, kw_only=True, tag="register"):
     worker: WorkerInfo
 
 
-class Reserved(Message, tag="reserved"):
+class Reserved(Message, frozen=True, kw_only=True, tag="reserved"):
     request_id: str
     epoch: int
     destination: KvDestination
 
 
-class Tokens(Message, tag="tokens"):
+class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
     """Tokens of one step, any number of requests."""
 
     tokens: tuple[Token, ...]
 
 
-class PrefillEnded(Message, tag="prefill_ended"):
+class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
     """One Prefill is over: committed, or `error` says why not.
 
     Attributes:
@@ -142,7 +142,7 @@ class PrefillEnded(Message, tag="prefill_ended"):
     error: WireError | None = None
 
 
-class Ended(Message, tag="ended"):
+class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     """The one terminal message of an attempt; all its tokens were sent before.
 
     `preempted`: blocks ran out; the orchestrator may go on with a new epoch. `queue_s`, `prefill_s` and
@@ -161,7 +161,7 @@ class Ended(Message, tag="ended"):
 # Both ways ----------------------------------------------------------------------------------------------
 
 
-class Beat(Message, tag="beat"):
+class Beat(Message, frozen=True, kw_only=True, tag="beat"):
     """A sign of life, both ways; workers add their load."""
 
     stats: WorkerStats | None = None

@@ -1,0 +1,73 @@
+"""The topology file: which pools of workers serve which model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from anabranch.config.worker import DtypeName
+from anabranch.errors import ConfigError
+
+KvTransport = Literal["auto", "inproc", "tcp", "ucx"]
+
+
+class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A pool of like workers.
+
+    Attributes:
+        workers: number of workers.
+        tp, cp: tensor- and context-parallel degree of each worker.
+        threads: compute threads of each rank; 0: an even share of the machine's cores.
+        cores: CPU ids to pin the pool's workers to, dealt out evenly; empty: not pinned.
+        kv_cache: size of each worker's KV pool, in bytes or as text ("512MiB").
+        max_running: most requests in one step.
+        max_step_tokens: most new tokens in one step (the chunk of chunked prefill).
+    """
+
+    workers: int = 1
+    tp: int = 1
+    cp: int = 1
+    threads: int = 0
+    cores: tuple[int, ...] = ()
+    kv_cache: int | str = "512MiB"
+    max_running: int = 64
+    max_step_tokens: int = 1024
+
+
+class Pools(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Either `prefill` and `decode`, or `colocated`, or all three."""
+
+    prefill: PoolConfig | None = None
+    decode: PoolConfig | None = None
+    colocated: PoolConfig | None = None
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole cluster on one machine.
+
+    Attributes:
+        model: a known name (`anabranch models`), a Hugging Face folder or a GGUF file.
+        kv_transport: tensor plane between prefill and decode; inproc runs both in one process.
+        max_context: most tokens of one request; 0: what the model and the pools allow.
+        grpc: address that the gateway listens on; port 0: chosen by the system.
+    """
+
+    model: str = "smollm2-135m"
+    dtype: DtypeName = "auto"
+    device: str = "cpu"
+    kv_transport: KvTransport = "auto"
+    block_size: int = 16
+    prefix_cache: bool = True
+    native_kernels: bool = True
+    max_context: int = 0
+    grpc: str = "127.0.0.1:0"
+    pools: Pools = msgspec.field(default_factory=lambda: Pools(prefill=PoolConfig(), decode=PoolConfig()))
+
+    def __post_init__(self) -> None:
+        pools = self.pools
+        if (pools.prefill is None) != (pools.decode is None):
+            missing = "prefill" if pools.prefill is None else "decode"
+            raise ConfigError(f"pools.{missing}", None, "prefill and decode pools come together; add the other one")
+        if pools.prefill is None and pools.colocated is None:
+            raise ConfigError("pools", {}, "give prefill and decode, or colocated")

@@ -1,0 +1,75 @@
+"""What a worker process is told at its start: one frozen tree, from flags or from the launcher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from anabranch.errors import ConfigError
+from anabranch.protocol.workers import Role
+
+DtypeName = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Configuration of one prefill, decode or colocated worker.
+
+    Attributes:
+        role: prefill, decode or colocated.
+        name: unique in the cluster; appears in logs, routes and tables.
+        orchestrator: ZeroMQ endpoint of the orchestrator's control channel.
+        model: a known name, a Hugging Face folder or a GGUF file.
+        dtype: of weights, activations and KV; auto: bfloat16 where the device is fast at it.
+        device: cpu, cuda, cuda:0, ...
+        kv_transport: tensor plane for KV: inproc, tcp, ucx, or auto (best that both ends have).
+        threads: compute threads; 0: all cores that this process may use.
+        cores: CPU ids to pin the process to; empty: not pinned.
+        block_size: tokens per KV block.
+        kv_cache_bytes: size of the KV pool.
+        max_context: most tokens of one request; 0: what the model and the pool allow.
+        max_running: most requests in one step.
+        max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
+        prefix_cache: keep finished requests' full blocks for prompts that begin alike.
+        listen_host: interface that tensor planes listen on.
+        lease_s: a reservation that hears nothing for so long is aborted.
+        heartbeat_s: time between beats.
+        orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
+        native_kernels: use the compiled CPU kernels where a compiler is present.
+    """
+
+    role: Role
+    name: str
+    orchestrator: str
+    model: str
+    dtype: DtypeName = "auto"
+    device: str = "cpu"
+    kv_transport: str = "auto"
+    threads: int = 0
+    cores: tuple[int, ...] = ()
+    block_size: int = 16
+    kv_cache_bytes: int = 512 * 1024 * 1024
+    max_context: int = 0
+    max_running: int = 64
+    max_step_tokens: int = 1024
+    prefix_cache: bool = True
+    listen_host: str = "127.0.0.1"
+    lease_s: float = 10.0
+    heartbeat_s: float = 0.5
+    orchestrator_timeout_s: float = 10.0
+    native_kernels: bool = True
+    tp: int = 1
+    cp: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("block_size", "kv_cache_bytes", "max_running", "max_step_tokens", "tp", "cp"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        for key in ("threads", "max_context"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, getattr(self, key), "must be at least 0")
+        for key in ("lease_s", "heartbeat_s", "orchestrator_timeout_s"):
+            if not 0.0 < getattr(self, key) < 86400.0:
+                raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
+        if not self.name or len(self.name) > 100:
+            raise ConfigError("name", self.name, "must have 1 to 100 characters")
