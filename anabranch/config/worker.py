@@ -32,7 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
         prefix_cache: keep finished requests' full blocks for prompts that begin alike.
         listen_host: interface that tensor planes listen on.
-        lease_s: a reservation that hears nothing for so long is aborted.
+        lease_s: a reservation that hears nothing for so long is aborted; covers the wait for prefill to begin.
+        ack_timeout_s: longest wait of a prefill worker for the acknowledgement of a finished KV stream.
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
         native_kernels: use the compiled CPU kernels where a compiler is present.
@@ -54,7 +55,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_step_tokens: int = 1024
     prefix_cache: bool = True
     listen_host: str = "127.0.0.1"
-    lease_s: float = 10.0
+    lease_s: float = 60.0
+    ack_timeout_s: float = 10.0
     heartbeat_s: float = 0.5
     orchestrator_timeout_s: float = 10.0
     native_kernels: bool = True
@@ -68,7 +70,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in ("threads", "max_context"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, getattr(self, key), "must be at least 0")
-        for key in ("lease_s", "heartbeat_s", "orchestrator_timeout_s"):
+        for key in ("lease_s", "ack_timeout_s", "heartbeat_s", "orchestrator_timeout_s"):
             if not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
         if not self.name or len(self.name) > 100:

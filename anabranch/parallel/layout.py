@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from anabranch.errors import ConfigError
+from anabranch.parallel.split import kv_heads_of
 
 TokenSharding = Literal["block_cyclic", "zigzag"]
 
@@ -16,8 +17,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one worker spreads KV over its `tp x cp` ranks.
 
-    Rank order is `rank = cp_rank * tp + tp_rank`. A TP rank holds a contiguous range of KV heads; where
-    `tp` exceeds `num_kv_heads`, several TP ranks hold the same head (replicas). A CP rank holds some of the
+    Rank order is `rank = cp_rank * tp + tp_rank`. A TP rank holds a contiguous range of KV heads, nearly
+    even, the first ranks one more; where `tp` exceeds `num_kv_heads`, several TP ranks hold the same head
+    (replicas). A CP rank holds some of the
     tokens, by `sharding`: `block_cyclic` gives block `b` to CP rank `b % cp`; `zigzag` cuts each chunk
     into `2 * cp` pieces and gives rank r pieces r and `2 * cp - 1 - r`.
 
@@ -47,10 +49,6 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ConfigError(f"kv_layout.{key}", getattr(self, key), "must be at least 1")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError("kv_layout.dtype", self.dtype, f"must be one of {', '.join(DTYPE_BYTES)}")
-        if self.num_kv_heads % self.tp and self.tp % self.num_kv_heads:
-            raise ConfigError(
-                "kv_layout.tp", self.tp, f"must divide, or be a multiple of, the {self.num_kv_heads} KV heads"
-            )
 
     @property
     def num_ranks(self) -> int:
@@ -67,8 +65,4 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def heads_of(self, tp_rank: int) -> range:
         """KV heads that a TP rank holds."""
-        if self.tp >= self.num_kv_heads:
-            head = tp_rank * self.num_kv_heads // self.tp
-            return range(head, head + 1)
-        count = self.num_kv_heads // self.tp
-        return range(tp_rank * count, (tp_rank + 1) * count)
+        return kv_heads_of(self.num_kv_heads, self.tp, tp_rank)

@@ -1,0 +1,234 @@
+"""A topology file -> `Topology`: strict reading, then every cross-check in one place.
+
+Each error is a `ConfigError` that names the dotted key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20
+MAX_WORKERS = 256
+MAX_SIZE_BYTES = 1 << 50
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}iB": 1 << (10 * (i + 1)) for i, letter in enumerate("KMGT")}
+_UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")}
+_UNIT_BY_LOWER = {unit.lower(): factor for unit, factor in _UNITS.items()}
+
+
+def load_topology(path: Path) -> Topology:
+    """Read and check a topology file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML mapping, or says something that cannot be.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError("topology file", str(path), f"cannot be read ({error.strerror}); check the path") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError("topology file", str(path), f"is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+    try:
+        data = yaml.load(raw, Loader=_StrictLoader)  # _StrictLoader is a SafeLoader
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError("topology file", str(path), f"is not valid YAML: {text}") from None
+    return topology_from(data)
+
+
+def topology_from(data: object) -> Topology:
+    """Turn a parsed mapping into a checked `Topology` whose sizes are bytes.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a bad value.
+    """
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError("topology", type(data).__name__, "must be a mapping, such as `model: smollm2-135m`")
+    if "colocated" in data and "pools" not in data:
+        # The short form of a single pool: `{model: ..., colocated: {...}}`.
+        data = {**data, "pools": {"colocated": data["colocated"]}}
+        del data["colocated"]
+    _reject_unknown_keys(data, Topology, "")
+    try:
+        topology = msgspec.convert(data, Topology)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise _type_error(error, data) from None
+    return check_topology(topology)
+
+
+def check_topology(topology: Topology) -> Topology:
+    """Cross-check a topology, also one that was built in Python; gives it back with sizes in bytes.
+
+    Raises:
+        ConfigError: what does not fit together, or does not fit this machine.
+    """
+    _at_least("block_size", topology.block_size, 1)
+    _at_least("max_context", topology.max_context, 0)
+    if not topology.model:
+        raise ConfigError("model", topology.model, "name a model (`anabranch models`), a folder or a GGUF file")
+    _check_address("grpc", topology.grpc)
+    checked = {
+        name: _check_pool(f"pools.{name}", pool)
+        for name in ("prefill", "decode", "colocated")
+        if (pool := getattr(topology.pools, name)) is not None
+    }
+    return msgspec.structs.replace(topology, pools=Pools(**checked))
+
+
+def parse_size(key: str, value: int | str) -> int:
+    """Bytes of a size such as 1048576, "512MiB" or "1.5 GB".
+
+    Raises:
+        ConfigError: not a positive size.
+    """
+    remedy = 'give bytes or a size such as "512MiB" or "1GiB"'
+    if isinstance(value, bool):
+        raise ConfigError(key, value, remedy)
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        factor = _UNIT_BY_LOWER.get(match[2].lower()) if match else None
+        if match is None or factor is None:
+            raise ConfigError(key, value, remedy)
+        num_bytes = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    else:
+        num_bytes = value
+    if not 1 <= num_bytes <= MAX_SIZE_BYTES:
+        raise ConfigError(key, value, f"must be between 1 byte and {MAX_SIZE_BYTES >> 40} TiB; {remedy}")
+    return num_bytes
+
+
+def usable_cores() -> tuple[int, ...]:
+    """CPU ids that this process may run on, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
+    for name in ("workers", "max_running", "max_step_tokens"):
+        _at_least(f"{key}.{name}", getattr(pool, name), 1)
+    _at_least(f"{key}.threads", pool.threads, 0)
+    if pool.workers > MAX_WORKERS:
+        raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
+    for degree, what in (("tp", "tensor"), ("cp", "context")):
+        value = getattr(pool, degree)
+        if value != 1:
+            raise ConfigError(
+                f"{key}.{degree}",
+                value,
+                f"must be 1: {what} parallelism is not built yet; use more workers instead",
+            )
+    _check_cores(f"{key}.cores", pool)
+    return msgspec.structs.replace(pool, kv_cache=parse_size(f"{key}.kv_cache", pool.kv_cache))
+
+
+def _check_cores(key: str, pool: PoolConfig) -> None:
+    cores = pool.cores
+    if not cores:
+        return
+    known = usable_cores()
+    if len(set(cores)) != len(cores):
+        raise ConfigError(key, list(cores), "names a core twice; name each once")
+    unknown = [core for core in cores if core not in known]
+    if unknown:
+        have = ", ".join(map(str, known))
+        raise ConfigError(key, list(cores), f"core {unknown[0]} cannot be used here; this process may use {have}")
+    if len(cores) % pool.workers:
+        raise ConfigError(
+            key,
+            list(cores),
+            f"{len(cores)} cores do not deal out evenly to {pool.workers} workers; name a multiple",
+        )
+
+
+def _check_address(key: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(key, value, f"must be at least {least}")
+
+
+def _reject_unknown_keys(data: object, struct: type[msgspec.Struct], prefix: str) -> None:
+    if not isinstance(data, dict):
+        return
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            known = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(fields)}"
+            raise ConfigError(dotted, value, f"unknown key; {known}")
+        inner = _struct_of(fields[key])
+        if inner is not None:
+            _reject_unknown_keys(value, inner, f"{dotted}.")
+
+
+def _struct_of(hint: object) -> type[msgspec.Struct] | None:
+    """The struct inside a field's type, `X` or `X | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
+
+
+def _type_error(error: msgspec.ValidationError, data: object) -> ConfigError:
+    """msgspec's words with its `$.a.b[0]` path as a dotted key, and the value found there."""
+    text, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`")
+    steps = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path)
+    value: object = data
+    for name, index in steps:
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list):
+            value = value[int(index)]
+    key = path.lstrip(".") or "topology"
+    if text.startswith("Invalid enum value"):
+        leaf = _leaf_type(Topology, [name for name, _ in steps])
+        choices = [str(choice) for choice in typing.get_args(leaf)]
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        text = f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+    return ConfigError(key, value, text[:1].lower() + text[1:])
+
+
+def _leaf_type(struct: type[msgspec.Struct], names: list[str]) -> object:
+    hint: object = struct
+    for name in names:
+        inner = _struct_of(hint)
+        if inner is None:
+            return None
+        hint = next(field.type for field in msgspec.structs.fields(inner) if field.encode_name == name)
+    return hint
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where YAML would keep the last silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, object]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(str(key_node.value), f"line {line}", "the key is given twice; keep one")
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,111 @@
+"""What the orchestrator is told at its start: one frozen tree, from flags or from the launcher."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+
+from anabranch.errors import ConfigError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or host name can be reached from this machine alone."""
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Configuration of the orchestrator.
+
+    Attributes:
+        model: a known name, a Hugging Face folder or a GGUF file; its tokenizer is used here.
+        grpc_bind: address of the gateway, host:port or unix:path; port 0: chosen by the system.
+        control_bind: ZeroMQ address that workers connect to, tcp://host:port or ipc://path.
+        endpoints_file: JSON with grpc, control and pid, written once both are bound; empty: not written.
+        allow_remote: let the two addresses be reachable from other machines, without TLS.
+        max_queued: most requests that wait for their first token; more are refused at once.
+        max_request_bytes: largest message of a client.
+        max_control_bytes: largest message of a worker.
+        max_unread_tokens: most tokens kept for a client that does not read; one more ends the request.
+        prefill_ahead_tokens: prompt tokens given to a prefill worker before the next request waits in the queue;
+            a worker without work takes one request of any length.
+        max_retries: times that one request is tried again because a worker gave it back without a new token.
+        tokenizer_threads: threads that turn text into token ids.
+        queue_timeout_s: wait for a worker that can take the request.
+        reserve_timeout_s: wait for a decode worker's KV blocks.
+        prefill_timeout_s: wait from prefill's order to the first token.
+        token_timeout_s: wait for the next token, or for the end after the last.
+        report_timeout_s: wait for prefill's report (timings, KV bytes) once the answer is complete.
+        client_stall_s: wait for a client to read.
+        worker_timeout_s: silence after which a worker counts as dead.
+        heartbeat_s: time between signs of life sent to workers.
+        drain_timeout_s: wait for running requests at the end of the process.
+    """
+
+    model: str = "smollm2-135m"
+    grpc_bind: str = "127.0.0.1:0"
+    control_bind: str = "tcp://127.0.0.1:0"
+    endpoints_file: str = ""
+    allow_remote: bool = False
+    max_queued: int = 256
+    max_request_bytes: int = 4 * 1024 * 1024
+    max_control_bytes: int = 16 * 1024 * 1024
+    max_unread_tokens: int = 16384
+    prefill_ahead_tokens: int = 4096
+    max_retries: int = 8
+    tokenizer_threads: int = 1
+    queue_timeout_s: float = 60.0
+    reserve_timeout_s: float = 60.0
+    prefill_timeout_s: float = 120.0
+    token_timeout_s: float = 30.0
+    report_timeout_s: float = 2.0
+    client_stall_s: float = 10.0
+    worker_timeout_s: float = 3.0
+    heartbeat_s: float = 0.5
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for key in (
+            "max_queued",
+            "max_request_bytes",
+            "max_control_bytes",
+            "max_unread_tokens",
+            "prefill_ahead_tokens",
+            "tokenizer_threads",
+        ):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        if self.max_retries < 0:
+            raise ConfigError("max_retries", self.max_retries, "must be at least 0")
+        for key in self.__struct_fields__:
+            if key.endswith("_s") and not 0.0 < getattr(self, key) < 86400.0:
+                raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
+        if self.worker_timeout_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                "worker_timeout_s", self.worker_timeout_s, f"must be at least two beats ({2 * self.heartbeat_s} s)"
+            )
+        self._check_bind("grpc_bind", self.grpc_bind, "unix:")
+        scheme, separator, address = self.control_bind.partition("://")
+        if not separator or scheme not in ("tcp", "ipc"):
+            raise ConfigError("control_bind", self.control_bind, "must be tcp://host:port or ipc://path")
+        if scheme == "tcp":
+            self._check_bind("control_bind", address, "")
+
+    def _check_bind(self, key: str, address: str, local_prefix: str) -> None:
+        if local_prefix and address.startswith(local_prefix):
+            return
+        host, separator, port = address.rpartition(":")
+        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(key, getattr(self, key), "must end in host:port, with a port from 0 to 65535")
+        if not self.allow_remote and not is_loopback(host):
+            raise ConfigError(
+                key,
+                getattr(self, key),
+                "is reachable from other machines and there is no TLS; bind to 127.0.0.1, or set allow_remote",
+            )

@@ -1,0 +1,111 @@
+// Norms, activations, rotary embedding and cache writes: one pass over memory each.
+#pragma once
+
+#include "team.h"
+#include "vec.h"
+
+namespace ab {
+
+// Rounds to the element type before the weight, as transformers does.
+template <class E>
+void rms_norm_row(const E* x, const E* weight, E* out, long n, float eps) {
+    f32 squares{};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        f32 v = load(x + i);
+        squares += v * v;
+    }
+    float total = sum(squares);
+    for (; i < n; i++) total += load1(x + i) * load1(x + i);
+    const float scale = 1.0f / std::sqrt(total / float(n) + eps);
+    for (i = 0; i + LANES <= n; i += LANES) store(out + i, load(weight + i) * rounded(load(x + i) * scale, x));
+    for (; i < n; i++) store1(out + i, load1(weight + i) * rounded1(load1(x + i) * scale, x));
+}
+
+template <class E>
+void rms_norm(const E* x, long stride_t, long stride_h, const E* weight, E* out, long num_t, long num_h, long n,
+              float eps, int threads) {
+    const long rows = num_t * num_h;
+    parallel(threads, rows * n, [&](int rank, int size) {
+        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++)
+            rms_norm_row(x + r / num_h * stride_t + r % num_h * stride_h, weight, out + r * n, n, eps);
+    });
+}
+
+// sum = a + b (rounded to the element type), out = rms_norm(sum).
+template <class E>
+void add_rms_norm(const E* a, const E* b, const E* weight, E* total, E* out, long rows, long n, float eps,
+                  int threads) {
+    parallel(threads, rows * n * 2, [&](int rank, int size) {
+        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++) {
+            const E *pa = a + r * n, *pb = b + r * n;
+            E* pt = total + r * n;
+            long i = 0;
+            for (; i + LANES <= n; i += LANES) store(pt + i, load(pa + i) + load(pb + i));
+            for (; i < n; i++) store1(pt + i, load1(pa + i) + load1(pb + i));
+            rms_norm_row(pt, weight, out + r * n, n, eps);
+        }
+    });
+}
+
+inline f32 silu(f32 x) { return x / (exp(-x) + 1.0f); }
+
+template <class E>
+void silu_mul_row(const E* gate, const E* up, E* out, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, rounded(silu(load(gate + i)), gate) * load(up + i));
+    for (; i < n; i++) {
+        const float g = load1(gate + i);
+        store1(out + i, rounded1(g / (1.0f + std::exp(-g)), gate) * load1(up + i));
+    }
+}
+
+template <class E>
+void silu_mul(const E* gate_up, long stride, E* out, long rows, long n, int threads) {
+    parallel(threads, rows * n * 4, [&](int rank, int size) {
+        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++)
+            silu_mul_row(gate_up + r * stride, gate_up + r * stride + n, out + r * n, n);
+    });
+}
+
+template <class E>
+void rotary_row(const E* x, const float* cos, const float* sin, E* out, long d) {
+    const long half = d / 2;
+    long i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        f32 a = load(x + i), b = load(x + half + i);
+        store(out + i, a * load(cos + i) - b * load(sin + i));
+        store(out + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+    }
+    for (; i < half; i++) {
+        const float a = load1(x + i), b = load1(x + half + i);
+        store1(out + i, a * cos[i] - b * sin[i]);
+        store1(out + half + i, b * cos[half + i] + a * sin[half + i]);
+    }
+}
+
+template <class E>
+void rotary(const E* x, long stride_t, long stride_h, const float* cos, const float* sin, E* out, long num_t,
+            long num_h, long d, int threads) {
+    parallel(threads, num_t * num_h * d * 2, [&](int rank, int size) {
+        for (long t = num_t * rank / size; t < num_t * (rank + 1) / size; t++)
+            for (long h = 0; h < num_h; h++)
+                rotary_row(x + t * stride_t + h * stride_h, cos + t * d, sin + t * d, out + (t * num_h + h) * d, d);
+    });
+}
+
+// Copies [T, K, D] rows of K and V to their slots.
+inline void store_kv(const char* k, const char* v, long k_stride_t, long k_stride_h, long v_stride_t, long v_stride_h,
+                     char* k_pool, char* v_pool, const int64_t* slots, long num_t, long num_h, long row_bytes,
+                     int threads) {
+    parallel(threads, num_t * num_h * row_bytes, [&](int rank, int size) {
+        for (long t = num_t * rank / size; t < num_t * (rank + 1) / size; t++)
+            for (long h = 0; h < num_h; h++) {
+                const long to = (slots[t] * num_h + h) * row_bytes;
+                memcpy(k_pool + to, k + t * k_stride_t + h * k_stride_h, row_bytes);
+                memcpy(v_pool + to, v + t * v_stride_t + h * v_stride_h, row_bytes);
+            }
+    });
+}
+
+}  // namespace ab

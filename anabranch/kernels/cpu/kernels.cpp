@@ -1,0 +1,74 @@
+// The C ABI of the CPU kernels. Strides are in elements, pointers are of contiguous last axes.
+#include "elementwise.h"
+#include "linear.h"
+
+using ab::bf16;
+
+namespace {
+
+// Rows of x up to which this build's own product beats a library's GEMM.
+template <class E>
+long max_linear_rows(long channels) {
+#if defined(AB_TILES)
+    if (sizeof(E) == 2 && channels % ab::TILE_K == 0)
+        return ab::amx_allowed() ? std::numeric_limits<long>::max() : ab::MAX_STREAMED_ROWS;
+#endif
+    return ab::MAX_DOT_ROWS;
+}
+
+template <class E>
+void run_linear(const ab::Linear<E>& op, int threads) {
+#if defined(AB_TILES)
+    if constexpr (sizeof(E) == 2)
+        if (op.num_rows > ab::MAX_DOT_ROWS && ab::tiles_fit(op)) return ab::linear_tiled(op, threads);
+#endif
+    ab::linear_dot(op, threads);
+}
+
+}  // namespace
+
+#define AB_API extern "C" __attribute__((visibility("default")))
+
+#define AB_OPS(E, suffix)                                                                                            \
+    AB_API void ab_rms_norm_##suffix(const E* x, const E* weight, E* out, long stride_t, long stride_h, long num_t,   \
+                                     long num_h, long n, float eps, int threads) {                                   \
+        ab::rms_norm(x, stride_t, stride_h, weight, out, num_t, num_h, n, eps, threads);                             \
+    }                                                                                                                \
+    AB_API void ab_add_rms_norm_##suffix(const E* a, const E* b, const E* weight, E* total, E* out, long rows, long n, \
+                                         float eps, int threads) {                                                   \
+        ab::add_rms_norm(a, b, weight, total, out, rows, n, eps, threads);                                           \
+    }                                                                                                                \
+    AB_API void ab_silu_mul_##suffix(const E* gate_up, E* out, long stride, long rows, long n, int threads) {         \
+        ab::silu_mul(gate_up, stride, out, rows, n, threads);                                                        \
+    }                                                                                                                \
+    AB_API void ab_rotary_##suffix(const E* x, const float* cos, const float* sin, E* out, long stride_t,             \
+                                   long stride_h, long num_t, long num_h, long d, int threads) {                     \
+        ab::rotary(x, stride_t, stride_h, cos, sin, out, num_t, num_h, d, threads);                                  \
+    }                                                                                                                \
+    AB_API void ab_linear_##suffix(const E* x, const E* weight, const E* bias, E* out, long x_stride,                 \
+                                   long out_stride, long rows, long features, long channels, int gated,              \
+                                   int threads) {                                                                    \
+        run_linear<E>({x, x_stride, weight, bias, out, out_stride, rows, features, channels, gated != 0}, threads);  \
+    }                                                                                                                \
+    AB_API long ab_max_linear_rows_##suffix(long channels) { return max_linear_rows<E>(channels); }
+
+AB_OPS(float, float32)
+AB_OPS(bf16, bfloat16)
+
+AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool, const int64_t* slots, long k_stride_t,
+                        long k_stride_h, long v_stride_t, long v_stride_h, long num_t, long num_h, long row_bytes,
+                        int threads) {
+    ab::store_kv(k, v, k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_pool, v_pool, slots, num_t, num_h, row_bytes,
+                 threads);
+}
+
+// What the build uses: 3 AMX, 2 AVX-512 BF16, 1 AVX-512, 0 what the compiler makes of it.
+AB_API int ab_level() {
+#if defined(AB_TILES)
+    return ab::amx_allowed() ? 3 : 2;
+#elif defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}

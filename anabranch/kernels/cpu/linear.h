@@ -1,0 +1,144 @@
+// Products with a row-major weight matrix by tiles: weight rows are the left operand as they lie in memory.
+#pragma once
+
+#include <algorithm>
+
+#include "dot.h"
+#include "elementwise.h"
+#include "tile.h"
+
+#if defined(AB_TILES)
+namespace ab {
+
+// Up to this many rows the weights' way from memory is the bound: each is read once, in far-apart streams.
+constexpr long MAX_STREAMED_ROWS = 64;
+// Beyond it: blocks whose weights and packed rows stay in a core's second-level cache.
+constexpr long BLOCK_FEATURES = 256, BLOCK_PANELS = 16;
+
+struct TiledLinear {
+    const Linear<bf16>& op;
+    const bf16* panels;  // packed x: [ceil(T / 16)][C / 32][PANEL_STEP]
+    long panel_elements;
+
+    const bf16* weight(long f) const { return op.weight + f * op.num_channels; }
+
+    // c: [16 features][16 tokens] of row stride ldc.
+    void rows_of(const float* c, long ldc, f32 rows[16]) const {
+        __m512i r[16];
+        for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(c + i * ldc);
+        transpose16(r);
+        for (int i = 0; i < 16; i++) rows[i] = (f32)r[i];
+    }
+
+    void put(long f, long panel, const float* c, long ldc) const {
+        f32 rows[16];
+        rows_of(c, ldc, rows);
+        const f32 bias = op.bias ? load(op.bias + f) : f32{};
+        const long t0 = panel * TILE, count = std::min<long>(TILE, op.num_rows - t0);
+        for (long i = 0; i < count; i++) store(op.out + (t0 + i) * op.out_stride + f, rows[i] + bias);
+    }
+
+    void put_gated(long f, long panel, const float* gate, const float* up, long ldc) const {
+        f32 g[16], u[16];
+        rows_of(gate, ldc, g);
+        rows_of(up, ldc, u);
+        const f32 g_bias = op.bias ? load(op.bias + f) : f32{};
+        const f32 u_bias = op.bias ? load(op.bias + f + op.num_features / 2) : f32{};
+        const long t0 = panel * TILE, count = std::min<long>(TILE, op.num_rows - t0);
+        for (long i = 0; i < count; i++) {
+            const f32 gated = rounded(silu(rounded(g[i] + g_bias, op.x)), op.x);
+            store(op.out + (t0 + i) * op.out_stride + f, gated * rounded(u[i] + u_bias, op.x));
+        }
+    }
+
+    template <int MT, int NT>
+    void product(const long* f, long panel, long ahead) const {
+        alignas(64) float c[MT * TILE * NT * TILE];
+        const bf16 *a[2], *b[2];
+        for (int m = 0; m < MT; m++) a[m] = weight(f[m]);
+        for (int n = 0; n < NT; n++) b[n] = panels + (panel + n) * panel_elements;
+        tile_gemm<MT, NT>(a, op.num_channels, b, op.num_channels / TILE_K, c, NT * TILE, false, ahead);
+        for (int n = 0; n < NT; n++) {
+            if (op.gated) {
+                put_gated(f[0], panel + n, c + n * TILE, c + TILE * NT * TILE + n * TILE, NT * TILE);
+                continue;
+            }
+            for (int m = 0; m < MT; m++) put(f[m], panel + n, c + m * TILE * NT * TILE + n * TILE, NT * TILE);
+        }
+    }
+
+    // The 16 features at f[0] (and f[1], where MT is 2), rows of panels [from, to).
+    template <int MT>
+    void features(const long* f, long from, long to, bool fetch) const {
+        const long ahead = fetch ? TILE * op.num_channels : 0;
+        long panel = from;
+        for (; panel + 2 <= to; panel += 2) product<MT, 2>(f, panel, panel == from ? ahead : 0);
+        if (panel < to) product<MT, 1>(f, panel, panel == from ? ahead : 0);
+    }
+
+    // Tile units [from, to) of 16 output features: as two far-apart streams, or side by side.
+    void units(long from, long to, long panel_from, long panel_to, bool streamed) const {
+        if (op.gated) {
+            for (long u = from; u < to; u++) {
+                const long f[2] = {u * TILE, u * TILE + op.num_features / 2};
+                features<2>(f, panel_from, panel_to, streamed);
+            }
+            return;
+        }
+        const long pairs = (to - from) / 2;
+        for (long i = 0; i < pairs; i++) {
+            const long first = streamed ? from + i : from + 2 * i, second = first + (streamed ? pairs : 1);
+            const long f[2] = {first * TILE, second * TILE};
+            features<2>(f, panel_from, panel_to, streamed);
+        }
+        if ((to - from) % 2) {
+            const long f[1] = {(to - 1) * TILE};
+            features<1>(f, panel_from, panel_to, streamed);
+        }
+    }
+};
+
+inline bool tiles_fit(const Linear<bf16>& op) {
+    return op.num_channels % TILE_K == 0 && op.num_units() >= TILE && !(op.gated && op.num_units() % TILE);
+}
+
+inline void linear_tiled(const Linear<bf16>& op, int threads) {
+    static thread_local Scratch scratch;
+    const long num_panels = ceil_div(op.num_rows, TILE), steps = op.num_channels / TILE_K;
+    const long panel_elements = steps * PANEL_STEP;
+    bf16* panels = (bf16*)scratch.get(num_panels * panel_elements * sizeof(bf16));
+    const TiledLinear tiled{op, panels, panel_elements};
+    const long units = op.num_units() / TILE, tail = units * TILE;
+    const bool streamed = op.num_rows <= MAX_STREAMED_ROWS;
+    const long block_units = BLOCK_FEATURES / TILE;
+    const long unit_blocks = ceil_div(units, block_units), panel_blocks = ceil_div(num_panels, BLOCK_PANELS);
+    long next = 0;
+    parallel(threads, op.num_features * op.num_channels, [&](int rank, int size) {
+        const long packs = num_panels * steps;
+        for (long i = packs * rank / size; i < packs * (rank + 1) / size; i++) {
+            const long panel = i / steps, step = i % steps, t = panel * TILE;
+            pack_step(op.x + t * op.x_stride + step * TILE_K, op.x_stride, std::min<long>(TILE, op.num_rows - t),
+                      panels + panel * panel_elements + step * PANEL_STEP);
+        }
+        if (size > 1) {
+#pragma omp barrier
+        }
+        const TileSession session;
+        if (streamed) {
+            tiled.units(units * rank / size, units * (rank + 1) / size, 0, num_panels, true);
+        } else {
+            for (;;) {
+                const long item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+                if (item >= unit_blocks * panel_blocks) break;
+                const long u = item / panel_blocks * block_units, p = item % panel_blocks * BLOCK_PANELS;
+                const long p_end = std::min(p + BLOCK_PANELS, num_panels);
+                // Rows in the inner loop would evict the weights: two weight tiles meet all rows of the block.
+                tiled.units(u, std::min(u + block_units, units), p, p_end, false);
+            }
+        }
+        if (rank == size - 1 && tail < op.num_features && !op.gated) dot_all_rows(op, tail, op.num_features);
+    });
+}
+
+}  // namespace ab
+#endif

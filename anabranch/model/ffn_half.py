@@ -1,0 +1,81 @@
+"""The second half of a decoder layer: no state, no residual. A dense FFN is one expert that all tokens pass.
+
+Shape suffixes: T tokens, C hidden, F features, S chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from anabranch.kernels.base import Kernels
+from anabranch.model.linear import ColumnParallel, Part, RowParallel
+from anabranch.model.loader import WeightLoader
+from anabranch.parallel.group import Group
+from anabranch.parallel.split import split_range
+
+
+class FfnInput(NamedTuple):
+    """What leaves the attention half: all that an FFN node needs of a token.
+
+    Attributes:
+        normed_TC: hidden states after the post-attention norm.
+        weights_TS: float32 weights of the chosen experts; None: the layer is dense.
+        experts_TS: int64 ids of the chosen experts; None: the layer is dense.
+    """
+
+    normed_TC: torch.Tensor
+    weights_TS: torch.Tensor | None
+    experts_TS: torch.Tensor | None
+
+
+class FfnHalf(Protocol):
+    def forward(self, rows: FfnInput) -> torch.Tensor:
+        """`[T, C]`, the FFN's answer alone: the caller adds the residual."""
+        ...
+
+
+class DenseFfn:
+    """Gated FFN: `down(silu(gate(x)) * up(x))`.
+
+    Args:
+        prefix: the checkpoint's name up to `gate_proj`, `up_proj` and `down_proj`.
+        reduce: whether `forward` sums over the ranks, see `RowParallel`.
+    """
+
+    def __init__(
+        self,
+        loader: WeightLoader,
+        kernels: Kernels,
+        group: Group,
+        prefix: str,
+        num_features: int,
+        *,
+        bias: bool,
+        reduce: bool = True,
+    ) -> None:
+        num_hidden = loader.config.hidden_size
+        held = split_range(num_features, group.size, group.rank)
+        parts = [Part(f"{prefix}.{name}", num_features, held) for name in ("gate_proj", "up_proj")]
+        self.gate_up = ColumnParallel(loader, kernels, parts, num_hidden, bias=bias)
+        self.down = RowParallel(
+            loader,
+            kernels,
+            group,
+            f"{prefix}.down_proj",
+            num_hidden,
+            num_features,
+            held,
+            bias=bias,
+            reduce=reduce,
+        )
+        self._silu_mul = kernels.silu_mul
+
+    def forward(self, rows: FfnInput) -> torch.Tensor:
+        """See `FfnHalf.forward`."""
+        return self.compute(rows.normed_TC)
+
+    def compute(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """`[T, C] -> [T, C]`."""
+        return self.down.forward(self._silu_mul(self.gate_up.forward(x_TC)))

@@ -1,0 +1,89 @@
+"""Projections, with their sharding beside them. Shape suffixes: T tokens, C input, F output features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anabranch.kernels.base import Kernels
+from anabranch.model.loader import WeightLoader
+from anabranch.parallel.group import Group
+
+
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint's projection, of which this rank computes some outputs.
+
+    Attributes:
+        name: without `.weight` or `.bias`.
+        num_outputs: of the whole projection.
+        rows: outputs computed here.
+    """
+
+    name: str
+    num_outputs: int
+    rows: range
+
+
+class ColumnParallel:
+    """Projections of one input merged into one weight; each rank computes some of every one's outputs."""
+
+    def __init__(
+        self, loader: WeightLoader, kernels: Kernels, parts: Sequence[Part], num_inputs: int, *, bias: bool
+    ) -> None:
+        num_outputs = sum(len(part.rows) for part in parts)
+        self.weight_FC = loader.empty(num_outputs, num_inputs)
+        self.bias_F = loader.empty(num_outputs) if bias else None
+        self._linear = kernels.linear
+        start = 0
+        for part in parts:
+            stop = start + len(part.rows)
+            rows = slice(part.rows.start, part.rows.stop)
+            loader.fill(
+                self.weight_FC[start:stop], f"{part.name}.weight", (part.num_outputs, num_inputs), (rows, slice(None))
+            )
+            if self.bias_F is not None:
+                loader.fill(self.bias_F[start:stop], f"{part.name}.bias", (part.num_outputs,), (rows,))
+            start = stop
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """`[T, C] -> [T, F of this rank]`, the parts one after another."""
+        return self._linear(x_TC, self.weight_FC, self.bias_F)
+
+
+class RowParallel:
+    """A projection whose inputs are spread over the ranks; partial sums are all-reduced.
+
+    Args:
+        columns: inputs held here.
+        reduce: whether `forward` all-reduces; a caller that adds more partial sums does it once itself.
+    """
+
+    def __init__(
+        self,
+        loader: WeightLoader,
+        kernels: Kernels,
+        group: Group,
+        name: str,
+        num_outputs: int,
+        num_inputs: int,
+        columns: range,
+        *,
+        bias: bool,
+        reduce: bool = True,
+    ) -> None:
+        self.weight_FC = loader.empty(num_outputs, len(columns))
+        held = (slice(None), slice(columns.start, columns.stop))
+        loader.fill(self.weight_FC, f"{name}.weight", (num_outputs, num_inputs), held)
+        bias_F = loader.whole(f"{name}.bias", num_outputs) if bias else None
+        # The sum over ranks must hold the bias once.
+        self.bias_F = bias_F if group.rank == 0 else None
+        self._linear = kernels.linear
+        self._group = group if reduce and group.size > 1 else None
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """`[T, C of this rank] -> [T, F]`, the same on every rank once reduced."""
+        out_TF = self._linear(x_TC, self.weight_FC, self.bias_F)
+        return out_TF if self._group is None else self._group.all_reduce(out_TF)

@@ -1,0 +1,74 @@
+"""Fills a rank's final tensors straight from a checkpoint: no second copy of the model, every shape checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from anabranch.errors import CheckpointError
+from anabranch.model.config import ModelConfig
+from anabranch.model.weights import Slices, WeightSource
+
+# Called with (parts done, parts in all) as loading goes on; the caller decides what becomes of it.
+Progress = Callable[[int, int], None]
+
+# What old checkpoints carry although it follows from the configuration.
+DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+class WeightLoader:
+    """Reads named tensors of one checkpoint into preallocated memory.
+
+    Args:
+        dtype: of the tensors filled; the file's own is converted on the way.
+    """
+
+    def __init__(self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.source = source
+        self.dtype = dtype
+        self.device = device
+        self._used: set[str] = set()
+        self._names = frozenset(source.names())
+
+    def has(self, name: str) -> bool:
+        return name in self._names
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialised memory on the model's device, to be filled."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fill(self, out: torch.Tensor, name: str, shape: tuple[int, ...], slices: Slices = ()) -> None:
+        """Copy the part `slices` of a tensor, whose whole shape must be `shape`, into `out`.
+
+        Raises:
+            CheckpointError: the tensor is missing, of another shape or dtype, or unreadable.
+        """
+        if name not in self._names:
+            raise CheckpointError(f"{self.source.where(name)}: tensor {name} {list(shape)} is missing")
+        found = self.source.shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.source.where(name)}: {name} has shape {list(found)}, the configuration expects {list(shape)}"
+            )
+        self._used.add(name)
+        if out.numel():
+            out.copy_(self.source.read(name, slices))
+
+    def whole(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor that every rank holds whole."""
+        out = self.empty(*shape)
+        self.fill(out, name, shape)
+        return out
+
+    def finish(self) -> None:
+        """Raise CheckpointError if the checkpoint holds tensors that the configuration has no place for."""
+        ignored = {"lm_head.weight"} if self.config.tie_embeddings else set()
+        extra = sorted(n for n in self._names - self._used - ignored if not n.endswith(DERIVED_SUFFIXES))
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise CheckpointError(
+                f"{self.source.where(extra[0])}: {extra[0]}{more}: the configuration of "
+                f"{self.config.architecture} with {self.config.num_layers} layers has no place for it"
+            )

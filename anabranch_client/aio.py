@@ -1,0 +1,169 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from anabranch_client import convert
+from anabranch_client.calls import CHANNEL_OPTIONS, HEALTH_CHECK, INFERENCE, health_request, health_response
+from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of
+from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
+from anabranch_client.v1 import anabranch_pb2 as pb
+from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
+
+_Result = TypeVar("_Result")
+
+
+def _mapped(error: grpc.aio.AioRpcError) -> ClientError:
+    return error_of(error.code(), error.details(), code_of(error.trailing_metadata()))
+
+
+async def _mapped_await(awaitable: Awaitable[_Result]) -> _Result:
+    """Await a call's next result; errors become the SDK's.
+
+    grpc.aio raises CancelledError also when the *server* ended the call with CANCELLED; a task that nobody
+    cancelled must not see that.
+    """
+    try:
+        return await awaitable
+    except grpc.aio.AioRpcError as error:
+        raise _mapped(error) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise CallCancelled("the call was cancelled", code="cancelled") from None
+
+
+class AsyncStream(AsyncIterator[Event]):
+    """One answer's events: Accepted, Tokens..., Finished. Closing or dropping it before the end cancels the call.
+
+    Raises (from iteration): ClientError.
+    """
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateEvent]) -> None:
+        self._call = call
+        self._events = aiter(call)
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        return convert.from_event(await _mapped_await(anext(self._events)))
+
+    async def aclose(self) -> None:
+        """Cancel the call, unless it has ended. Idempotent."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncClient:
+    """A client of one Anabranch endpoint; made and used inside one event loop.
+
+    Args:
+        endpoint: `host:port` or `unix:path`.
+        timeout_s: deadline of a whole answer, unless the call gives its own.
+        call_timeout_s: deadline of the short calls.
+        credentials: for TLS; None speaks plainly.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float = 600.0,
+        call_timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._call_timeout_s = call_timeout_s
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(endpoint, credentials, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = self._channel.unary_unary(
+            HEALTH_CHECK, request_serializer=health_request, response_deserializer=health_response
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncStream:
+        """Start an answer and give its events as they come.
+
+        Args:
+            prompt: text, token ids, or the turns of a chat.
+            request_id: unique among the requests in flight; None lets the server draw one.
+            timeout_s: deadline of the whole answer.
+
+        Raises:
+            InvalidRequest: the message cannot even be built; all else is raised by the stream.
+        """
+        request = convert.to_generate(prompt, sampling, request_id)
+        return AsyncStream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Completion:
+        """Wait for a whole answer. Raises ClientError."""
+        gather = convert.Gather()
+        async with self.generate(prompt, sampling, request_id=request_id, timeout_s=timeout_s) as stream:
+            async for event in stream:
+                gather.add(event)
+        return gather.completion()
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, timeout_s: float | None = None) -> tuple[int, ...]:
+        """The token ids that `generate` would compute for the prompt. Raises ClientError."""
+        request = convert.to_tokenize(prompt)
+        response: pb.TokenizeResponse = await _mapped_await(
+            self._stub.Tokenize(request, timeout=timeout_s or self._call_timeout_s)
+        )
+        return tuple(response.token_ids)
+
+    async def model(self, *, timeout_s: float | None = None) -> Model:
+        """What is served. Raises ClientError."""
+        response: pb.Model = await _mapped_await(
+            self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s or self._call_timeout_s)
+        )
+        return convert.from_model(response)
+
+    async def health(self, *, timeout_s: float | None = None) -> Health:
+        """Whether a request could be served now. Raises ClientError where nobody answers."""
+        health: Health = await _mapped_await(self._health(INFERENCE, timeout=timeout_s or self._call_timeout_s))
+        return health
+
+    async def close(self) -> None:
+        """Cancel what runs and close the channel. Idempotent."""
+        await self._channel.close(None)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

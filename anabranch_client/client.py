@@ -1,0 +1,160 @@
+"""The synchronous client; safe to share between threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+
+from anabranch_client import convert
+from anabranch_client.calls import CHANNEL_OPTIONS, HEALTH_CHECK, INFERENCE, health_request, health_response
+from anabranch_client.errors import ClientError, code_of, error_of
+from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
+from anabranch_client.v1 import anabranch_pb2 as pb
+from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+def mapped(error: grpc.RpcError) -> ClientError:
+    """The SDK's error for gRPC's."""
+    assert isinstance(error, grpc.Call)
+    return error_of(error.code(), error.details(), code_of(error.trailing_metadata()))
+
+
+def call(method: Callable[..., _Response], request: object, timeout_s: float) -> _Response:
+    """One unary call. Raises ClientError."""
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise mapped(error) from None
+
+
+class Stream(Iterator[Event]):
+    """One answer's events: Accepted, Tokens..., Finished. Closing or dropping it before the end cancels the call.
+
+    Raises (from iteration): ClientError.
+    """
+
+    def __init__(self, events: grpc.CallIterator[pb.GenerateEvent]) -> None:
+        self._call = events
+        self._events = iter(events)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        try:
+            return convert.from_event(next(self._events))
+        except grpc.RpcError as error:
+            raise mapped(error) from None
+
+    def close(self) -> None:
+        """Cancel the call, unless it has ended. Idempotent."""
+        self._call.cancel()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Client:
+    """A client of one Anabranch endpoint.
+
+    Args:
+        endpoint: `host:port` or `unix:path`.
+        timeout_s: deadline of a whole answer, unless the call gives its own.
+        call_timeout_s: deadline of the short calls.
+        credentials: for TLS; None speaks plainly.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float = 600.0,
+        call_timeout_s: float = 30.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._call_timeout_s = call_timeout_s
+        if credentials is None:
+            self._channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(endpoint, credentials, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = self._channel.unary_unary(
+            HEALTH_CHECK, request_serializer=health_request, response_deserializer=health_response
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Start an answer and give its events as they come.
+
+        Args:
+            prompt: text, token ids, or the turns of a chat.
+            request_id: unique among the requests in flight; None lets the server draw one.
+            timeout_s: deadline of the whole answer.
+
+        Raises:
+            InvalidRequest: the message cannot even be built; all else is raised by the stream.
+        """
+        request = convert.to_generate(prompt, sampling, request_id)
+        return Stream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+
+    def complete(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Completion:
+        """Wait for a whole answer. Raises ClientError."""
+        gather = convert.Gather()
+        with self.generate(prompt, sampling, request_id=request_id, timeout_s=timeout_s) as stream:
+            for event in stream:
+                gather.add(event)
+        return gather.completion()
+
+    def tokenize(self, prompt: str | Sequence[ChatMessage], *, timeout_s: float | None = None) -> tuple[int, ...]:
+        """The token ids that `generate` would compute for the prompt. Raises ClientError."""
+        request = convert.to_tokenize(prompt)
+        return tuple(call(self._stub.Tokenize, request, timeout_s or self._call_timeout_s).token_ids)
+
+    def model(self, *, timeout_s: float | None = None) -> Model:
+        """What is served. Raises ClientError."""
+        return convert.from_model(call(self._stub.GetModel, pb.GetModelRequest(), timeout_s or self._call_timeout_s))
+
+    def health(self, *, timeout_s: float | None = None) -> Health:
+        """Whether a request could be served now. Raises ClientError where nobody answers."""
+        return call(self._health, INFERENCE, timeout_s or self._call_timeout_s)
+
+    def close(self) -> None:
+        """Cancel what runs and close the channel. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

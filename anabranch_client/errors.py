@@ -1,0 +1,112 @@
+"""Every error that the client raises, as one tree; gRPC's own never leave the SDK.
+
+    ClientError
+    +-- InvalidRequest (ValueError)     a field that the caller can mend; the message starts with its name
+    |   +-- ContextExceeded             prompt plus answer longer than the context
+    +-- CallFailed                      the call did not end well
+        +-- Overloaded                  the queue is full; later there may be room
+        +-- DeadlineExceeded            the call's own deadline, or a named wait at the server, ran out
+        +-- CallCancelled
+        +-- Unavailable                 nobody listens there, or no worker can serve
+        |   +-- WorkerDied              the process that held the request ended
+        |   +-- Draining                the server takes no new work
+        +-- ServerFailed                anything else
+
+Each has `code`, the server's stable word for what went wrong (trailing metadata `anabranch-code`), or gRPC's
+status in lower case where the server said nothing.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+CODE_KEY = "anabranch-code"
+
+
+class ClientError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        code: stable snake-case word.
+        message: for people.
+    """
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class InvalidRequest(ClientError, ValueError):
+    """A field of the request is wrong."""
+
+
+class ContextExceeded(InvalidRequest):
+    """Prompt plus answer are longer than the context."""
+
+
+class CallFailed(ClientError):
+    """The call did not end well."""
+
+
+class Overloaded(CallFailed):
+    """The server has no room now."""
+
+
+class DeadlineExceeded(CallFailed):
+    """The call's deadline, or a named wait at the server, ran out."""
+
+
+class CallCancelled(CallFailed):
+    """The call was cancelled."""
+
+
+class Unavailable(CallFailed):
+    """Nobody listens there, or no worker can serve."""
+
+
+class WorkerDied(Unavailable):
+    """The process that held the request ended."""
+
+
+class Draining(Unavailable):
+    """The server takes no new work."""
+
+
+class ServerFailed(CallFailed):
+    """The server failed in a way that a client cannot mend."""
+
+
+_BY_CODE: dict[str, type[ClientError]] = {
+    "context_exceeded": ContextExceeded,
+    "worker_died": WorkerDied,
+    "draining": Draining,
+}
+
+_BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: CallCancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+}
+
+
+def error_of(status: grpc.StatusCode, details: str | None, code: str | None) -> ClientError:
+    """The error for a gRPC status, its message, and the server's code where it gave one."""
+    if code is None and status is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
+        return InvalidRequest(details or "", code="message_too_large")
+    kind = _BY_CODE.get(code or "") or _BY_STATUS.get(status, ServerFailed)
+    return kind(details or status.name.lower(), code=code or status.name.lower())
+
+
+def code_of(trailers: object) -> str | None:
+    """The value of `anabranch-code` in trailing metadata, as either gRPC flavour gives it."""
+    if trailers is None:
+        return None
+    assert hasattr(trailers, "__iter__")
+    for key, value in trailers:
+        if key == CODE_KEY:
+            return value if isinstance(value, str) else value.decode("utf-8", "replace")
+    return None

@@ -1,0 +1,240 @@
+"""What the client takes and gives: frozen values, free of protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+FinishReason = Literal["stop", "length"]
+Health = Literal["serving", "not_serving", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat; `role` is what the model's template knows: system, user, assistant."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
+"""Text, token ids, or the turns of a chat (the model's template is applied)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; None takes the server's default.
+
+    Attributes:
+        max_tokens: most tokens to generate [as many as the context has room for].
+        temperature: 0 is greedy [0].
+        top_k: keep the k likeliest; 0 keeps all [0].
+        top_p: keep the likeliest whose probabilities reach p [1].
+        min_p: drop what is less likely than this share of the likeliest [0].
+        repetition_penalty: over prompt and output [1].
+        presence_penalty: subtracted once from each token already generated [0].
+        frequency_penalty: subtracted for every time that a token was generated [0].
+        seed: makes sampling repeat [drawn].
+        logit_bias: token id -> value added to its logit.
+        logprobs: number of likeliest alternatives to report with each token [no log-probabilities].
+        stop: strings that end the answer and are not part of it.
+        stop_token_ids: ids that end the answer.
+        ignore_eos: go on past the model's end-of-sequence token.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+
+# Events of a stream ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The server has taken the request."""
+
+    request_id: str
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Natural-log probability of the chosen token, and the likeliest tokens' as (token id, logprob)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Some tokens in order, the first with index `first_index`; `text` is the answer's next part."""
+
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens counted; `num_cached_tokens` of the prompt came from the prefix cache."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds.
+
+    Attributes:
+        queue_s: accepted to prefill's first chunk.
+        prefill_s: first chunk to first token sampled.
+        kv_stream_s: first KV slice posted to commit acknowledged.
+        ttft_s: accepted to first token.
+        tpot_s: mean time between output tokens.
+        e2e_s: accepted to the end.
+    """
+
+    queue_s: float
+    prefill_s: float
+    kv_stream_s: float
+    ttft_s: float
+    tpot_s: float
+    e2e_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransfer:
+    """The KV cache's way from prefill to decode; `overlap` is the share of it that prefill hid, 0 to 1."""
+
+    bytes: int
+    transport: str
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The end of a stream; `kv` is None where one worker did it all, `timings` where they were not asked for."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    route: tuple[str, ...]
+    timings: Timings | None
+    kv: KvTransfer | None
+
+
+Event: TypeAlias = Accepted | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    route: tuple[str, ...]
+    timings: Timings | None
+    kv: KvTransfer | None
+
+
+# The model and the cluster --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Workers of one role and shape."""
+
+    role: str
+    num_workers: int
+    tp: int
+    cp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What is served.
+
+    Attributes:
+        max_context: most tokens (prompt and answer) of one request.
+        dtype: of the KV cache; empty until a worker has registered.
+    """
+
+    name: str
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    dtype: str
+    pools: tuple[Pool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A living worker; loads are as of its last beat, `last_heard_s` seconds ago.
+
+    Attributes:
+        state: ready or draining.
+        num_requests: that the orchestrator has given it and that have not ended.
+    """
+
+    name: str
+    role: str
+    state: str
+    pid: int
+    host: str
+    device: str
+    tp: int
+    cp: int
+    num_threads: int
+    planes: tuple[str, ...]
+    num_requests: int
+    num_running: int
+    num_waiting: int
+    num_leases: int
+    num_queued_tokens: int
+    num_free_blocks: int
+    num_total_blocks: int
+    last_heard_s: float
+    block_size: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """A worker that is gone; `expected` when it was drained or told to go."""
+
+    name: str
+    pid: int
+    reason: str
+    expected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The orchestrator's view of its workers and requests."""
+
+    workers: tuple[Worker, ...]
+    departures: tuple[Departure, ...]
+    num_requests: int
+    num_queued: int
+    serving: bool
+    draining: bool

@@ -1,0 +1,1 @@
+"""The generated messages and stubs of `anabranch.v1`; `scripts/generate-stubs` makes them."""

@@ -1,0 +1,278 @@
+"""The decode worker: KV caches and first tokens in, tokens out.
+
+    Reserve -> waiting for blocks -> leased (Reserved sent; slices arrive) -> committed -> running -> Ended
+    Generate (colocated) -> prompt chunks -> running -> Ended
+
+A lease that hears nothing for `lease_s`, a refused slice, a cancel or a lost peer ends the attempt with Ended;
+its blocks are free before Ended is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from anabranch.cache.lease import Lease, LeaseBook
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.intake import check_request
+from anabranch.engine.loop import EngineLoop
+from anabranch.engine.plan import SampledToken, StepPlan
+from anabranch.engine.sequence import Sequence
+from anabranch.errors import AnabranchError, DeadlineExceeded, Draining
+from anabranch.protocol.kv import KvDestination
+from anabranch.protocol.requests import EndReason, Request, Token, WireError
+from anabranch.protocol.workers import (
+    Cancel,
+    Ended,
+    Generate,
+    Reserve,
+    Reserved,
+    Tokens,
+    ToWorker,
+    WorkerInfo,
+    WorkerStats,
+)
+from anabranch.sampling.stop import StopChecker
+from decode.importer import KvImport
+from decode.reservations import Reservation, Reservations
+from decode.scheduler import DecodeScheduler, StepOutcome
+from runtime.info import worker_info
+from runtime.worker import ENGINE_STOP_TIMEOUT_S, Worker, unexpected
+from transport.kv_stream import Commit, KvStreamReceiver
+from transport.planes import Plane, create_plane, usable_planes
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, int]
+
+
+class DecodeWorker(Worker):
+    """Generates with continuous batching; as `colocated` it computes prompts too."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self.colocated = config.role == "colocated"
+        self._engine_loop: EngineLoop | None = None
+        self._planes: dict[str, Plane] = {}
+
+    def build(self) -> WorkerInfo:
+        self.receiver = KvStreamReceiver()
+        if not self.colocated:
+            wanted = self.config.kv_transport
+            names = usable_planes() if wanted == "auto" else (wanted,)
+            for name in names:
+                self._planes[name] = create_plane(name, self.receiver, listen_host=self.config.listen_host)
+        self.engine: Engine = build_engine(self.config)
+        cache = self.engine.cache
+        stop = StopChecker(eos_token_ids=self.engine.model_config.eos_token_ids, max_context=self.engine.max_context)
+        self.scheduler = DecodeScheduler(
+            cache,
+            stop,
+            computes_prompts=self.colocated,
+            max_running=self.config.max_running,
+            max_step_tokens=self.config.max_step_tokens,
+        )
+        self.leases = LeaseBook(clock=time.monotonic)
+        self.reservations = Reservations(cache, self.leases, self.config.lease_s)
+        info = worker_info(self.config, self.engine, tuple(self._planes))
+        self._engine_loop = EngineLoop("engine", self._step, info.num_threads)
+        self._engine_loop.start()
+        return info
+
+    def handle(self, message: ToWorker) -> None:
+        arrival_s = time.monotonic()
+        match message:
+            case Reserve(request=request) if not self.colocated:
+                self._submit(lambda: self._accept(request, arrival_s))
+            case Generate(request=request) if self.colocated:
+                self._submit(lambda: self._accept(request, arrival_s))
+            case Cancel(request_id=request_id, epoch=epoch):
+                self._submit(lambda: self._cancel((request_id, epoch)))
+            case _:
+                raise unexpected(message, self.config.role)
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(
+            num_free_blocks=self.engine.cache.pool.num_free,
+            num_total_blocks=self.engine.kv.num_blocks,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.prompts.waiting) + len(self.reservations.waiting),
+            num_leases=self.reservations.num_leases,
+            queued_tokens=self.scheduler.prompts.queued_tokens,
+        )
+
+    def is_idle(self) -> bool:
+        return not (len(self.scheduler) or len(self.reservations))
+
+    def tick(self) -> None:
+        if self.reservations.num_leases:
+            self._submit(self._expire)
+
+    def close(self) -> None:
+        if self._engine_loop is not None:
+            self._engine_loop.stop(ENGINE_STOP_TIMEOUT_S)
+        for plane in self._planes.values():
+            plane.close()
+
+    # On the engine's thread -----------------------------------------------------------------------------
+
+    def _accept(self, request: Request, arrival_s: float) -> None:
+        if self._is_known(request.key):
+            logger.warning("request %s, epoch %d, came twice", *request.key)
+            return
+        try:
+            if self.draining:
+                raise Draining(f"{self.config.name} takes no new requests")
+            check_request(request, vocab_size=self.engine.model_config.vocab_size, max_context=self.engine.max_context)
+        except AnabranchError as error:
+            self._end(request.key, "failed", error)
+            return
+        sequence = Sequence(request, arrival_s)
+        if self.colocated:
+            self.scheduler.add_prompt(sequence)
+        else:
+            self.reservations.add(sequence)
+
+    def _step(self) -> bool:
+        for reservation in self.reservations.admit():
+            self._open_stream(reservation)
+        plan, sent_away = self.scheduler.schedule()
+        for sequence in sent_away:
+            self._end(sequence.key, "preempted")
+        if plan is None:
+            return False
+        try:
+            result = self.engine.runner.execute(plan)
+        except Exception as error:
+            logger.exception("step %d", plan.step)
+            self._fail_step(plan, error)
+            return True
+        self._publish(self.scheduler.update(plan, result))
+        return True
+
+    def _open_stream(self, reservation: Reservation) -> None:
+        sequence, lease = reservation.sequence, reservation.lease
+        assert sequence.table is not None
+        stream_id = lease.stream_id
+        block_ids = sequence.table.block_ids
+        sink = KvImport(
+            self.engine.kv,
+            self.engine.runner.kernels,
+            block_ids,
+            on_touch=lambda: self._touch(lease),
+            on_commit=lambda commit: self._submit(lambda: self._commit(stream_id, commit)),
+            on_failure=lambda error: self._submit(lambda: self._abort(stream_id, "failed", error)),
+        )
+        self.receiver.open(
+            stream_id,
+            lease.generation,
+            layout=self.engine.layout,
+            rank=0,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_tokens=sequence.num_tokens,
+            sink=sink,
+        )
+        self.post(
+            Reserved(
+                request_id=sequence.request.request_id,
+                epoch=sequence.request.epoch,
+                destination=KvDestination(
+                    worker=self.config.name,
+                    stream_id=stream_id,
+                    generation=lease.generation,
+                    layout=self.engine.layout,
+                    addresses=({name: plane.address for name, plane in self._planes.items()},),
+                    block_ids=block_ids,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    num_tokens=sequence.num_tokens,
+                    lease_s=self.config.lease_s,
+                ),
+            )
+        )
+
+    def _commit(self, stream_id: int, commit: Commit) -> None:
+        self.receiver.close(stream_id)
+        sequence = self.reservations.commit(stream_id)
+        if sequence is None:
+            return
+        first = SampledToken(
+            request_id=sequence.request.request_id,
+            epoch=sequence.request.epoch,
+            index=sequence.num_output,
+            token_id=commit.token_id,
+            logprob=commit.logprob,
+        )
+        self._publish(self.scheduler.join(sequence, first))
+
+    def _abort(self, stream_id: int, reason: EndReason, error: AnabranchError | None) -> None:
+        self.receiver.close(stream_id)
+        sequence = self.reservations.abort(stream_id)
+        if sequence is not None:
+            self._end(sequence.key, reason, error)
+
+    def _cancel(self, key: Key) -> None:
+        stream_id = self.reservations.find(key)
+        if stream_id is not None:
+            self._abort(stream_id, "cancelled", None)
+        elif self.reservations.forget_waiting(key) or self.scheduler.remove(key):
+            self._end(key, "cancelled")
+
+    def _expire(self) -> None:
+        for lease in self.leases.expired():
+            error = DeadlineExceeded(
+                f"lease_s: no KV arrived for {self.config.lease_s} s; the reservation was given up"
+            )
+            self._abort(lease.stream_id, "failed", error)
+
+    def _publish(self, outcome: StepOutcome) -> None:
+        if outcome.tokens:
+            self.post(
+                Tokens(
+                    tokens=tuple(
+                        Token(
+                            request_id=token.request_id,
+                            epoch=token.epoch,
+                            index=token.index,
+                            token_id=token.token_id,
+                            logprob=token.logprob,
+                        )
+                        for token in outcome.tokens
+                    )
+                )
+            )
+        for sequence, reason in outcome.ended:
+            self.post(
+                Ended(
+                    request_id=sequence.request.request_id,
+                    epoch=sequence.request.epoch,
+                    reason=reason,
+                    queue_s=sequence.queue_s,
+                    prefill_s=sequence.prefill_s,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                )
+            )
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        failure = error if isinstance(error, AnabranchError) else AnabranchError(f"decode step failed: {error}")
+        for planned in plan.sequences:
+            key = (planned.request_id, planned.epoch)
+            if self.scheduler.remove(key) is not None:
+                self._end(key, "failed", failure)
+
+    def _end(self, key: Key, reason: EndReason, error: AnabranchError | None = None) -> None:
+        wire = None if error is None else WireError.of(error)
+        self.post(Ended(request_id=key[0], epoch=key[1], reason=reason, error=wire))
+
+    def _is_known(self, key: Key) -> bool:
+        return key in self.scheduler or key in self.reservations
+
+    # On other threads ---------------------------------------------------------------------------
+
+    def _touch(self, lease: Lease) -> None:
+        self.leases.touch(lease.stream_id, lease.generation)
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        assert self._engine_loop is not None
+        self._engine_loop.submit(command)

@@ -1,0 +1,319 @@
+"""A whole cluster on this machine, as child processes of the caller.
+
+Life: start (private folder, sweeper, orchestrator and workers side by side) -> ready (the gateway serves and
+every worker is registered) -> deaths are noticed, recorded and told to the orchestrator -> stop (SIGTERM,
+SIGKILL, folder removed). Whoever uses it (the command line, `verify`, benchmarks, tests) sees the same thing:
+
+    with LocalCluster(topology) as cluster:
+        client = Client(cluster.endpoint)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from anabranch.config.load import check_topology
+from anabranch.config.topology import Topology
+from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
+from launch import sweeper
+from launch.gateway import GatewayProbe
+from launch.plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
+from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
+
+READY_TIMEOUT_S = 300.0
+DRAIN_TIMEOUT_S = 3.0
+TERM_TIMEOUT_S = 2.0
+KILL_TIMEOUT_S = 5.0
+REPORT_TIMEOUT_S = 1.0
+_POLL_S = 0.02
+# The last line of a process that ended on purpose: from the flags' parser, or from the log.
+_ERROR_LINE = re.compile(r"(?:Error: |\S+ E \S+ \S+: )(.+)")
+_MAX_SOCKET_FOLDER_CHARS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessInfo:
+    """One line of the process table."""
+
+    name: str
+    role: str
+    pid: int
+    num_threads: int
+    cores: tuple[int, ...]
+    alive: bool
+
+
+class LocalCluster:
+    """Orchestrator and workers of a topology, started on enter and gone without a trace on exit.
+
+    Args:
+        verbose: echo the children's logs to stderr.
+        ready_timeout_s: from start to serving; the first start of a model may convert it.
+        on_death: called on a thread of the dead child, for each process that ended by itself.
+        log_folder: keep the children's logs there instead of in the temporary folder.
+        sweep_paths: files that are removed with the cluster even where this process is killed.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        verbose: bool = False,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        on_death: Callable[[ProcessExit], None] | None = None,
+        log_folder: Path | None = None,
+        sweep_paths: Sequence[Path] = (),
+    ) -> None:
+        self.topology = check_topology(topology)
+        self._verbose = verbose
+        self._ready_timeout_s = ready_timeout_s
+        self._user_on_death = on_death
+        self._log_folder = log_folder
+        self._sweep_paths = tuple(sweep_paths)
+        self._folder: Path | None = None
+        self._sweeper: subprocess.Popen[bytes] | None = None
+        self._lifeline: int | None = None
+        self._plans: tuple[ProcessPlan, ...] = ()
+        self._children: dict[str, ChildProcess] = {}
+        self._deaths: list[ProcessExit] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._probe: GatewayProbe | None = None
+
+    # What a user asks ---------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """`host:port` of the gateway."""
+        if self._probe is None:
+            raise RuntimeError("the cluster is not ready; enter it first")
+        return self._probe.endpoint
+
+    @property
+    def folder(self) -> Path:
+        """The private folder: sockets and logs."""
+        assert self._folder is not None
+        return self._folder
+
+    @property
+    def processes(self) -> tuple[ProcessInfo, ...]:
+        """All processes, the orchestrator first."""
+        return tuple(
+            ProcessInfo(
+                name=plan.name,
+                role="+".join(dict.fromkeys(worker.role for worker in plan.workers)) or plan.name,
+                pid=self._children[plan.name].pid,
+                num_threads=plan.num_threads,
+                cores=plan.cores,
+                alive=self._children[plan.name].alive,
+            )
+            for plan in self._plans
+            if plan.name in self._children
+        )
+
+    @property
+    def deaths(self) -> tuple[ProcessExit, ...]:
+        """Processes that ended by themselves, in order."""
+        with self._changed:
+            return tuple(self._deaths)
+
+    def wait_for_death(self, timeout_s: float | None = None, *, after: int = 0) -> ProcessExit | None:
+        """The death after the first `after` ones, or None where `timeout_s` runs out."""
+        with self._changed:
+            if self._changed.wait_for(lambda: len(self._deaths) > after, timeout_s):
+                return self._deaths[after]
+        return None
+
+    def process(self, name: str) -> ChildProcess:
+        """The child called `name`. Raises KeyError."""
+        return self._children[name]
+
+    def log(self, name: str) -> str:
+        """Everything that a child has written so far."""
+        return self._children[name].log.read_text(errors="replace")
+
+    # Life ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and wait until requests are served.
+
+        Raises:
+            ConfigError: the model, a size or a degree that a process refused.
+            WorkerDied: a process ended before the cluster was ready; the message has its last lines.
+            DeadlineExceeded: not ready in time; the message says who is missing.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End all processes and remove the folder. Idempotent; a Ctrl-C on the way only makes it quicker."""
+        with self._changed:
+            self._stopping = True
+        children = [child for child in self._children.values() if child.alive]
+        try:
+            # Workers first, so that they can end their requests while somebody listens.
+            for group in ([c for c in children if c.name != ORCHESTRATOR_NAME], children):
+                stop_all(
+                    [child for child in group if child.alive],
+                    drain_timeout_s=DRAIN_TIMEOUT_S,
+                    term_timeout_s=TERM_TIMEOUT_S,
+                    kill_timeout_s=KILL_TIMEOUT_S,
+                )
+        except KeyboardInterrupt:
+            for child in children:
+                child.kill()
+            wait_all(children, KILL_TIMEOUT_S)
+            raise
+        finally:
+            self._clean_up()
+
+    def _start(self) -> None:
+        if self._folder is not None:
+            raise RuntimeError("a LocalCluster starts once; make a new one")
+        deadline = time.monotonic() + self._ready_timeout_s
+        self._folder = _private_folder()
+        self._start_sweeper()
+        control = f"ipc://{self._folder}/control.sock"
+        endpoints = self._folder / "endpoints.json"
+        workers = plan_workers(self.topology, control)
+        self._plans = (
+            plan_orchestrator(self.topology, control, endpoints),
+            *plan_processes(self.topology, workers),
+        )
+        for plan in self._plans:
+            child = self._child(plan)
+            self._children[plan.name] = child
+            child.start()
+        self._wait_ready(endpoints, {worker.name for worker in workers}, deadline)
+
+    def _child(self, plan: ProcessPlan) -> ChildProcess:
+        log_folder = self._log_folder or self.folder
+        log_folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"}
+        if plan.num_threads:
+            environment["OMP_NUM_THREADS"] = str(plan.num_threads)
+        return ChildProcess(
+            name=plan.name,
+            module=plan.module,
+            arguments=plan.arguments,
+            log=log_folder / f"{plan.name}.log",
+            environment=environment,
+            on_exit=self._on_exit,
+            echo=self._verbose,
+        )
+
+    def _start_sweeper(self) -> None:
+        assert self._folder is not None
+        read_end, self._lifeline = os.pipe()
+        try:
+            self._sweeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", sweeper.__file__, str(read_end), str(self._folder)]
+                + [str(path) for path in (self._folder, *self._sweep_paths)],
+                pass_fds=(read_end,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(read_end)
+
+    def _wait_ready(self, endpoints: Path, names: set[str], deadline: float) -> None:
+        probe: GatewayProbe | None = None
+        missing = set(names)
+        while True:
+            self._raise_if_dead()
+            if probe is None and endpoints.exists():
+                probe = GatewayProbe.from_file(endpoints)
+            if probe is not None:
+                missing = names - probe.worker_names()
+                if not missing and probe.serving():
+                    break
+            if time.monotonic() > deadline:
+                who = ", ".join(sorted(missing)) if probe is not None else "orchestrator"
+                raise DeadlineExceeded(
+                    f"cluster start: {who or 'the gateway'} not ready after {self._ready_timeout_s:g} s; "
+                    "look at the logs with --verbose, or give --ready-timeout"
+                )
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._deaths), _POLL_S)
+        self._probe = probe
+
+    def _raise_if_dead(self) -> None:
+        for death in self.deaths:
+            raise start_error(death)
+
+    def _on_exit(self, death: ProcessExit) -> None:
+        with self._changed:
+            if self._stopping:
+                return
+            self._deaths.append(death)
+            self._changed.notify_all()
+        probe = self._probe
+        if probe is not None:
+            plan = next(plan for plan in self._plans if plan.name == death.name)
+            for worker in plan.workers:
+                with contextlib.suppress(AnabranchError):
+                    probe.report_exit(worker.name, death.reason, REPORT_TIMEOUT_S)
+        if self._user_on_death is not None:
+            self._user_on_death(death)
+
+    def _clean_up(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+        if self._folder is not None:
+            # Children of children, should a worker have left some.
+            sweeper.kill_marked(str(self._folder), KILL_TIMEOUT_S)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._sweep_paths:
+            path.unlink(missing_ok=True)
+        if self._lifeline is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._lifeline, b".")
+            os.close(self._lifeline)
+            self._lifeline = None
+        if self._sweeper is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._sweeper.wait(KILL_TIMEOUT_S)
+            self._sweeper = None
+
+
+def start_error(death: ProcessExit) -> WorkerDied:
+    """What a death before readiness means: the reason that the process gave, else its end and last lines."""
+    last = death.log_tail[-1] if death.log_tail else ""
+    if death.code > 0 and (match := _ERROR_LINE.fullmatch(last)):
+        return WorkerDied(f"{death.name}: {match[1]}")
+    lines = "\n".join(f"    {line}" for line in death.log_tail) or "    (it wrote nothing)"
+    return WorkerDied(f"{death} before the cluster was ready; its last lines:\n{lines}")
+
+
+def _private_folder() -> Path:
+    """A new folder of mode 0700 whose path is short enough for a socket."""
+    folder = tempfile.mkdtemp(prefix="anabranch-")
+    if len(folder) > _MAX_SOCKET_FOLDER_CHARS:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="anabranch-", dir="/tmp")
+    return Path(folder)

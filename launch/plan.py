@@ -1,0 +1,108 @@
+"""Which processes a topology means on this machine: a pure function, so that it can be looked at and tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from anabranch.config.flags import to_flags
+from anabranch.config.load import parse_size, usable_cores
+from anabranch.config.topology import PoolConfig, Topology
+from anabranch.config.worker import WorkerConfig
+from anabranch.protocol.workers import Role
+
+INPROC_NAME = "inproc"
+_MODULES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "colocated": "decode"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessPlan:
+    """One process to start.
+
+    Attributes:
+        name: unique in the cluster.
+        module: what `python -m` runs.
+        arguments: its command line.
+        workers: workers that live in it (several where prefill and decode share a process).
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    workers: tuple[WorkerConfig, ...]
+
+    @property
+    def num_threads(self) -> int:
+        return sum(worker.threads for worker in self.workers)
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        return tuple(sorted({core for worker in self.workers for core in worker.cores}))
+
+
+def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None = None) -> tuple[WorkerConfig, ...]:
+    """The workers of a checked topology, threads and cores dealt out.
+
+    Args:
+        control: endpoint of the orchestrator's control channel.
+        cores: CPU ids that may be used; None: those of this process.
+    """
+    usable = usable_cores() if cores is None else cores
+    pools: list[tuple[Role, PoolConfig]] = []
+    if topology.pools.prefill is not None:
+        pools.append(("prefill", topology.pools.prefill))
+    if topology.pools.decode is not None:
+        pools.append(("decode", topology.pools.decode))
+    if topology.pools.colocated is not None:
+        pools.append(("colocated", topology.pools.colocated))
+    num_ranks = sum(pool.workers * pool.tp * pool.cp for _, pool in pools)
+    share, spare = divmod(len(usable), num_ranks)
+    workers: list[WorkerConfig] = []
+    for role, pool in pools:
+        num_cores = len(pool.cores) // pool.workers
+        for index in range(pool.workers):
+            own = pool.cores[index * num_cores : (index + 1) * num_cores]
+            even = share + (1 if len(workers) < spare else 0)
+            workers.append(
+                WorkerConfig(
+                    role=role,
+                    name=f"{role}-{index}",
+                    orchestrator=control,
+                    model=topology.model,
+                    dtype=topology.dtype,
+                    device=topology.device,
+                    kv_transport=topology.kv_transport,
+                    threads=pool.threads or len(own) or max(1, even),
+                    cores=own,
+                    block_size=topology.block_size,
+                    kv_cache_bytes=parse_size(f"pools.{role}.kv_cache", pool.kv_cache),
+                    max_context=topology.max_context,
+                    max_running=pool.max_running,
+                    max_step_tokens=pool.max_step_tokens,
+                    prefix_cache=topology.prefix_cache,
+                    native_kernels=topology.native_kernels,
+                    tp=pool.tp,
+                    cp=pool.cp,
+                )
+            )
+    return tuple(workers)
+
+
+def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tuple[ProcessPlan, ...]:
+    """One process for each worker; with the in-process transport, one for all prefill and decode workers."""
+    shared = tuple(w for w in workers if topology.kv_transport == "inproc" and w.role != "colocated")
+    processes: list[ProcessPlan] = []
+    if shared:
+        text = msgspec.json.encode(shared).decode()
+        processes.append(
+            ProcessPlan(name=INPROC_NAME, module="launch.inproc", arguments=("--workers", text), workers=shared)
+        )
+    processes.extend(
+        ProcessPlan(
+            name=worker.name, module=_MODULES[worker.role], arguments=tuple(to_flags(worker)), workers=(worker,)
+        )
+        for worker in workers
+        if worker not in shared
+    )
+    return tuple(processes)

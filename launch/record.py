@@ -1,0 +1,88 @@
+"""Where a running cluster is written down, so that `anabranch generate` finds it without being told.
+
+One small JSON file for each `anabranch up`, in a folder that only the user can read. A record whose process
+has ended is not believed, and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+import psutil
+
+
+class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A running cluster.
+
+    Attributes:
+        grpc: `host:port` of its gateway.
+        pid: process id of the launcher.
+        started_s: when that process was created, seconds since the epoch; tells a reused pid apart.
+    """
+
+    grpc: str
+    pid: int
+    started_s: float
+    model: str
+
+
+def record_folder() -> Path:
+    """`$XDG_RUNTIME_DIR/anabranch`, else a folder in the user's cache."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) if runtime else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "anabranch" / "clusters" if not runtime else base / "anabranch"
+
+
+def record_path(pid: int | None = None) -> Path:
+    """The file of the cluster that process `pid` (this one) launched."""
+    return record_folder() / f"cluster-{pid or os.getpid()}.json"
+
+
+def write_record(grpc: str, model: str) -> Path:
+    """Write down this process's cluster; returns the file."""
+    path = record_path()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    record = ClusterRecord(grpc=grpc, pid=os.getpid(), started_s=psutil.Process().create_time(), model=model)
+    write_atomically(path, msgspec.json.encode(record))
+    return path
+
+
+def running_clusters() -> list[ClusterRecord]:
+    """Clusters of this user that still run, the latest first; records of others are removed."""
+    found: list[tuple[float, ClusterRecord]] = []
+    folder = record_folder()
+    for path in folder.glob("cluster-*.json") if folder.is_dir() else ():
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=ClusterRecord)
+            written = path.stat().st_mtime
+        except (OSError, msgspec.DecodeError):
+            continue
+        if _runs(record):
+            found.append((written, record))
+        else:
+            path.unlink(missing_ok=True)
+    return [record for _, record in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _runs(record: ClusterRecord) -> bool:
+    try:
+        return abs(psutil.Process(record.pid).create_time() - record.started_s) < 1.0
+    except psutil.Error:
+        return False

@@ -1,0 +1,192 @@
+"""The life of every worker process, whatever it computes.
+
+    build (load, allocate) -> connect -> Register -> Registered -> serve: handle messages, beat -> drain -> close
+
+Threads: the event loop's (control channel), the engine's (schedulers and compute), and the tensor plane's.
+A room's subclass says what to build and what a message means; everything it sends goes through `post`,
+which any thread may call, and leaves in the order in which it was posted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from abc import ABC, abstractmethod
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.errors import AnabranchError, DeadlineExceeded, MalformedMessage, WorkerDied
+from anabranch.protocol.workers import (
+    Beat,
+    Drain,
+    Register,
+    Registered,
+    Shutdown,
+    ToOrchestrator,
+    ToWorker,
+    WorkerInfo,
+    WorkerStats,
+)
+from transport.control import ControlClient
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+ENGINE_STOP_TIMEOUT_S = 5.0
+
+
+class Worker(ABC):
+    """One worker of any role.
+
+    Args:
+        config: read once, at the entry.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.draining = False
+        self._stop = asyncio.Event()
+        self._heard_s = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outbox: asyncio.Queue[ToOrchestrator] = asyncio.Queue()
+
+    # What a room supplies -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> WorkerInfo:
+        """Load the model, allocate, start threads. Blocking; called once."""
+
+    @abstractmethod
+    def handle(self, message: ToWorker) -> None:
+        """Act on a message that is about requests. Must not block."""
+
+    @abstractmethod
+    def stats(self) -> WorkerStats:
+        """The load now."""
+
+    @abstractmethod
+    def is_idle(self) -> bool:
+        """Whether no request is held in any stage."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """Called a few times a second: expire what has a deadline."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End threads, release sockets. Blocking; called once, also after a failed build."""
+
+    # The life --------------------------------------------------------------------------------------------
+
+    def post(self, message: ToOrchestrator) -> None:
+        """Send `message` to the orchestrator; from any thread, in order, never blocking."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._outbox.put_nowait, message)
+
+    def drain(self) -> None:
+        """Take no new work and end once idle. From the event loop's thread."""
+        if not self.draining:
+            logger.info("draining")
+            self.draining = True
+
+    async def run(self) -> None:
+        """Serve until drained, shut down, or abandoned by the orchestrator.
+
+        Raises:
+            DeadlineExceeded: no answer to Register in time.
+            WorkerDied: the orchestrator fell silent, or refused this worker.
+        """
+        self._loop = asyncio.get_running_loop()
+        client: ControlClient | None = None
+        try:
+            info = await asyncio.to_thread(self.build)
+            client = ControlClient(self.config.orchestrator, ToWorker, identity=self.config.name.encode())
+            await self._register(client, info)
+            await self._serve(client)
+        finally:
+            await asyncio.to_thread(self.close)
+            if client is not None:
+                client.close()
+
+    async def _register(self, client: ControlClient, info: WorkerInfo) -> None:
+        await client.send(Register(worker=info))
+        wait_s = self.config.orchestrator_timeout_s
+        try:
+            async with asyncio.timeout(wait_s):
+                while not isinstance(answer := await client.recv(), Registered):
+                    logger.debug("before registration: dropped %s", type(answer).__name__)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"orchestrator_timeout_s: {self.config.orchestrator} did not answer the registration in {wait_s} s"
+            ) from None
+        if answer.error is not None:
+            raise WorkerDied(f"refused by the orchestrator: {answer.error.message}")
+        self._heard_s = time.monotonic()
+        logger.info("registered at %s on %s", self.config.orchestrator, socket.gethostname())
+
+    async def _serve(self, client: ControlClient) -> None:
+        tasks = [
+            asyncio.create_task(self._receive(client), name="receive"),
+            asyncio.create_task(self._send(client), name="send"),
+            asyncio.create_task(self._beat(), name="beat"),
+            asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(self._stop.wait(), name="stop"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, client: ControlClient) -> None:
+        while True:
+            message = await client.recv()
+            self._heard_s = time.monotonic()
+            match message:
+                case Shutdown():
+                    logger.info("shutdown")
+                    return
+                case Drain():
+                    self.drain()
+                case Registered(error=error):
+                    if error is not None:
+                        raise WorkerDied(f"refused by the orchestrator: {error.message}")
+                case Beat():
+                    pass
+                case _:
+                    try:
+                        self.handle(message)
+                    except AnabranchError as error:
+                        logger.warning("%s: %s", type(message).__name__, error)
+
+    async def _send(self, client: ControlClient) -> None:
+        while True:
+            await client.send(await self._outbox.get())
+
+    async def _beat(self) -> None:
+        while True:
+            self.post(Beat(stats=self.stats()))
+            await asyncio.sleep(self.config.heartbeat_s)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.tick()
+            silence_s = time.monotonic() - self._heard_s
+            if silence_s > self.config.orchestrator_timeout_s:
+                raise WorkerDied(
+                    f"orchestrator_timeout_s: silence for {silence_s:.1f} s from {self.config.orchestrator}"
+                )
+            if self.draining and self.is_idle() and self._outbox.empty():
+                logger.info("drained")
+                return
+
+
+def unexpected(message: ToWorker, role: str) -> MalformedMessage:
+    """The error for a message that a role has no use for."""
+    return MalformedMessage(f"a {role} worker takes no {type(message).__name__}")

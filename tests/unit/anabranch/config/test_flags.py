@@ -1,0 +1,49 @@
+"""Flags are made from the struct, and read back into an equal one."""
+
+import pytest
+
+from anabranch.config.flags import parse_flags, to_flags
+from anabranch.config.worker import WorkerConfig
+
+pytestmark = pytest.mark.unit
+
+
+def read(*argv: str) -> WorkerConfig:
+    return parse_flags(WorkerConfig, argv, prog="decode", about="A worker.", defaults={"role": "decode"})
+
+
+def test_round_trip_of_every_kind_of_field() -> None:
+    config = WorkerConfig(
+        role="decode",
+        name="decode-0",
+        orchestrator="ipc:///x",
+        model="m",
+        dtype="float32",
+        cores=(0, 1),
+        prefix_cache=False,
+        lease_s=2.5,
+        kv_cache_bytes=12345,
+    )
+    assert read(*to_flags(config)) == config
+
+
+def test_a_missing_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read("--name", "a", "--model", "m")
+    assert stop.value.code == 2
+    assert "--orchestrator" in capsys.readouterr().err
+
+
+def test_a_bad_value_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--name", "a", "--model", "m", "--orchestrator", "o", "--block-size", "0")
+    assert "block_size: 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--kv-cache-bytes" in text
+    assert "size of the KV pool" in text

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from anabranch.config.load import check_topology, load_topology, parse_size, topology_from, usable_cores
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "topology.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_full_file_is_read(tmp_path: Path) -> None:
+    topology = load_topology(
+        written(
+            tmp_path,
+            """
+            model: smollm2-135m
+            dtype: float32
+            kv_transport: tcp
+            grpc: 127.0.0.1:50051
+            pools:
+              prefill: {workers: 2, tp: 1, cp: 1, kv_cache: 64MiB}
+              decode: {workers: 1, threads: 1, kv_cache: 1048576, max_running: 8}
+            """,
+        )
+    )
+    assert topology.dtype == "float32"
+    assert topology.pools.prefill is not None
+    assert topology.pools.decode is not None
+    assert topology.pools.prefill.workers == 2
+    assert topology.pools.prefill.kv_cache == 64 * 1024 * 1024
+    assert topology.pools.decode.kv_cache == 1048576
+    assert topology.pools.decode.max_running == 8
+    assert topology.pools.colocated is None
+
+
+def test_an_empty_file_is_the_default_cluster(tmp_path: Path) -> None:
+    topology = load_topology(written(tmp_path, ""))
+    assert topology.model == "smollm2-135m"
+    assert topology.pools.prefill == topology.pools.decode
+    assert topology.pools.prefill is not None
+    assert topology.pools.prefill.kv_cache == 512 * 1024 * 1024
+
+
+def test_colocated_may_stand_at_the_top() -> None:
+    topology = topology_from({"model": "m", "colocated": {"workers": 2}})
+    assert topology.pools.colocated is not None
+    assert topology.pools.colocated.workers == 2
+    assert topology.pools.prefill is None
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "value", "remedy"),
+    [
+        ({"modle": "x"}, "modle", "x", "did you mean model?"),
+        ({"pools": {"prefil": {}, "decode": {}}}, "pools.prefil", {}, "did you mean pools.prefill?"),
+        ({"pools": {"colocated": {"wokers": 2}}}, "pools.colocated.wokers", 2, "did you mean pools.colocated.workers?"),
+        ({"zzz": 1}, "zzz", 1, "known keys: model, dtype"),
+        ({"pools": {"colocated": {"workers": "two"}}}, "pools.colocated.workers", "two", "expected `int`, got `str`"),
+        ({"pools": {"colocated": {"workers": True}}}, "pools.colocated.workers", True, "expected `int`, got `bool`"),
+        ({"pools": {"colocated": {"cores": [0, "a"]}}}, "pools.colocated.cores[1]", "a", "expected `int`, got `str`"),
+        ({"pools": [1]}, "pools", [1], "expected `object`, got `array`"),
+        ({"dtype": "bfloat"}, "dtype", "bfloat", "did you mean bfloat16?"),
+        ({"kv_transport": "rdma"}, "kv_transport", "rdma", "must be one of auto, inproc, tcp, ucx"),
+        ({"pools": {"colocated": {"workers": 0}}}, "pools.colocated.workers", 0, "must be at least 1"),
+        ({"pools": {"colocated": {"workers": 9999}}}, "pools.colocated.workers", 9999, "at most 256"),
+        ({"pools": {"colocated": {"tp": 2}}}, "pools.colocated.tp", 2, "must be 1: tensor parallelism is not built"),
+        ({"pools": {"colocated": {"cp": 0}}}, "pools.colocated.cp", 0, "must be 1: context parallelism"),
+        ({"pools": {"colocated": {"threads": -1}}}, "pools.colocated.threads", -1, "must be at least 0"),
+        ({"pools": {"colocated": {"kv_cache": "5 cats"}}}, "pools.colocated.kv_cache", "5 cats", '"512MiB"'),
+        ({"pools": {"colocated": {"kv_cache": 0}}}, "pools.colocated.kv_cache", 0, "between 1 byte"),
+        ({"pools": {"colocated": {"cores": [0, 0]}}}, "pools.colocated.cores", [0, 0], "names a core twice"),
+        ({"pools": {"colocated": {"cores": [99999]}}}, "pools.colocated.cores", [99999], "core 99999 cannot be used"),
+        ({"pools": {"prefill": {}}}, "pools.decode", None, "come together"),
+        ({"pools": {}}, "pools", {}, "give prefill and decode, or colocated"),
+        ({"block_size": 0}, "block_size", 0, "must be at least 1"),
+        ({"grpc": "localhost"}, "grpc", "localhost", "give HOST:PORT"),
+        ({"grpc": "localhost:99999"}, "grpc", "localhost:99999", "give HOST:PORT"),
+        ([1, 2], "topology", "list", "must be a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(data: object, key: str, value: object, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        topology_from(data)
+    assert caught.value.key == key
+    assert caught.value.value == value
+    assert remedy in caught.value.remedy
+
+
+def test_cores_must_divide_by_workers() -> None:
+    core = usable_cores()[0]
+    with pytest.raises(ConfigError, match="1 cores do not deal out evenly to 2 workers"):
+        topology_from({"pools": {"colocated": {"workers": 2, "cores": [core]}}})
+
+
+def test_a_topology_built_in_python_is_checked_too() -> None:
+    topology = Topology(pools=Pools(colocated=PoolConfig(kv_cache="1KiB")))
+    checked = check_topology(topology)
+    assert checked.pools.colocated is not None
+    assert checked.pools.colocated.kv_cache == 1024
+    with pytest.raises(ConfigError, match=r"pools\.colocated\.workers"):
+        check_topology(msgspec.structs.replace(topology, pools=Pools(colocated=PoolConfig(workers=-1))))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_topology(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_topology(written(tmp_path, "model: [unclosed"))
+    with pytest.raises(ConfigError, match="given twice"):
+        load_topology(written(tmp_path, "model: a\nmodel: b\n"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_topology(written(tmp_path, "model: !!python/object/apply:os.getcwd []\n"))
+    with pytest.raises(ConfigError, match="larger than"):
+        load_topology(written(tmp_path, "#" * (1 << 20) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (17, 17),
+        ("17", 17),
+        ("512MiB", 512 << 20),
+        ("1GiB", 1 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("2gb", 2_000_000_000),
+        ("4KB", 4000),
+    ],
+)
+def test_sizes(text: int | str, num_bytes: int) -> None:
+    assert parse_size("kv", text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 MiB 2", "1XB", -5, "9999999TiB"])
+def test_bad_sizes(text: int | str) -> None:
+    with pytest.raises(ConfigError, match=r"^kv: "):
+        parse_size("kv", text)

@@ -1,0 +1,36 @@
+"""What the owner of KV blocks supplies to a receiver."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from anabranch.errors import AnabranchError
+from transport.kv_stream.messages import Commit
+
+
+class KvSink(Protocol):
+    """One stream's destination. All methods run on a plane's progress thread and must not block."""
+
+    def place(
+        self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> None:
+        """Copy the rows of tokens `token_start, token_start + 1, ...` into the pool before returning.
+
+        `k_TKD` and `v_TKD` are contiguous CPU views `[T, K, D]` in the layout's dtype, valid during the call
+        only; head `head_start` (its number in the whole model) is their first. Raising fails the stream.
+        """
+        ...
+
+    def touch(self) -> None:
+        """A slice has arrived: extend the lease."""
+        ...
+
+    def committed(self, commit: Commit) -> None:
+        """All KV is in its place. Called at most once, and never together with `failed`."""
+        ...
+
+    def failed(self, error: AnabranchError) -> None:
+        """The stream will not commit. Called at most once; the owner calls `close` and frees the blocks."""
+        ...
