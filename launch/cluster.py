@@ -26,7 +26,8 @@ from types import TracebackType
 
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
-from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
+from anabranch.errors import DeadlineExceeded, WorkerDied
+from anabranch.model.sources import resolve_model
 from launch import sweeper
 from launch.gateway import GatewayProbe
 from launch.plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
@@ -147,10 +148,13 @@ class LocalCluster:
     # Life ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> LocalCluster:
-        self.start()
+        if self._folder is None:
+            self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -158,7 +162,8 @@ class LocalCluster:
 
         Raises:
             ConfigError: the model, a size or a degree that a process refused.
-            WorkerDied: a process ended before the cluster was ready; the message has its last lines.
+            ModelError: the model cannot be found or converted.
+        WorkerDied: a process ended before the cluster was ready; the message has its last lines.
             DeadlineExceeded: not ready in time; the message says who is missing.
         """
         try:
@@ -193,6 +198,7 @@ class LocalCluster:
         if self._folder is not None:
             raise RuntimeError("a LocalCluster starts once; make a new one")
         deadline = time.monotonic() + self._ready_timeout_s
+        resolve_model(self.topology.model)  # a name that is unknown is refused here; a conversion happens once
         self._folder = _private_folder()
         self._start_sweeper()
         control = f"ipc://{self._folder}/control.sock"
@@ -275,8 +281,7 @@ class LocalCluster:
         if probe is not None:
             plan = next(plan for plan in self._plans if plan.name == death.name)
             for worker in plan.workers:
-                with contextlib.suppress(AnabranchError):
-                    probe.report_exit(worker.name, death.reason, REPORT_TIMEOUT_S)
+                probe.report_exit(worker.name, death.pid, death.reason, REPORT_TIMEOUT_S)
         if self._user_on_death is not None:
             self._user_on_death(death)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from anabranch.config.flags import to_flags
 from anabranch.config.load import parse_size, usable_cores
+from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.topology import PoolConfig, Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.protocol.workers import Role
 
+ORCHESTRATOR_NAME = "orchestrator"
 INPROC_NAME = "inproc"
 _MODULES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "colocated": "decode"}
 
@@ -39,6 +42,14 @@ class ProcessPlan:
     @property
     def cores(self) -> tuple[int, ...]:
         return tuple(sorted({core for worker in self.workers for core in worker.cores}))
+
+
+def plan_orchestrator(topology: Topology, control: str, endpoints_file: Path) -> ProcessPlan:
+    """The orchestrator; it writes its address to `endpoints_file` once it listens."""
+    config = OrchestratorConfig(
+        model=topology.model, grpc_bind=topology.grpc, control_bind=control, endpoints_file=str(endpoints_file)
+    )
+    return ProcessPlan(name=ORCHESTRATOR_NAME, module="orchestrator", arguments=tuple(to_flags(config)), workers=())
 
 
 def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None = None) -> tuple[WorkerConfig, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
 
@@ -162,6 +163,8 @@ def _check_address(key: str, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
+    if not is_loopback(host):
+        raise ConfigError(key, address, "is reachable from other machines and there is no TLS; use 127.0.0.1")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -31,7 +31,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         allow_remote: let the two addresses be reachable from other machines, without TLS.
         max_queued: most requests that wait for their first token; more are refused at once.
         max_request_bytes: largest message of a client.
-        max_control_bytes: largest message of a worker.
+        max_control_bytes: largest message to or from a worker.
         max_unread_tokens: most tokens kept for a client that does not read; one more ends the request.
         prefill_ahead_tokens: prompt tokens given to a prefill worker before the next request waits in the queue;
             a worker without work takes one request of any length.
@@ -55,7 +55,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     allow_remote: bool = False
     max_queued: int = 256
     max_request_bytes: int = 4 * 1024 * 1024
-    max_control_bytes: int = 16 * 1024 * 1024
+    max_control_bytes: int = 8 * 1024 * 1024
     max_unread_tokens: int = 16384
     prefill_ahead_tokens: int = 4096
     max_retries: int = 8

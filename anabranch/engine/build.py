@@ -13,9 +13,10 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.engine.runner import Runner
 from anabranch.errors import ConfigError
-from anabranch.kernels.select import select_kernels
+from anabranch.kernels.native import select_kernels
 from anabranch.model.config import ModelConfig
 from anabranch.model.load import load_model
+from anabranch.model.progress import progress_bar
 from anabranch.parallel.group import SingleRank
 from anabranch.parallel.layout import KvLayout
 
@@ -48,7 +49,8 @@ def build_engine(config: WorkerConfig) -> Engine:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     kernels = select_kernels(device, dtype, config.native_kernels)
-    model_config, model = load_model(config.model, dtype=dtype, device=device, kernels=kernels, group=SingleRank())
+    with progress_bar(f"loading {config.model}") as progress:
+        model_config, model = load_model(config.model, dtype=dtype, device=device, kernels=kernels, group=SingleRank())
     layout = KvLayout(
         dtype=str(dtype).removeprefix("torch."),
         num_layers=model_config.num_layers,

@@ -28,6 +28,18 @@ class Kernels(Protocol):
         """`x @ weight.T + bias`; the weight is row-major and stays the only copy."""
         ...
 
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(sum, rms_norm(sum))` of `x + residual`: the end of one half and the beginning of the next, in one pass."""
+        ...
+
+    def linear_silu_mul(
+        self, x_TC: torch.Tensor, gate_up_FC: torch.Tensor, bias_F: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`silu_mul(linear(x))` in one pass: `[T, C] -> [T, F / 2]`."""
+        ...
+
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """`silu(first half) * second half` over the last axis: `[T, 2F] -> [T, F]`."""
         ...

@@ -27,6 +27,19 @@ class PlainKernels:
         """See `Kernels.linear`."""
         return functional.linear(x_TC, weight_FC, bias_F)
 
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.add_rms_norm`."""
+        total_TC = x_TC + residual_TC
+        return total_TC, self.rms_norm(total_TC, weight_C, eps)
+
+    def linear_silu_mul(
+        self, x_TC: torch.Tensor, gate_up_FC: torch.Tensor, bias_F: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Kernels.linear_silu_mul`."""
+        return self.silu_mul(self.linear(x_TC, gate_up_FC, bias_F))
+
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """See `Kernels.silu_mul`."""
         gate, up = gate_up_TF.chunk(2, dim=-1)

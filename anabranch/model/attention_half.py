@@ -72,23 +72,55 @@ class AttentionHalf:
         self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         """`[T, C] -> [T, C]`, with the residual added; `attention` keeps the new K and V."""
+        normed_TC = self._kernels.rms_norm(hidden_TC, self.input_norm_C, self._eps)
+        return hidden_TC + self._attend(normed_TC, cos_TD, sin_TD, attention)
+
+    def route(self, hidden_TC: torch.Tensor) -> FfnInput:
+        """What the other half is given: the normed rows and, where the layer is sparse, their experts."""
+        return self._choose(self._kernels.rms_norm(hidden_TC, self.post_norm_C, self._eps))
+
+    def step(
+        self,
+        hidden_TC: torch.Tensor,
+        answer_TC: torch.Tensor | None,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        attention: Attention,
+    ) -> tuple[torch.Tensor, FfnInput]:
+        """`forward`, then `route`, with each residual and the norm after it in one pass.
+
+        Args:
+            answer_TC: what the FFN half of the layer before answered, not yet added to `hidden_TC`; None: nothing.
+
+        Returns:
+            The hidden states that this layer's FFN answer is to be added to, and what that half is given.
+        """
         kernels = self._kernels
-        qkv_TF = self.qkv.forward(kernels.rms_norm(hidden_TC, self.input_norm_C, self._eps))
-        q_TF, k_TF, v_TF = qkv_TF.split(self._widths, dim=-1)
-        q_THD = q_TF.unflatten(-1, (self.num_heads, self._head_dim))
-        k_TKD = k_TF.unflatten(-1, (self.num_kv_heads, self._head_dim))
-        v_TKD = v_TF.unflatten(-1, (self.num_kv_heads, self._head_dim))
+        if answer_TC is None:
+            normed_TC = kernels.rms_norm(hidden_TC, self.input_norm_C, self._eps)
+        else:
+            hidden_TC, normed_TC = kernels.add_rms_norm(answer_TC, hidden_TC, self.input_norm_C, self._eps)
+        attended_TC = self._attend(normed_TC, cos_TD, sin_TD, attention)
+        hidden_TC, normed_TC = kernels.add_rms_norm(attended_TC, hidden_TC, self.post_norm_C, self._eps)
+        return hidden_TC, self._choose(normed_TC)
+
+    def _attend(
+        self, normed_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        kernels = self._kernels
+        q_TF, k_TF, v_TF = self.qkv.forward(normed_TC).split_with_sizes(self._widths, dim=-1)
+        q_THD = q_TF.view(-1, self.num_heads, self._head_dim)
+        k_TKD = k_TF.view(-1, self.num_kv_heads, self._head_dim)
+        v_TKD = v_TF.view(-1, self.num_kv_heads, self._head_dim)
         if self.q_norm_D is not None and self.k_norm_D is not None:
             q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self._eps)
             k_TKD = kernels.rms_norm(k_TKD, self.k_norm_D, self._eps)
         q_THD = kernels.rotary(q_THD, cos_TD, sin_TD)
         k_TKD = kernels.rotary(k_TKD, cos_TD, sin_TD)
         out_THD, _ = attention.attend(self.layer, q_THD, k_TKD, v_TKD, self._scale, self.window)
-        return hidden_TC + self.output.forward(out_THD.flatten(1))
+        return self.output.forward(out_THD.flatten(1))
 
-    def route(self, hidden_TC: torch.Tensor) -> FfnInput:
-        """What the other half is given: the normed rows and, where the layer is sparse, their experts."""
-        normed_TC = self._kernels.rms_norm(hidden_TC, self.post_norm_C, self._eps)
+    def _choose(self, normed_TC: torch.Tensor) -> FfnInput:
         if self.gate is None:
             return FfnInput(normed_TC, None, None)
         return FfnInput(normed_TC, *self.gate.forward(normed_TC))

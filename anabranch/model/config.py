@@ -100,16 +100,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
         check(
             self.head_dim == 2 * len(self.rope.inv_freq),
-            f"head_dim {self.head_dim} with {len(self.rope.inv_freq)} rotary frequencies; it must be twice their number",
+            f"head_dim {self.head_dim} is not twice the {len(self.rope.inv_freq)} rotary frequencies",
         )
         check(len(self.windows) == self.num_layers, f"{len(self.windows)} windows for {self.num_layers} layers")
         check(all(w is None or w >= 1 for w in self.windows), "a sliding window must hold at least 1 token")
         if self.moe is not None:
             moe = self.moe
             check(len(moe.sparse_layers) == self.num_layers, f"{len(moe.sparse_layers)} layer kinds, not one per layer")
-            check(
-                1 <= moe.top_k <= moe.num_experts, f"a token cannot choose {moe.top_k} of {moe.num_experts} experts"
-            )
+            check(1 <= moe.top_k <= moe.num_experts, f"a token cannot choose {moe.top_k} of {moe.num_experts} experts")
             check(moe.expert_intermediate >= 1, f"experts of {moe.expert_intermediate} features")
 
     def is_sparse(self, layer: int) -> bool:

@@ -34,6 +34,6 @@ def expert_names(loader: WeightLoader, layer: int) -> ExpertNames:
         return ExpertNames(gate, fused, fused, f"{prefix}.mlp.experts.down_proj", fused=True)
     mixtral = f"{prefix}.block_sparse_moe.experts."
     if loader.has(f"{mixtral}0.w1.weight"):
-        return ExpertNames(gate, *(f"{mixtral}{{}}.{w}.weight" for w in ("w1", "w3", "w2")))
+        return ExpertNames(gate, f"{mixtral}{{}}.w1.weight", f"{mixtral}{{}}.w3.weight", f"{mixtral}{{}}.w2.weight")
     each = f"{prefix}.mlp.experts.{{}}."
-    return ExpertNames(gate, *(f"{each}{w}_proj.weight" for w in ("gate", "up", "down")))
+    return ExpertNames(gate, f"{each}gate_proj.weight", f"{each}up_proj.weight", f"{each}down_proj.weight")

@@ -29,7 +29,8 @@ class _Traits:
 
 
 def _one_window(hf: PretrainedConfig) -> tuple[int | None, ...]:
-    return (hf.sliding_window,) * hf.num_hidden_layers
+    window: int | None = hf.sliding_window
+    return (window,) * int(hf.num_hidden_layers)
 
 
 def _window_by_layer(hf: PretrainedConfig) -> tuple[int | None, ...]:

@@ -70,7 +70,7 @@ class DenseFfn:
             bias=bias,
             reduce=reduce,
         )
-        self._silu_mul = kernels.silu_mul
+        self._linear_silu_mul = kernels.linear_silu_mul
 
     def forward(self, rows: FfnInput) -> torch.Tensor:
         """See `FfnHalf.forward`."""
@@ -78,4 +78,5 @@ class DenseFfn:
 
     def compute(self, x_TC: torch.Tensor) -> torch.Tensor:
         """`[T, C] -> [T, C]`."""
-        return self.down.forward(self._silu_mul(self.gate_up.forward(x_TC)))
+        gate_up = self.gate_up
+        return self.down.forward(self._linear_silu_mul(x_TC, gate_up.weight_FC, gate_up.bias_F))

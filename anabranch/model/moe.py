@@ -70,7 +70,7 @@ class MoeFfn:
         count = len(held)
         rows = slice(held.start, held.stop)
         for expert in range(loader.config.moe.num_experts):
-            gate_FC, up_FC = self.gate_up_EFC[expert].split(count)
+            gate_FC, up_FC = self.gate_up_EFC[expert, :count], self.gate_up_EFC[expert, count:]
             if names.fused:
                 one = slice(expert, expert + 1)
                 gate_up_shape = (loader.config.moe.num_experts, 2 * features, hidden)

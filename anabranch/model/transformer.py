@@ -31,7 +31,10 @@ def load_ffn(loader: WeightLoader, kernels: Kernels, group: Group, layer: int) -
 
 
 class DecoderLayer:
-    """Both halves of a layer, joined by a function call: what a split pair does over the network."""
+    """Both halves of a layer, joined by a function call: what a split pair does over the network.
+
+    `Transformer.forward` does the same with `AttentionHalf.step`, which saves passes over memory.
+    """
 
     def __init__(self, attention: AttentionHalf, ffn: FfnHalf) -> None:
         self.attention = attention
@@ -116,9 +119,12 @@ class Transformer:
         """
         hidden_TC = self.embed(token_ids_T)
         cos_TD, sin_TD = self.rotary.forward(positions_T)
+        answer_TC: torch.Tensor | None = None
         for layer in self.layers:
-            hidden_TC = layer.forward(hidden_TC, cos_TD, sin_TD, attention)
-        return self.logits(hidden_TC.index_select(0, sample_rows_S))
+            hidden_TC, rows = layer.attention.step(hidden_TC, answer_TC, cos_TD, sin_TD, attention)
+            answer_TC = layer.ffn.forward(rows)
+        assert answer_TC is not None
+        return self.logits(hidden_TC.index_select(0, sample_rows_S) + answer_TC.index_select(0, sample_rows_S))
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """`[T] int64 -> [T, C]`."""

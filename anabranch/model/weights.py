@@ -22,7 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOAT_LABELS = ("F64", "F32", "F16", "BF16")
 # Pages of a mapped file count as the process's memory until it is unmapped, so a long read maps afresh.
-MAX_MAPPED_BYTES = 256 * 1024 * 1024
+MAX_MAPPED_BYTES = 64 * 1024 * 1024
 
 
 class WeightSource(Protocol):

@@ -2,31 +2,130 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 
 import torch
 
-from anabranch.errors import AnabranchError
-from anabranch.protocol.kv import KvStreamStats
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost
+from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.reshard import plan_reshard
+from anabranch.protocol.kv import KvDestination, KvStreamStats
+from anabranch.protocol.requests import TokenLogprob, WireError
+from transport.kv_stream.checksum import checksum
+from transport.kv_stream.incoming import DTYPES
+from transport.kv_stream.messages import Abort, Ack, Commit, Slice, encode
+from transport.kv_stream.packer import PackedSlice, Packer
+from transport.kv_stream.staging import Staging, StagingPool
+from transport.planes.base import Link
+
+Piece = tuple[range, list[tuple[int, int]]]
+
+
+class _Target:
+    """One destination rank, as this source rank sees it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.packer: Packer
+        self.num_slices = 0
+        self.payload_bytes = 0
+        self.acknowledged = False
 
 
 class KvStreamSender:
-    """One stream of one source rank. Made by `KvStreamSource.open`.
+    """One stream of one source rank. Made by `KvStreamSource.open`; `send_layer` and `commit` from one thread.
+
+    Args:
+        links: one for each destination rank.
+        forget: called once, when the stream has ended.
 
     Attributes:
         transport: the plane's name.
     """
 
-    transport: str
+    def __init__(
+        self,
+        links: Sequence[Link],
+        destination: KvDestination,
+        *,
+        source_layout: KvLayout,
+        source_rank: int,
+        transport: str,
+        pool: StagingPool,
+        max_in_flight_bytes: int,
+        send_timeout_s: float,
+        forget: Callable[[KvStreamSender], None],
+    ) -> None:
+        self.destination = destination
+        self.transport = transport
+        self._source_layout = source_layout
+        self._source_rank = source_rank
+        self._dtype = DTYPES[destination.layout.dtype]
+        self._pool = pool
+        self._max_in_flight_bytes = max_in_flight_bytes
+        self._send_timeout_s = send_timeout_s
+        self._forget = forget
+        self._changed = threading.Condition()
+        self._in_flight_bytes = 0
+        self._error: AnabranchError | None = None
+        self._ended = False
+        self._done: Future[KvStreamStats] = Future()
+        self._first_slice_s = 0.0
+        self._commit_s = 0.0
+        self._plan_key: tuple[int, int, range] | None = None
+        self._plan: list[list[Piece]] = []
+        self._targets = [_Target(link) for link in links]
+        for target in self._targets:
+            target.packer = Packer(self._take, self._give, lambda packed, target=target: self._post(target, packed))
+
+    @property
+    def links(self) -> list[Link]:
+        return [target.link for target in self._targets]
+
+    @property
+    def error(self) -> AnabranchError | None:
+        """Why the stream failed; None while it goes on and when it committed."""
+        return self._error
 
     def send_layer(
-        self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+        self,
+        layer: int,
+        head_start: int,
+        token_start: int,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        *,
+        chunk: range | None = None,
     ) -> None:
         """Post one layer's KV of consecutive tokens; the tensors may be reused when this returns.
 
-        Raises the stream's error once it has failed, and DeadlineExceeded when the receiver is too slow.
+        Args:
+            head_start: number of the tensors' first head in the whole model.
+            token_start: position of the tensors' first row.
+            chunk: the whole chunk that zigzag sharding cut, on a rank that holds pieces of it.
+
+        Raises:
+            AnabranchError: the stream's error, once it has failed.
+            DeadlineExceeded: the receiver is too slow.
         """
+        self._check()
+        assert k_TKD.dtype == v_TKD.dtype == self._dtype, f"{k_TKD.dtype} in a stream of {self._dtype}"
+        assert k_TKD.shape == v_TKD.shape, "K and V differ in shape"
+        tokens = range(token_start, token_start + k_TKD.shape[0])
+        heads = range(head_start, head_start + k_TKD.shape[1])
+        try:
+            for target, pieces in zip(self._targets, self._pieces(tokens, chunk or tokens), strict=True):
+                for wanted, runs in pieces:
+                    first, last = max(wanted.start, heads.start), min(wanted.stop, heads.stop)
+                    if first < last:
+                        span = slice(first - head_start, last - head_start)
+                        target.packer.add(layer, first, token_start, k_TKD[:, span], v_TKD[:, span], runs)
+        except AnabranchError as error:
+            self._end(error, tell=True)
+            raise
 
     def commit(
         self,
@@ -37,12 +136,190 @@ class KvStreamSender:
         prefill_s: float = 0.0,
         num_cached_tokens: int = 0,
     ) -> Future[KvStreamStats]:
-        """Say that everything was sent; the future is done when all destination ranks have acknowledged."""
-        raise NotImplementedError
+        """Say that everything was sent; the future is done when all destination ranks have acknowledged.
+
+        Never raises: a stream that has failed gives a future that has failed.
+        """
+        self._commit_s = time.monotonic()
+        try:
+            self._check()
+            for target in self._targets:
+                target.packer.flush()
+                commit = Commit(
+                    stream_id=self.destination.stream_id,
+                    generation=self.destination.generation,
+                    source_rank=self._source_rank,
+                    num_sources=self._source_layout.num_ranks,
+                    num_slices=target.num_slices,
+                    payload_bytes=target.payload_bytes,
+                    token_id=token_id,
+                    logprob=logprob,
+                    queue_s=queue_s,
+                    prefill_s=prefill_s,
+                    num_cached_tokens=num_cached_tokens,
+                )
+                target.link.send(encode(commit)).add_done_callback(self._sent_header)
+        except AnabranchError as error:
+            self._end(error, tell=True)
+        return self._done
 
     def wait_ack(self, timeout_s: float) -> KvStreamStats:
         """Wait for the commit's acknowledgement. Raises DeadlineExceeded, or the stream's error."""
-        raise NotImplementedError
+        try:
+            return self._done.result(timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"acknowledgement of KV stream {self.destination.stream_id}: {timeout_s} s"
+            ) from None
 
     def abort(self, error: AnabranchError) -> None:
         """Give up: tells the receivers, frees buffers, fails the future. Idempotent; never raises."""
+        self._end(error, tell=True)
+
+    # What the source calls, on the plane's progress thread ----------------------------------------------
+
+    def acknowledged(self, link: Link, ack: Ack) -> None:
+        """A destination rank says how the stream ended there."""
+        if ack.error is not None:
+            for target in self._targets:
+                target.acknowledged = target.acknowledged or target.link is link
+            self._end(ack.error.to_error(), tell=True)
+            return
+        for target in self._targets:
+            if target.link is link and not target.acknowledged:
+                target.acknowledged = True
+                break
+        if all(target.acknowledged for target in self._targets):
+            self._end(None, tell=False)
+
+    def lost(self, link: Link, error: Exception) -> None:
+        """A link is gone."""
+        for target in self._targets:
+            target.acknowledged = target.acknowledged or target.link is link
+        self._end(PeerLost(f"the receiver of the KV stream is gone: {error}"), tell=True)
+
+    # Slices ---------------------------------------------------------------------------------------------
+
+    def _pieces(self, tokens: range, chunk: range) -> list[list[Piece]]:
+        """For each destination rank, the heads and runs of `tokens` that this rank has to send it."""
+        key = (tokens.start, tokens.stop, chunk)
+        if key == self._plan_key:  # the same for every layer
+            return self._plan
+        to = self.destination
+        wanted = range(to.num_cached_tokens, to.num_tokens)
+        plan: list[list[Piece]] = [[] for _ in self._targets]
+        if self._source_layout.num_ranks == 1 == to.layout.num_ranks:
+            start, stop = max(tokens.start, wanted.start), min(tokens.stop, wanted.stop)
+            if start < stop:
+                plan[0].append((range(to.layout.num_kv_heads), [(start, stop - start)]))
+        else:
+            for copy in plan_reshard(self._source_layout, to.layout, chunk, wanted=wanted):
+                start, stop = max(tokens.start, copy.tokens.start), min(tokens.stop, copy.tokens.stop)
+                if copy.source != self._source_rank or start >= stop:
+                    continue
+                pieces = plan[copy.destination]
+                if pieces and pieces[-1][0] == copy.heads:
+                    pieces[-1][1].append((start, stop - start))
+                else:
+                    pieces.append((copy.heads, [(start, stop - start)]))
+        self._plan_key, self._plan = key, plan
+        return plan
+
+    def _take(self, num_bytes: int) -> Staging:
+        """A staging buffer, once the stream's share of bytes in flight allows it."""
+        deadline = time.monotonic() + self._send_timeout_s
+        with self._changed:
+            while self._error is None:
+                if not self._in_flight_bytes or self._in_flight_bytes + num_bytes <= self._max_in_flight_bytes:
+                    staging = self._pool.take(num_bytes)
+                    if staging is not None:
+                        self._in_flight_bytes += staging.capacity
+                        return staging
+                left = deadline - time.monotonic()
+                # Woken by this stream's own bytes; another stream's, in the shared pool, are looked for now and then.
+                if left <= 0 or (not self._changed.wait(min(left, 0.05)) and time.monotonic() >= deadline):
+                    raise DeadlineExceeded(
+                        f"KV stream {self.destination.stream_id} to {self.destination.worker}: "
+                        f"{self._in_flight_bytes} bytes in flight for {self._send_timeout_s} s"
+                    )
+            raise self._error
+
+    def _give(self, staging: Staging) -> None:
+        self._pool.give(staging)
+        with self._changed:
+            self._in_flight_bytes -= staging.capacity
+            self._changed.notify_all()
+
+    def _post(self, target: _Target, packed: PackedSlice) -> None:
+        staging = packed.staging
+        payload = staging.view[: packed.num_bytes]
+        slice_ = Slice(
+            stream_id=self.destination.stream_id,
+            generation=self.destination.generation,
+            source_rank=self._source_rank,
+            seq=target.num_slices,
+            layer=packed.layer,
+            num_layers=packed.num_layers,
+            head_start=packed.head_start,
+            num_heads=packed.num_heads,
+            tokens=packed.runs,
+            checksum=checksum(payload),
+        )
+        target.num_slices += 1
+        target.payload_bytes += packed.num_bytes
+        self._first_slice_s = self._first_slice_s or time.monotonic()
+
+        def sent(future: Future[None]) -> None:
+            self._give(staging)
+            self._sent_header(future)
+
+        target.link.send(encode(slice_), payload).add_done_callback(sent)
+
+    def _sent_header(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            named = error if isinstance(error, AnabranchError) else PeerLost(str(error))
+            self._end(named, tell=True)
+
+    # The end --------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        assert not self._ended, "the KV stream has ended"
+
+    def _end(self, error: AnabranchError | None, *, tell: bool) -> None:
+        """End once: wake who waits, tell the destination ranks that do not know, resolve the future."""
+        with self._changed:
+            if self._ended:
+                return
+            self._ended = True
+            self._error = error
+            self._changed.notify_all()
+        self._forget(self)
+        now = time.monotonic()
+        if error is not None and tell:
+            abort = encode(
+                Abort(
+                    stream_id=self.destination.stream_id,
+                    generation=self.destination.generation,
+                    error=WireError.of(error),
+                )
+            )
+            for target in self._targets:
+                if not target.acknowledged:
+                    target.link.send(abort)
+        try:
+            if error is not None:
+                self._done.set_exception(error)
+                return
+            self._done.set_result(
+                KvStreamStats(
+                    payload_bytes=sum(target.payload_bytes for target in self._targets),
+                    transport=self.transport,
+                    stream_s=now - (self._first_slice_s or self._commit_s),
+                    exposed_s=now - self._commit_s,
+                )
+            )
+        except InvalidStateError:
+            pass  # its owner cancelled it

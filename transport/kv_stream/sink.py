@@ -13,9 +13,7 @@ from transport.kv_stream.messages import Commit
 class KvSink(Protocol):
     """One stream's destination. All methods run on a plane's progress thread and must not block."""
 
-    def place(
-        self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
+    def place(self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Copy the rows of tokens `token_start, token_start + 1, ...` into the pool before returning.
 
         `k_TKD` and `v_TKD` are contiguous CPU views `[T, K, D]` in the layout's dtype, valid during the call

@@ -84,9 +84,7 @@ def usable_planes() -> tuple[str, ...]:
 
 def reachable_planes(addresses: Mapping[str, str]) -> tuple[str, ...]:
     """Names of a peer's planes that this process can connect to: inproc only within the process."""
-    return tuple(
-        name for name, address in addresses.items() if name != "inproc" or inproc.is_local(address)
-    )
+    return tuple(name for name, address in addresses.items() if name != "inproc" or inproc.is_local(address))
 
 
 def choose_plane(configured: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:

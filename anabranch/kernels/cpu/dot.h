@@ -1,6 +1,7 @@
 // Products of a few rows of x with weight rows, straight from memory: bound by the speed of reading weights.
 #pragma once
 
+#include "elementwise.h"
 #include "team.h"
 #include "vec.h"
 
@@ -13,7 +14,7 @@ constexpr long FETCH_BYTES = 2048;
 constexpr int MAX_DOT_ROWS = 4;
 
 template <class E, int R, int T>
-inline void dot_rows(const E* const* w, const E* x, long x_stride, long n, float out[R][T]) {
+inline void dot_rows(const E* const* w, const E* x, long x_stride, long n, float out[T][R]) {
     f32 acc[R][T] = {};
     long k = 0;
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -43,7 +44,7 @@ inline void dot_rows(const E* const* w, const E* x, long x_stride, long n, float
         for (int t = 0; t < T; t++) {
             float total = sum(acc[r][t]);
             for (long i = k; i < n; i++) total += load1(w[r] + i) * load1(x + t * x_stride + i);
-            out[r][t] = total;
+            out[t][r] = total;
         }
 }
 
@@ -60,69 +61,83 @@ struct Linear {
 
     float bias_of(long f) const { return bias ? load1(bias + f) : 0.0f; }
     long num_units() const { return gated ? num_features / 2 : num_features; }
-    void put(long t, long f, float v) const { store1(out + t * out_stride + f, v + bias_of(f)); }
-    void put_gated(long t, long f, float gate, float up) const {
-        gate = rounded1(gate + bias_of(f), x);
-        up = rounded1(up + bias_of(f + num_features / 2), x);
-        gate = rounded1(gate / (1.0f + std::exp(-gate)), x);
-        store1(out + t * out_stride + f, gate * up);
+
+    // Features f[0..N) of row t.
+    template <int N>
+    void put(long t, const long* f, const float* v) const {
+        for (int i = 0; i < N; i++) store1(out + t * out_stride + f[i], v[i] + bias_of(f[i]));
+    }
+
+    // The same for N gates and the N partners after them, N at most 16 / 2.
+    template <int N>
+    void put_gated(long t, const long* f, const float* v) const {
+        f32 gate{};
+        for (int i = 0; i < N; i++) gate[i] = v[i] + bias_of(f[i]);
+        gate = rounded(silu(rounded(gate, x)), x);
+        for (int i = 0; i < N; i++) {
+            const float up = rounded1(v[N + i] + bias_of(f[i] + num_features / 2), x);
+            store1(out + t * out_stride + f[i], gate[i] * up);
+        }
     }
 };
 
-// Output features [from, to) of T rows starting at row t0.
-template <class E, int T>
-inline void dot_features(const Linear<E>& op, long t0, long from, long to) {
-    const long half = op.num_features / 2, c = op.num_channels;
-    const E* x = op.x + t0 * op.x_stride;
-    const int streams = op.gated ? STREAMS / 2 : STREAMS;
-    const long step = (to - from) / streams;
-    float out[STREAMS][T];
-    const E* w[STREAMS];
-    for (long i = 0; i < step; i++) {
-        const long f = from + i;
-        if (op.gated) {
-            for (int s = 0; s < 2; s++) {
-                w[s] = op.weight + (f + s * step) * c;
-                w[s + 2] = op.weight + (f + s * step + half) * c;
+// Weight rows w[0..R) times rows [t0, t0 + T) of x, and their places in the output: f[0..R), or the first
+// half of them where a gate meets its partner.
+template <class E, int R, int T>
+inline void dot_block(const Linear<E>& op, const E* const* w, const long* f, long t0) {
+    float out[T][R];
+    dot_rows<E, R, T>(w, op.x + t0 * op.x_stride, op.x_stride, op.num_channels, out);
+    for (int t = 0; t < T; t++) {
+        if constexpr (R > 1)
+            if (op.gated) {
+                op.template put_gated<R / 2>(t0 + t, f, out[t]);
+                continue;
             }
-            dot_rows<E, STREAMS, T>(w, x, op.x_stride, c, out);
-            for (int s = 0; s < 2; s++)
-                for (int t = 0; t < T; t++) op.put_gated(t0 + t, f + s * step, out[s][t], out[s + 2][t]);
-        } else {
-            for (int s = 0; s < STREAMS; s++) w[s] = op.weight + (f + s * step) * c;
-            dot_rows<E, STREAMS, T>(w, x, op.x_stride, c, out);
-            for (int s = 0; s < STREAMS; s++)
-                for (int t = 0; t < T; t++) op.put(t0 + t, f + s * step, out[s][t]);
-        }
-    }
-    for (long f = from + step * streams; f < to; f++) {
-        w[0] = op.weight + f * c;
-        if (op.gated) {
-            w[1] = op.weight + (f + half) * c;
-            dot_rows<E, 2, T>(w, x, op.x_stride, c, out);
-            for (int t = 0; t < T; t++) op.put_gated(t0 + t, f, out[0][t], out[1][t]);
-        } else {
-            dot_rows<E, 1, T>(w, x, op.x_stride, c, out);
-            for (int t = 0; t < T; t++) op.put(t0 + t, f, out[0][t]);
-        }
+        op.template put<R>(t0 + t, f, out[t]);
     }
 }
 
-// Any number of rows, four at a time.
-template <class E>
-inline void dot_all_rows(const Linear<E>& op, long from, long to) {
+// All rows of x, four at a time, while the weight rows are in the first-level cache.
+template <class E, int R>
+inline void dot_group(const Linear<E>& op, const E* const* w, const long* f) {
     long t = 0;
-    for (; t + 4 <= op.num_rows; t += 4) dot_features<E, 4>(op, t, from, to);
-    if (op.num_rows - t == 3) dot_features<E, 3>(op, t, from, to);
-    if (op.num_rows - t == 2) dot_features<E, 2>(op, t, from, to);
-    if (op.num_rows - t == 1) dot_features<E, 1>(op, t, from, to);
+    for (; t + 4 <= op.num_rows; t += 4) dot_block<E, R, 4>(op, w, f, t);
+    if (op.num_rows - t == 3) dot_block<E, R, 3>(op, w, f, t);
+    if (op.num_rows - t == 2) dot_block<E, R, 2>(op, w, f, t);
+    if (op.num_rows - t == 1) dot_block<E, R, 1>(op, w, f, t);
+}
+
+// Output features [from, to) of all rows.
+template <class E>
+inline void dot_features(const Linear<E>& op, long from, long to) {
+    const long half = op.num_features / 2, c = op.num_channels;
+    const int streams = op.gated ? STREAMS / 2 : STREAMS;
+    const long step = (to - from) / streams;
+    const E* w[STREAMS];
+    long f[STREAMS];
+    for (long i = 0; i < step; i++) {
+        for (int s = 0; s < STREAMS; s++) {
+            const bool partner = s >= streams;
+            f[s] = from + i + (partner ? s - streams : s) * step + (partner ? half : 0);
+            w[s] = op.weight + f[s] * c;
+        }
+        dot_group<E, STREAMS>(op, w, f);
+    }
+    for (f[0] = from + step * streams; f[0] < to; f[0]++) {
+        w[0] = op.weight + f[0] * c;
+        w[1] = w[0] + half * c;
+        if (op.gated)
+            dot_group<E, 2>(op, w, f);
+        else
+            dot_group<E, 1>(op, w, f);
+    }
 }
 
 template <class E>
 void linear_dot(const Linear<E>& op, int threads) {
     const long units = op.num_units();
     parallel(threads, units * op.num_channels, [&](int rank, int size) {
-        dot_all_rows(op, units * rank / size, units * (rank + 1) / size);
+        dot_features(op, units * rank / size, units * (rank + 1) / size);
     });
 }
 

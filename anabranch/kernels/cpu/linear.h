@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "dot.h"
-#include "elementwise.h"
 #include "tile.h"
 
 #if defined(AB_TILES)
@@ -136,7 +135,7 @@ inline void linear_tiled(const Linear<bf16>& op, int threads) {
                 tiled.units(u, std::min(u + block_units, units), p, p_end, false);
             }
         }
-        if (rank == size - 1 && tail < op.num_features && !op.gated) dot_all_rows(op, tail, op.num_features);
+        if (rank == size - 1 && tail < op.num_features && !op.gated) dot_features(op, tail, op.num_features);
     });
 }
 

@@ -112,8 +112,8 @@ inline void tile_gemm_amx(const bf16* const* a, long lda, const bf16* const* b, 
         const bf16* a1 = MT == 2 ? a[1] + k * TILE_K : nullptr;
         if (ahead)
             for (int i = 0; i < 16; i++) {
-                _mm_prefetch((const char*)(a0 + i * lda + ahead), _MM_HINT_T0);
-                if constexpr (MT == 2) _mm_prefetch((const char*)(a1 + i * lda + ahead), _MM_HINT_T0);
+                _mm_prefetch((const char*)(a[0] + ahead + k * PANEL_STEP + i * 32), _MM_HINT_T1);
+                if constexpr (MT == 2) _mm_prefetch((const char*)(a[1] + ahead + k * PANEL_STEP + i * 32), _MM_HINT_T1);
             }
         _tile_loadd(4, a0, row);
         _tile_loadd(6, b0, 64);
@@ -148,7 +148,7 @@ inline void tile_gemm_avx512(const bf16* const* a, long lda, const bf16* const* 
                 acc[i][n] = accumulate ? _mm512_loadu_ps(to + i * ldc + n * 16) : _mm512_setzero_ps();
         for (long p = 0; p < steps * TILE_K / 2; p++) {
             if (ahead && p % 16 == 0)
-                for (int i = 0; i < ROWS; i++) _mm_prefetch((const char*)(rows + i * lda + 2 * p + ahead), _MM_HINT_T0);
+                for (int i = 0; i < ROWS; i++) _mm_prefetch((const char*)(rows + ahead + p * ROWS * 2 + i * 32), _MM_HINT_T1);
             __m512bh columns[NT];
             for (int n = 0; n < NT; n++) columns[n] = (__m512bh)_mm512_loadu_si512(b[n] + p * 32);
             for (int i = 0; i < ROWS; i++) {
@@ -164,7 +164,8 @@ inline void tile_gemm_avx512(const bf16* const* a, long lda, const bf16* const* 
 }
 
 // MT row tiles (each at its own address, rows `lda` elements apart) by NT panels, `steps` of 32 k.
-// `ahead`: elements beyond the rows read that are fetched into the cache meanwhile; 0: none.
+// `ahead`: elements beyond a row tile's start from which as many again are fetched meanwhile, in the order of
+// memory, into the second-level cache; 0: none.
 template <int MT, int NT>
 inline void tile_gemm(const bf16* const* a, long lda, const bf16* const* b, long steps, float* c, long ldc,
                       bool accumulate, long ahead = 0) {

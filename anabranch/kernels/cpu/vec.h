@@ -55,7 +55,11 @@ inline u32 round_bits(u32 bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
 
 // Rounds to nearest, ties to even.
 inline void store(bf16* p, f32 v) {
-    u16 out = __builtin_convertvector(round_bits((u32)v) >> 16, u16);
+#if defined(__AVX512BF16__)
+    const __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+#else
+    const u16 out = __builtin_convertvector(round_bits((u32)v) >> 16, u16);
+#endif
     memcpy(p, &out, sizeof out);
 }
 
@@ -69,7 +73,11 @@ inline void store1(bf16* p, float x) {
 
 // x as the element type would hold it.
 inline f32 rounded(f32 v, const float*) { return v; }
-inline f32 rounded(f32 v, const bf16*) { return (f32)(round_bits((u32)v) & 0xffff0000u); }
+inline f32 rounded(f32 v, const bf16*) {
+    bf16 out[LANES];
+    store(out, v);
+    return load(out);
+}
 inline float rounded1(float x, const float*) { return x; }
 inline float rounded1(float x, const bf16*) {
     bf16 b;

@@ -85,6 +85,7 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"block_size": 0}, "block_size", 0, "must be at least 1"),
         ({"grpc": "localhost"}, "grpc", "localhost", "give HOST:PORT"),
         ({"grpc": "localhost:99999"}, "grpc", "localhost:99999", "give HOST:PORT"),
+        ({"grpc": "0.0.0.0:50051"}, "grpc", "0.0.0.0:50051", "reachable from other machines"),
         ([1, 2], "topology", "list", "must be a mapping"),
     ],
 )

@@ -1,0 +1,241 @@
+"""The CPU kernels, compiled at first use; what they do not cover goes to `PlainKernels`.
+
+The calls are made through ctypes with raw addresses: the whole cost of a call is a few microseconds, which
+at batch 1 is what there is. Short ones keep the GIL, long ones release it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import c_float, c_int, c_long, c_void_p
+
+import torch
+
+from anabranch.cache.paged_kv import LayerKv
+from anabranch.engine.batch import ForwardBatch
+from anabranch.kernels.base import Kernels
+from anabranch.kernels.compiler import NativeUnavailable, load_library
+from anabranch.kernels.plain import PlainKernels
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Elements from which a pass over memory takes long enough to let other threads have the GIL.
+MIN_RELEASED_ELEMENTS = 1 << 16
+get_num_threads = torch.get_num_threads
+
+
+def select_kernels(device: torch.device, dtype: torch.dtype, native: bool = True) -> Kernels:
+    """The best kernels for a device and dtype; says in the log why where it is not the native ones.
+
+    Args:
+        native: False keeps to PyTorch operations.
+    """
+    if not native or device.type != "cpu":
+        return PlainKernels()
+    if dtype not in SUFFIXES:
+        log.warning("no native CPU kernels for %s: running PyTorch operations", dtype)
+        return PlainKernels()
+    try:
+        return NativeKernels(load_library(), dtype)
+    except NativeUnavailable as error:
+        log.warning("no native CPU kernels, running PyTorch operations: %s", error)
+        return PlainKernels()
+
+
+class NativeKernels:
+    """`Kernels` compiled for this CPU, for one dtype.
+
+    Args:
+        library: from `load_library`.
+        dtype: float32 or bfloat16. Tensors of another dtype take the plain path.
+    """
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._plain = PlainKernels()
+        self._dtype = dtype
+        self._level: int = library.ab_level()
+        held = ctypes.PyDLL(library._name)
+        suffix = SUFFIXES[dtype]
+
+        def bind(name: str, *types: object) -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
+            """The function that keeps the GIL, and the same that releases it."""
+            functions = getattr(held, name), getattr(library, name)
+            for function in functions:
+                function.argtypes = types
+                function.restype = None
+            return functions
+
+        pointer, number = c_void_p, c_long
+        self._rms_norm = bind(f"ab_rms_norm_{suffix}", *[pointer] * 3, *[number] * 5, c_float, c_int)
+        self._add_rms_norm = bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int)
+        self._silu_mul = bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int)
+        self._rotary = bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int)
+        self._store_kv = bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int)
+        self._linear = bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int)[1]
+        max_rows = getattr(library, f"ab_max_linear_rows_{suffix}")
+        max_rows.argtypes, max_rows.restype = [number], number
+        self._max_rows_of = max_rows
+        self._max_rows: dict[int, int] = {}
+
+    def rms_norm(self, x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Kernels.rms_norm`."""
+        shape, strides = x_TC.shape, x_TC.stride()
+        if x_TC.dtype is not self._dtype or weight_C.dtype is not self._dtype or strides[-1] != 1 or len(shape) > 3:
+            return self._plain.rms_norm(x_TC, weight_C, eps)
+        out = torch.empty(shape, dtype=self._dtype)
+        heads, stride_h = (shape[1], strides[1]) if len(shape) == 3 else (1, 0)
+        self._rms_norm[out.numel() >= MIN_RELEASED_ELEMENTS](
+            x_TC.data_ptr(),
+            weight_C.data_ptr(),
+            out.data_ptr(),
+            strides[0],
+            stride_h,
+            shape[0],
+            heads,
+            shape[-1],
+            eps,
+            get_num_threads(),
+        )
+        return out
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.add_rms_norm`."""
+        if x_TC.dtype is not self._dtype or not (x_TC.is_contiguous() and residual_TC.is_contiguous()):
+            return self._plain.add_rms_norm(x_TC, residual_TC, weight_C, eps)
+        total, out = torch.empty_like(x_TC), torch.empty_like(x_TC)
+        num_tokens, channels = x_TC.shape
+        self._add_rms_norm[num_tokens * channels >= MIN_RELEASED_ELEMENTS](
+            x_TC.data_ptr(),
+            residual_TC.data_ptr(),
+            weight_C.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            channels,
+            eps,
+            get_num_threads(),
+        )
+        return total, out
+
+    def linear(self, x_TC: torch.Tensor, weight_FC: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        return self._product(x_TC, weight_FC, bias_F, gated=False)
+
+    def linear_silu_mul(
+        self, x_TC: torch.Tensor, gate_up_FC: torch.Tensor, bias_F: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Kernels.linear_silu_mul`."""
+        return self._product(x_TC, gate_up_FC, bias_F, gated=True)
+
+    def _product(
+        self, x_TC: torch.Tensor, weight_FC: torch.Tensor, bias_F: torch.Tensor | None, gated: bool
+    ) -> torch.Tensor:
+        rows, channels = x_TC.shape
+        max_rows = self._max_rows.get(channels)
+        if max_rows is None:
+            max_rows = self._max_rows[channels] = self._max_rows_of(channels)
+        if (
+            rows > max_rows
+            or x_TC.dtype is not self._dtype
+            or weight_FC.dtype is not self._dtype
+            or x_TC.stride(1) != 1
+            or not weight_FC.is_contiguous()
+        ):
+            whole = self._plain.linear(x_TC, weight_FC, bias_F)
+            return self.silu_mul(whole) if gated else whole
+        features = weight_FC.shape[0]
+        width = features // 2 if gated else features
+        out = torch.empty((rows, width), dtype=self._dtype)
+        self._linear(
+            x_TC.data_ptr(),
+            weight_FC.data_ptr(),
+            None if bias_F is None else bias_F.data_ptr(),
+            out.data_ptr(),
+            x_TC.stride(0),
+            width,
+            rows,
+            features,
+            channels,
+            gated,
+            get_num_threads(),
+        )
+        return out
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.silu_mul`."""
+        if gate_up_TF.dtype is not self._dtype or gate_up_TF.stride(1) != 1:
+            return self._plain.silu_mul(gate_up_TF)
+        rows, width = gate_up_TF.shape
+        out = torch.empty((rows, width // 2), dtype=self._dtype)
+        self._silu_mul[rows * width >= MIN_RELEASED_ELEMENTS](
+            gate_up_TF.data_ptr(), out.data_ptr(), gate_up_TF.stride(0), rows, width // 2, get_num_threads()
+        )
+        return out
+
+    def rotary(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.rotary`; returns a new tensor."""
+        stride_t, stride_h, stride_d = x_THD.stride()
+        if x_THD.dtype is not self._dtype or stride_d != 1 or not (cos_TD.is_contiguous() and sin_TD.is_contiguous()):
+            return self._plain.rotary(x_THD, cos_TD, sin_TD)
+        num_tokens, heads, head_dim = shape = x_THD.shape
+        out = torch.empty(shape, dtype=self._dtype)
+        self._rotary[out.numel() >= MIN_RELEASED_ELEMENTS](
+            x_THD.data_ptr(),
+            cos_TD.data_ptr(),
+            sin_TD.data_ptr(),
+            out.data_ptr(),
+            stride_t,
+            stride_h,
+            num_tokens,
+            heads,
+            head_dim,
+            get_num_threads(),
+        )
+        return out
+
+    def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:
+        """See `Kernels.store_kv`."""
+        k_t, k_h, k_d = k_TKD.stride()
+        v_t, v_h, v_d = v_TKD.stride()
+        if k_TKD.dtype is not kv.k.dtype or v_TKD.dtype is not kv.v.dtype or k_d != 1 or v_d != 1:
+            return self._plain.store_kv(k_TKD, v_TKD, kv, slots_T)
+        num_tokens, heads, head_dim = k_TKD.shape
+        size = kv.k.element_size()
+        self._store_kv[num_tokens * heads * head_dim >= MIN_RELEASED_ELEMENTS](
+            k_TKD.data_ptr(),
+            v_TKD.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
+            slots_T.data_ptr(),
+            k_t * size,
+            k_h * size,
+            v_t * size,
+            v_h * size,
+            num_tokens,
+            heads,
+            head_dim * size,
+            get_num_threads(),
+        )
+
+    def paged_attention(
+        self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels.paged_attention`."""
+        return self._plain.paged_attention(q_THD, kv, batch, scale, window)
+
+    def experts(
+        self,
+        x_TC: torch.Tensor,
+        weights_TS: torch.Tensor,
+        experts_TS: torch.Tensor,
+        gate_up_EFC: torch.Tensor,
+        down_ECF: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Kernels.experts`."""
+        return self._plain.experts(x_TC, weights_TS, experts_TS, gate_up_EFC, down_ECF)

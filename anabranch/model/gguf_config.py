@@ -1,0 +1,135 @@
+"""A GGUF file's metadata as a model configuration."""
+
+from __future__ import annotations
+
+import msgspec
+
+from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
+from anabranch.model.config import ModelConfig
+from anabranch.model.families import model_config
+from anabranch.model.gguf_weights import GgufFile
+
+# GGUF architecture -> the family's prefix in transformers. A llama with experts is a Mixtral.
+GGUF_ARCHITECTURES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen2moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3moe": "Qwen3Moe",
+}
+
+
+def read_gguf_config(file: GgufFile) -> ModelConfig:
+    """Configuration of a GGUF file: its metadata, and what the presence of tensors says.
+
+    Raises:
+        CheckpointError: metadata is missing or contradicts itself.
+        UnsupportedArchitecture: names the architecture or option.
+    """
+    architecture = file.text("general.architecture")
+    if architecture not in GGUF_ARCHITECTURES:
+        raise UnsupportedArchitecture(
+            f"{file.path}: GGUF architecture {architecture!r} is not supported; "
+            f"supported are {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    family = GGUF_ARCHITECTURES[architecture]
+    if family == "Llama" and file.number("llama.expert_count"):
+        family = "Mixtral"
+    fields = _fields(file, architecture, family)
+    import transformers
+
+    try:
+        hf = getattr(transformers, f"{family}Config")(**fields, architectures=[f"{family}ForCausalLM"])
+        config = model_config(hf)
+    except ModelError:
+        raise
+    # transformers' validators raise whatever their authors chose; all of it means bad metadata.
+    except Exception as error:
+        raise CheckpointError(f"{file.path}: {type(error).__name__}: {error}") from error
+    return _with_rope_factors(config, file)
+
+
+def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]:
+    """The metadata under transformers' names."""
+
+    def need(key: str) -> float:
+        value = file.number(f"{architecture}.{key}")
+        if not value:
+            raise CheckpointError(f"{file.path}: {architecture}.{key} is missing")
+        return value
+
+    num_heads = need("attention.head_count")
+    fields: dict[str, object] = {
+        "vocab_size": file.shape("model.embed_tokens.weight")[0],
+        "hidden_size": need("embedding_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": file.number(f"{architecture}.attention.head_count_kv") or num_heads,
+        "head_dim": file.number(f"{architecture}.attention.key_length") or need("embedding_length") // num_heads,
+        "intermediate_size": need("feed_forward_length"),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(file, architecture),
+        "tie_word_embeddings": "lm_head.weight" not in file.names(),
+        "bos_token_id": file.number("tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": _eos(file),
+    }
+    has_qkv_bias = "model.layers.0.self_attn.q_proj.bias" in file.names()
+    if family in ("Llama", "Qwen3", "Qwen3Moe"):
+        fields["attention_bias"] = has_qkv_bias
+    if family == "Llama":
+        fields["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in file.names()
+    if family == "Mixtral":
+        fields["num_local_experts"] = need("expert_count")
+    if family in ("Qwen2Moe", "Qwen3Moe"):
+        fields["num_experts"] = need("expert_count")
+        fields["moe_intermediate_size"] = need("expert_feed_forward_length")
+        # llama.cpp fixes it by architecture; GGUF files do not carry it.
+        fields["norm_topk_prob"] = family == "Qwen3Moe"
+        num_layers = int(need("block_count"))
+        fields["mlp_only_layers"] = [n for n in range(num_layers) if _is_dense(file, n)]
+    if family == "Qwen2Moe":
+        fields["qkv_bias"] = has_qkv_bias
+        fields["shared_expert_intermediate_size"] = need("expert_shared_feed_forward_length")
+    if "Moe" in family or family == "Mixtral":
+        fields["num_experts_per_tok"] = need("expert_used_count")
+    return fields
+
+
+def _is_dense(file: GgufFile, layer: int) -> bool:
+    return f"model.layers.{layer}.mlp.gate_proj.weight" in file.names()
+
+
+def _eos(file: GgufFile) -> list[int]:
+    found = [file.number(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot")]
+    return sorted({int(token) for token in found if token is not None})
+
+
+def _rope(file: GgufFile, architecture: str) -> dict[str, object]:
+    rope: dict[str, object] = {"rope_theta": float(file.number(f"{architecture}.rope.freq_base") or 10000.0)}
+    kind = file.text(f"{architecture}.rope.scaling.type")
+    if kind in ("", "none"):
+        return {**rope, "rope_type": "default"}
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedArchitecture(f"{file.path}: {architecture}.rope.scaling.type {kind!r} is not supported")
+    rope |= {"rope_type": kind, "factor": float(file.number(f"{architecture}.rope.scaling.factor"))}
+    if kind == "yarn":
+        original = file.number(f"{architecture}.rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = int(original)
+    return rope
+
+
+def _with_rope_factors(config: ModelConfig, file: GgufFile) -> ModelConfig:
+    """Llama 3's scaling comes as a tensor of divisors of the frequencies."""
+    factors = file.rope_factors()
+    if factors is None:
+        return config
+    if len(factors) != len(config.rope.inv_freq) or not all(factor > 0 for factor in factors):
+        raise CheckpointError(
+            f"{file.path}: rope_freqs.weight must hold {len(config.rope.inv_freq)} values above 0, not {len(factors)}"
+        )
+    import torch
+
+    inv_freq = torch.tensor(config.rope.inv_freq) / torch.tensor(factors)
+    rope = msgspec.structs.replace(config.rope, kind="factors", inv_freq=tuple(inv_freq.tolist()))
+    return msgspec.structs.replace(config, rope=rope)

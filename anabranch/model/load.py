@@ -1,0 +1,64 @@
+"""From a model's name to weights in memory: the one call that a worker makes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+import torch
+
+from anabranch.kernels.base import Kernels
+from anabranch.model.config import ModelConfig
+from anabranch.model.loader import Progress
+from anabranch.model.sources import ModelSource, resolve_model
+from anabranch.model.transformer import Transformer
+from anabranch.model.weights import WeightSource
+from anabranch.parallel.group import Group
+
+DIGEST_SAMPLE = 64
+
+
+def load_model(
+    model: str | ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    group: Group,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, Transformer]:
+    """Resolve, check and load this rank's part of a model.
+
+    Args:
+        model: a known name, a path, or what `resolve_model` made of it.
+        progress: told of the parts loaded, see `anabranch.model.progress`.
+
+    Returns:
+        The configuration, with the weights' digest, and the model.
+
+    Raises:
+        ModelError: unknown, not supported, or broken.
+        ConfigError: the group does not fit the model.
+    """
+    source = resolve_model(model) if isinstance(model, str) else model
+    config, weights = source.open()
+    with weights:
+        config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
+        transformer = Transformer(
+            config, weights, dtype=dtype, device=device, kernels=kernels, group=group, progress=progress
+        )
+    return config, transformer
+
+
+def weights_digest(source: WeightSource) -> str:
+    """Hash of all names and shapes and of a few values of each tensor outside the experts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(source.names()):
+        shape = source.shape(name)
+        digest.update(f"{name}{shape}".encode())
+        # A mixture of experts has tens of thousands of tensors; names and shapes are enough of those.
+        if ".experts." in name or not shape:
+            continue
+        sample = source.read(name, (slice(0, 1),)) if len(shape) > 1 else source.read(name)
+        digest.update(sample.flatten()[:DIGEST_SAMPLE].float().numpy().tobytes())
+    return digest.hexdigest()

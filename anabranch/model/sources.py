@@ -1,0 +1,88 @@
+"""What a model's name stands for: a known name, a Hugging Face folder or a GGUF file. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from anabranch.errors import CheckpointError, UnknownModel
+from anabranch.model.known import KNOWN_MODELS
+
+if TYPE_CHECKING:
+    from anabranch.model.config import ModelConfig
+    from anabranch.model.gguf_weights import GgufFile
+    from anabranch.model.weights import SafetensorsFolder
+
+SourceKind = Literal["folder", "gguf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        name: what the user called it.
+        path: Hugging Face folder or GGUF file.
+    """
+
+    name: str
+    path: Path
+    kind: SourceKind
+
+    def open(self) -> tuple[ModelConfig, SafetensorsFolder | GgufFile]:
+        """The model's configuration, without its weights' digest, and its tensors; the caller closes these.
+
+        Raises:
+            ModelError: not supported, or broken.
+        """
+        from anabranch.model.folder_config import read_folder_config
+        from anabranch.model.gguf_config import read_gguf_config
+        from anabranch.model.gguf_weights import GgufFile
+        from anabranch.model.weights import SafetensorsFolder
+
+        if self.kind == "folder":
+            return read_folder_config(self.path), SafetensorsFolder(self.path)
+        file = GgufFile(self.path)
+        try:
+            return read_gguf_config(file), file
+        except BaseException:
+            file.close()
+            raise
+
+    def config(self) -> ModelConfig:
+        """The model's configuration alone, without its weights' digest.
+
+        Raises:
+            ModelError: not supported, or broken.
+        """
+        from anabranch.model.folder_config import read_folder_config
+
+        if self.kind == "folder":
+            return read_folder_config(self.path)
+        config, file = self.open()
+        file.close()
+        return config
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Find a model by known name or path; a known one is converted at its first use.
+
+    Raises:
+        UnknownModel: there is none, saying which names are known; or its package is not installed, saying how.
+        CheckpointError: the path holds no model.
+    """
+    if name in KNOWN_MODELS:
+        return ModelSource(name=name, path=KNOWN_MODELS[name].folder(), kind="folder")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: no config.json is in this folder")
+        return ModelSource(name=name, path=path.resolve(), kind="folder")
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ModelSource(name=name, path=path.resolve(), kind="gguf")
+        raise UnknownModel(f"{path}: neither a Hugging Face folder nor a .gguf file")
+    raise UnknownModel(
+        f"{name!r} is no model known here ({', '.join(KNOWN_MODELS)}), and no folder or GGUF file of that name exists"
+    )

@@ -1,0 +1,44 @@
+"""When a sequence is over, by token ids. Stop strings are found where tokens become text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from anabranch.sampling.params import SamplingParams
+
+StopReason = Literal["stop", "length"]
+
+
+class StopChecker:
+    """Knows the model's ends and the context's.
+
+    Args:
+        eos_token_ids: ids that end an answer unless `ignore_eos`.
+        max_context: most tokens, prompt and answer, of one request.
+    """
+
+    def __init__(self, eos_token_ids: Iterable[int], max_context: int) -> None:
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_context = max_context
+
+    def check(self, params: SamplingParams, token_id: int, *, num_output: int, num_tokens: int) -> StopReason | None:
+        """Whether `token_id`, just generated, is the last one.
+
+        Args:
+            num_output: generated tokens, this one included.
+            num_tokens: prompt and generated tokens, this one included.
+
+        Returns:
+            stop: an end token; length: `max_tokens` or the context is reached; None: go on.
+        """
+        if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.eos_token_ids):
+            return "stop"
+        if (params.max_tokens is not None and num_output >= params.max_tokens) or num_tokens >= self.max_context:
+            return "length"
+        return None
+
+    def max_output(self, params: SamplingParams, num_prompt: int) -> int:
+        """Most tokens that a prompt of `num_prompt` tokens can generate."""
+        room = max(0, self.max_context - num_prompt)
+        return room if params.max_tokens is None else min(room, params.max_tokens)

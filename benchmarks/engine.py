@@ -1,0 +1,184 @@
+"""The engine alone, in this process, against transformers: prompt tokens per second and tokens per second.
+
+Both compute SmolLM2-135M in bfloat16 on the same threads, in turn. The engine goes through its scheduler, step
+plans and sampler; transformers through its forward pass with its default attention and cache. The bound of
+decode at batch 1 is the weights read once per token at the memory bandwidth measured here.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from anabranch.cache.kv_manager import KvCacheManager
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.sequence import Sequence
+from anabranch.model.sources import resolve_model
+from anabranch.protocol.requests import Request
+from anabranch.sampling.params import SamplingParams
+from anabranch.sampling.stop import StopChecker
+from benchmarks.report import Figure, option_parser, parse_options, report
+from decode.scheduler import DecodeScheduler
+
+PROMPT_LENGTHS = (512, 2048)
+BATCHES = (1, 16, 32)
+DECODE_CONTEXT = 128
+PREFILL_TARGET = 1.2
+DECODE_TARGET = 2.0
+
+
+def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
+    """Prompts through a colocated scheduler: seconds to all first tokens, and of each decode step after that."""
+    cache = KvCacheManager(num_blocks=engine.kv.num_blocks, block_size=engine.kv.block_size, prefix_cache=False)
+    scheduler = DecodeScheduler(
+        cache,
+        StopChecker(eos_token_ids=(), max_context=engine.max_context),
+        computes_prompts=True,
+        max_running=len(prompts),
+        max_step_tokens=max(2048, len(prompts)),
+    )
+    for index, prompt in enumerate(prompts):
+        request = Request(
+            request_id=str(index),
+            epoch=0,
+            prompt_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        )
+        scheduler.add_prompt(Sequence(request))
+    start_s = time.perf_counter()
+    first_s = 0.0
+    steps_s: list[float] = []
+    while True:
+        begin_s = time.perf_counter()
+        decoding = not len(scheduler.prompts)
+        plan, _ = scheduler.schedule()
+        if plan is None:
+            return first_s, steps_s
+        scheduler.update(plan, engine.runner.execute(plan))
+        now_s = time.perf_counter()
+        if decoding:
+            steps_s.append(now_s - begin_s)
+        else:
+            first_s = now_s - start_s
+
+
+class Peer:
+    """transformers, eager, as its users run it."""
+
+    def __init__(self, folder: str, dtype: torch.dtype) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
+        """As `run_engine`; all prompts have one length, so transformers pads nothing."""
+        ids = torch.tensor(prompts)
+        cache = DynamicCache(config=self.model.config)
+        start_s = time.perf_counter()
+        logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        next_ids = logits[:, -1].argmax(-1, keepdim=True)
+        first_s = time.perf_counter() - start_s
+        steps_s: list[float] = []
+        for _ in range(max_tokens - 1):
+            begin_s = time.perf_counter()
+            logits = self.model(input_ids=next_ids, past_key_values=cache, logits_to_keep=1).logits
+            next_ids = logits[:, -1].argmax(-1, keepdim=True)
+            steps_s.append(time.perf_counter() - begin_s)
+        return first_s, steps_s
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all threads read from memory together, best of ten."""
+    data = torch.ones(128 << 20, dtype=torch.int32).view(torch.float32)
+    best_s = min(_seconds(lambda: data.sum()) for _ in range(10))
+    return data.numel() * 4 / best_s
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    action()
+    return time.perf_counter() - start_s
+
+
+def main() -> int:
+    parser = option_parser("engine", __doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=2)
+    parsed = parser.parse_args()
+    options = parse_options("engine", __doc__, parser)
+    torch.set_num_threads(parsed.threads)
+    config = WorkerConfig(
+        role="colocated",
+        name="bench",
+        orchestrator="",
+        model=parsed.model,
+        dtype="bfloat16",
+        threads=parsed.threads,
+        kv_cache_bytes=512 << 20,
+    )
+    engine = build_engine(config)
+    peer = Peer(str(resolve_model(parsed.model).path), torch.bfloat16)
+    rng = random.Random(0)
+    vocab_size = engine.model_config.vocab_size
+    rounds = 2 if options.quick else 5
+    figures: list[Figure] = []
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+
+    for length in PROMPT_LENGTHS:
+        ours, theirs = [], []
+        for turn in range(rounds + 1):
+            batch = prompts(1, length)
+            pair = run_engine(engine, batch, 1)[0], peer.run(batch, 1)[0]
+            if turn:  # the first warms up
+                ours.append(pair[0])
+                theirs.append(pair[1])
+        figures.append(
+            Figure(
+                key=f"prefill_{length}",
+                value=length / statistics.median(ours),
+                unit="tok/s",
+                reference=length / statistics.median(theirs),
+                reference_name="transformers",
+                target=PREFILL_TARGET,
+            )
+        )
+    weight_bytes = 2 * sum(parameter.numel() for parameter in peer.model.parameters())
+    for size in BATCHES:
+        ours, theirs = [], []
+        for _ in range(1 if options.quick else 3):
+            batch = prompts(size, DECODE_CONTEXT)
+            steps = 24 if options.quick else 48
+            ours.append(statistics.median(run_engine(engine, batch, steps)[1]))
+            theirs.append(statistics.median(peer.run(batch, steps)[1]))
+        figures.append(
+            Figure(
+                key=f"decode_batch_{size}",
+                value=size / statistics.median(ours),
+                unit="tok/s",
+                reference=size / statistics.median(theirs),
+                reference_name="transformers",
+                target=DECODE_TARGET,
+            )
+        )
+        if size == 1:
+            figures.append(
+                Figure(
+                    key="decode_batch_1_of_bound",
+                    value=1 / statistics.median(ours),
+                    unit="tok/s",
+                    reference=read_bandwidth() / weight_bytes,
+                    reference_name="weights / bandwidth",
+                )
+            )
+    return report("engine", figures, options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""`anabranch verify`: a topology and transformers on the same prompts, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+from rich.markup import escape
+
+from anabranch.config.load import load_topology
+from anabranch.config.topology import Topology
+from anabranch.errors import ConfigError
+from anabranch.model.sources import resolve_model
+from anabranch_client import Client, ClientError, Completion, Sampling
+from launch.cluster import READY_TIMEOUT_S, LocalCluster
+from launch.prompts import VerifyPrompt, default_prompts, read_prompts
+from launch.report import EXIT_FAILED, reported
+from launch.show import err, out
+
+if TYPE_CHECKING:
+    from launch.reference import Reference, ReferenceAnswer
+
+Mode = Literal["together", "alone"]
+MAX_TOGETHER = 64
+ANSWER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Where an answer first leaves the reference.
+
+    Attributes:
+        mode: whether the prompt ran together with the others, or alone.
+        index: of the first token that differs; -1 where the request failed or the prompt's ids differ.
+        expected_token, got_token: None: the answer ended there.
+        margin: the reference's logit of its token minus the second best's; near 0 means a tie.
+        error: what the cluster answered instead.
+    """
+
+    prompt: str
+    mode: Mode
+    index: int
+    expected_token: int | None = None
+    got_token: int | None = None
+    expected_text: str = ""
+    got_text: str = ""
+    margin: float | None = None
+    route: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was compared, and what differed, in the order found."""
+
+    model: str
+    dtype: str
+    num_prompts: int
+    num_tokens: int
+    transports: tuple[str, ...]
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+@reported
+def verify(
+    topology_file: Annotated[Path, typer.Argument(metavar="TOPOLOGY.yaml", help="The topology to verify.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a line: text, or JSON with `text` or `token_ids`."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to compare for each prompt.")] = 64,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Wait for the cluster, seconds.")] = READY_TIMEOUT_S,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Echo the logs of all processes.")] = False,
+) -> None:
+    """Check that a topology gives the same tokens as transformers, greedy.
+
+    Starts the topology, runs all prompts at once and then one by one, and
+    compares each answer with what transformers computes from the same weights.
+    `dtype: auto` is verified in float32.
+    Ends with exit code 1 and the first difference where there is one.
+
+    \b
+    Examples:
+      anabranch verify cluster.yaml
+      anabranch verify cluster.yaml --prompts prompts.txt --max-tokens 128 --json"""
+    topology = load_topology(topology_file)
+    report = verify_topology(
+        topology,
+        prompts_file=prompts,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        ready_timeout_s=ready_timeout,
+        verbose=verbose,
+        say=lambda text: err.print(f"[dim]{escape(text)}[/dim]"),
+    )
+    if as_json:
+        print(json.dumps({"ok": report.ok, **asdict(report)}, ensure_ascii=False))
+    else:
+        print_report(report)
+    if not report.ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def verify_topology(
+    topology: Topology,
+    *,
+    prompts_file: Path | None = None,
+    max_tokens: int = 64,
+    ignore_eos: bool = False,
+    ready_timeout_s: float = READY_TIMEOUT_S,
+    verbose: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> VerifyReport:
+    """Run a topology and the reference on the same prompts and compare.
+
+    Raises:
+        ConfigError: the prompts make no sense for the model.
+        AnabranchError: the cluster could not be started.
+    """
+    if topology.dtype == "auto":
+        topology = msgspec.structs.replace(topology, dtype="float32")
+    say(f"starting {topology.model} in {topology.dtype} ...")
+    with LocalCluster(topology, ready_timeout_s=ready_timeout_s, verbose=verbose) as cluster:
+        from launch.reference import Reference
+
+        say("loading the reference into transformers ...")
+        reference = Reference(resolve_model(topology.model), topology.dtype)
+        with Client(cluster.endpoint, timeout_s=ANSWER_TIMEOUT_S) as client:
+            max_prompt_tokens = min(client.model().max_context, reference.max_context) - max_tokens
+            if max_prompt_tokens < 1:
+                raise ConfigError("--max-tokens", max_tokens, "leaves no room for a prompt in the context; give fewer")
+            chosen = (
+                read_prompts(prompts_file, reference)
+                if prompts_file is not None
+                else default_prompts(reference, reference.vocab_size, max_prompt_tokens)
+            )
+            check_prompts(chosen, reference.vocab_size, max_prompt_tokens)
+            lengths = [len(prompt.token_ids) for prompt in chosen]
+            say(f"{len(chosen)} prompts of {min(lengths)} to {max(lengths)} tokens: the reference ...")
+            expected = [reference.generate(p.token_ids, max_tokens, ignore_eos=ignore_eos) for p in chosen]
+            comparison = Comparison(client, reference, chosen, expected, max_tokens, ignore_eos)
+            say("all at once ...")
+            comparison.run("together")
+            say("one by one ...")
+            comparison.run("alone")
+    return VerifyReport(
+        model=topology.model,
+        dtype=topology.dtype,
+        num_prompts=len(chosen),
+        num_tokens=comparison.num_tokens,
+        transports=tuple(sorted(comparison.transports)),
+        differences=tuple(comparison.differences),
+    )
+
+
+class Comparison:
+    """Sends prompts and keeps what differs."""
+
+    def __init__(
+        self,
+        client: Client,
+        reference: Reference,
+        prompts: Sequence[VerifyPrompt],
+        expected: Sequence[ReferenceAnswer],
+        max_tokens: int,
+        ignore_eos: bool,
+    ) -> None:
+        self._client = client
+        self._reference = reference
+        self._prompts = prompts
+        self._expected = expected
+        self._sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
+        self.differences: list[Difference] = []
+        self.transports: set[str] = set()
+        self.num_tokens = 0
+
+    def run(self, mode: Mode) -> None:
+        """Run all prompts, together or one after the other, and compare them."""
+        with ThreadPoolExecutor(MAX_TOGETHER if mode == "together" else 1) as pool:
+            answers = list(pool.map(self._ask, self._prompts))
+        for prompt, expected, answer in zip(self._prompts, self._expected, answers, strict=True):
+            difference = self._compare(prompt, expected, answer, mode)
+            if difference is not None:
+                self.differences.append(difference)
+
+    def _ask(self, prompt: VerifyPrompt) -> Completion | ClientError:
+        try:
+            if prompt.text is not None:
+                ids = self._client.tokenize(prompt.text)
+                if ids != prompt.token_ids:
+                    return ClientError(f"tokenizes to {ids[:8]}..., not {prompt.token_ids[:8]}...", code="tokenizer")
+            return self._client.complete(prompt.token_ids, self._sampling)
+        except ClientError as error:
+            return error
+
+    def _compare(
+        self, prompt: VerifyPrompt, expected: ReferenceAnswer, answer: Completion | ClientError, mode: Mode
+    ) -> Difference | None:
+        if isinstance(answer, ClientError):
+            return Difference(prompt=prompt.name, mode=mode, index=-1, error=f"{answer.code}: {answer}")
+        if answer.kv is not None:
+            self.transports.add(answer.kv.transport)
+        want = expected.token_ids
+        got = answer.token_ids
+        if expected.finish_reason == "stop" and answer.finish_reason == "stop" and got == want[:-1]:
+            want = want[:-1]  # the end-of-sequence token need not be delivered
+        self.num_tokens += len(want)
+        index = first_difference(want, got)
+        if index is None:
+            return None
+        return Difference(
+            prompt=prompt.name,
+            mode=mode,
+            index=index,
+            expected_token=want[index] if index < len(want) else None,
+            got_token=got[index] if index < len(got) else None,
+            expected_text=self._reference.decode(want),
+            got_text=self._reference.decode(got),
+            margin=expected.margins[index] if index < len(expected.margins) else None,
+            route=answer.route,
+        )
+
+
+def first_difference(want: Sequence[int], got: Sequence[int]) -> int | None:
+    """The first index at which two sequences differ, their ends included; None where they are equal."""
+    for index, (a, b) in enumerate(zip(want, got, strict=False)):
+        if a != b:
+            return index
+    return None if len(want) == len(got) else min(len(want), len(got))
+
+
+def check_prompts(prompts: Sequence[VerifyPrompt], vocab_size: int, max_prompt_tokens: int) -> None:
+    """Refuse prompts that the reference cannot compute. Raises ConfigError."""
+    for prompt in prompts:
+        if not 1 <= len(prompt.token_ids) <= max_prompt_tokens:
+            raise ConfigError(
+                f"--prompts {prompt.name}", len(prompt.token_ids), f"give a prompt of 1 to {max_prompt_tokens} tokens"
+            )
+        for token in prompt.token_ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"--prompts {prompt.name}", token, f"give token ids from 0 to {vocab_size - 1}")
+
+
+def print_report(report: VerifyReport) -> None:
+    """The verdict for people: a line, or the first difference in full."""
+    over = f", KV over {', '.join(report.transports)}" if report.transports else ""
+    if report.ok:
+        out.print(
+            f"[bold green]equal[/bold green]: {report.num_prompts} prompts, together and alone, "
+            f"{report.num_tokens} tokens as in transformers ({report.model}, {report.dtype}{over})"
+        )
+        return
+    first = report.differences[0]
+    out.print(f"[bold red]different[/bold red]: {len(report.differences)} answers; the first ({report.dtype}{over}):")
+    out.print(f"  prompt    {escape(first.prompt)}, run {first.mode}, route {' -> '.join(first.route) or '?'}")
+    if first.error:
+        out.print(f"  error     {escape(first.error)}", soft_wrap=True)
+        return
+    out.print(f"  index     {first.index}" + (f" (margin {first.margin:.2g})" if first.margin is not None else ""))
+    out.print(f"  expected  {first.expected_token}")
+    out.print(f"  got       {first.got_token}")
+    out.print(f"  expected  {escape(repr(first.expected_text))}", soft_wrap=True)
+    out.print(f"  got       {escape(repr(first.got_text))}", soft_wrap=True)

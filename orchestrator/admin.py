@@ -1,0 +1,101 @@
+"""The Admin service: who is in the cluster, who died, who shall leave. Answered to this machine alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from anabranch.errors import InvalidRequest
+from anabranch_client.v1 import anabranch_pb2 as pb
+from orchestrator.calls import answered
+from orchestrator.dispatcher import Dispatcher
+from orchestrator.events import departure_message, worker_message
+from orchestrator.gateway import Gateway
+from orchestrator.membership import Membership
+from orchestrator.parsing import parser
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+MAX_HOW_CHARS = 200
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_Handler = Callable[[_Request, grpc.aio.ServicerContext[_Request, _Response]], Awaitable[_Response]]
+
+
+def is_local(peer: str) -> bool:
+    """Whether gRPC's name of a peer (`ipv4:127.0.0.1:5000`, `unix:`) is on this machine."""
+    return peer.startswith(("unix:", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D"))
+
+
+class Admin:
+    """Serves `anabranch.v1.Admin`."""
+
+    def __init__(self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway) -> None:
+        self._membership = membership
+        self._dispatcher = dispatcher
+        self._gateway = gateway
+
+    def handlers(self) -> grpc.GenericRpcHandler[Message, Message]:
+        """What the gRPC server calls."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "GetCluster": grpc.unary_unary_rpc_method_handler(
+                    _local(answered(self.get_cluster)),
+                    request_deserializer=parser(pb.GetClusterRequest),
+                    response_serializer=pb.Cluster.SerializeToString,
+                ),
+                "ReportExit": grpc.unary_unary_rpc_method_handler(
+                    _local(answered(self.report_exit)),
+                    request_deserializer=parser(pb.ReportExitRequest),
+                    response_serializer=pb.ReportExitResponse.SerializeToString,
+                ),
+                "Drain": grpc.unary_unary_rpc_method_handler(
+                    _local(answered(self.drain)),
+                    request_deserializer=parser(pb.DrainRequest),
+                    response_serializer=pb.DrainResponse.SerializeToString,
+                ),
+            },
+        )
+
+    async def get_cluster(self, message: pb.GetClusterRequest) -> pb.Cluster:
+        now = asyncio.get_running_loop().time()
+        return pb.Cluster(
+            workers=[worker_message(member, now) for member in self._membership.members],
+            departures=[departure_message(departure) for departure in self._membership.departures],
+            num_requests=self._dispatcher.num_requests,
+            num_queued=self._dispatcher.num_queued,
+            serving=self._membership.serving and not self._gateway.draining,
+            draining=self._gateway.draining,
+        )
+
+    async def report_exit(self, message: pb.ReportExitRequest) -> pb.ReportExitResponse:
+        member = self._membership.by_name(message.worker)
+        if member is None or member.info.pid != message.pid:
+            return pb.ReportExitResponse(known=False)
+        self._membership.lose(member, message.how[:MAX_HOW_CHARS] or "its parent says that it has ended")
+        return pb.ReportExitResponse(known=True)
+
+    async def drain(self, message: pb.DrainRequest) -> pb.DrainResponse:
+        member = self._membership.by_name(message.worker)
+        if member is None:
+            names = ", ".join(member.name for member in self._membership.members) or "there are none"
+            raise InvalidRequest(f"{message.worker!r} is no living worker ({names})", "worker")
+        await self._membership.drain(member)
+        return pb.DrainResponse()
+
+
+def _local(handler: _Handler[_Request, _Response]) -> _Handler[_Request, _Response]:
+    """Refuse callers on other machines."""
+
+    async def handle(message: _Request, context: grpc.aio.ServicerContext[_Request, _Response]) -> _Response:
+        if not is_local(context.peer()):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the Admin service answers on its own machine only")
+        return await handler(message, context)
+
+    return handle

@@ -1,0 +1,50 @@
+"""One epoch of a request on its route: what the workers hold of it."""
+
+from __future__ import annotations
+
+from anabranch.protocol.requests import Request
+from orchestrator.membership import Member
+from orchestrator.router import Route
+
+
+class Attempt:
+    """Counts itself in its workers' loads from the start until `close`.
+
+    Attributes:
+        decode_open: the decode (or colocated) worker was given the request and has not said Ended.
+        prefill_open: the prefill worker was given the prompt and has not said PrefillEnded.
+        committed: a token of this epoch has come, so the KV cache is whole at the decode worker.
+        ordered_at: when the order to compute the prompt was sent; None before.
+    """
+
+    def __init__(self, request: Request, route: Route) -> None:
+        self.request = request
+        self.route = route
+        self.decode_open = False
+        self.prefill_open = False
+        self.committed = False
+        self.ordered_at: float | None = None
+        self._counted_tokens = len(request.token_ids)
+        self._closed = False
+        route.computes_prompt.prefill_tokens += self._counted_tokens
+        for member in route.members:
+            member.num_requests += 1
+
+    def prompt_computed(self) -> None:
+        """The prompt no longer waits at its worker. Idempotent."""
+        self.route.computes_prompt.prefill_tokens -= self._counted_tokens
+        self._counted_tokens = 0
+
+    def depends_on(self, member: Member) -> bool:
+        """Whether the attempt cannot go on without this worker."""
+        if member is self.route.decode:
+            return True
+        return member is self.route.prefill and not self.committed
+
+    def close(self) -> None:
+        """Leave the loads. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.prompt_computed()
+            for member in self.route.members:
+                member.num_requests -= 1

@@ -1,0 +1,53 @@
+"""How every gRPC call of ours ends: with a response, or with a status that carries the error's code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc.aio
+
+from anabranch.errors import AnabranchError, InvalidRequest
+from orchestrator.statuses import status_of, trailers_of
+
+logger = logging.getLogger(__name__)
+
+# A status travels behind what the client has not read yet; a client that never reads must not hold its call.
+ABORT_TIMEOUT_S = 1.0
+MAX_MESSAGE_CHARS = 2000
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_Context = grpc.aio.ServicerContext[_Request, _Response]
+
+
+async def abort(context: _Context[_Request, _Response], error: AnabranchError) -> None:
+    """End the call with the error's status, message and code."""
+    message = str(error)[:MAX_MESSAGE_CHARS]
+    try:
+        await asyncio.wait_for(context.abort(status_of(error), message, trailers_of(error)), ABORT_TIMEOUT_S)
+    except TimeoutError:
+        logger.info("a client has not taken its status: %s", message)
+
+
+def answered(
+    method: Callable[[_Request], Awaitable[_Response]],
+) -> Callable[[_Request | InvalidRequest, _Context[_Request, _Response]], Awaitable[_Response]]:
+    """A unary handler around `method`: its errors become statuses."""
+
+    async def handle(message: _Request | InvalidRequest, context: _Context[_Request, _Response]) -> _Response:
+        try:
+            if isinstance(message, InvalidRequest):
+                raise message
+            return await method(message)
+        except AnabranchError as error:
+            failure = error
+        except Exception:
+            logger.exception("a call failed")
+            failure = AnabranchError("the orchestrator failed; its log says why")
+        await abort(context, failure)
+        raise failure
+
+    return handle

@@ -1,0 +1,419 @@
+"""One request from acceptance to its one end, as a state machine that workers' messages drive.
+
+    queued       waits for a route                                  queue_timeout_s
+    reserving    the decode worker looks for KV blocks              reserve_timeout_s
+    prefilling   the prompt is computed and its KV streams          prefill_timeout_s
+    decoding     tokens come                                        token_timeout_s (from token to token)
+    finishing    the answer is whole, prefill's report is not in    report_timeout_s
+    ended
+
+A colocated worker goes from queued to prefilling. A worker that gives the request back (its blocks ran out, or
+it drains) sends it to queued again, ahead of the others, as a new epoch that goes on where the last one
+stopped. Whatever ends the request, workers that still hold something of it are told to cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import msgspec
+
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, OutOfBlocks, PeerLost, RequestCancelled
+from anabranch.protocol.requests import Request, Token, TokenLogprob, WireError
+from anabranch.protocol.workers import Cancel, Ended, Generate, Prefill, PrefillEnded, Reserve, Reserved, ToWorker
+from orchestrator.answer import Answer, Chunk, Finished, FinishReason
+from orchestrator.attempt import Attempt
+from orchestrator.membership import Member
+from orchestrator.record import Record
+from orchestrator.router import Route
+from orchestrator.served_model import TextStream
+
+logger = logging.getLogger(__name__)
+
+State = Literal["queued", "reserving", "prefilling", "decoding", "finishing", "ended"]
+Outcome = Literal["stop", "length", "again"]
+FromWorker = Reserved | PrefillEnded | Ended | tuple[Token, ...]
+
+
+class Cluster(Protocol):
+    """What a lifecycle asks of the world around it."""
+
+    def enqueue(self, lifecycle: Lifecycle, *, first: bool) -> None:
+        """Call `lifecycle.assign` once there is a route."""
+        ...
+
+    def withdraw(self, lifecycle: Lifecycle) -> None:
+        """Take the lifecycle from the queue, if it is there."""
+        ...
+
+    def work_released(self) -> None:
+        """A worker's load fell: others may have a route now."""
+        ...
+
+    async def send(self, member: Member, message: ToWorker) -> None:
+        """Raises WorkerDied."""
+        ...
+
+    def mark_draining(self, member: Member) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Assigned:
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    member: Member
+    message: FromWorker
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    member: Member
+    error: AnabranchError
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    error: AnabranchError
+
+
+class Lifecycle:
+    """Drives one request; `run` is its only task, all else puts something into its inbox.
+
+    Args:
+        request: epoch 0; `sampling.max_tokens` is set.
+        text: turns its tokens into text.
+        silent_ids: tokens that end the answer and have no text.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        text: TextStream,
+        silent_ids: frozenset[int],
+        cluster: Cluster,
+        config: OrchestratorConfig,
+        accepted_at: float,
+    ) -> None:
+        assert request.sampling.max_tokens is not None
+        self.request = request
+        self.state: State = "queued"
+        self.answer = Answer(config.max_unread_tokens)
+        self._text = text
+        self._silent_ids = silent_ids
+        self._cluster = cluster
+        self._config = config
+        self._max_tokens = request.sampling.max_tokens
+        self._inbox: asyncio.Queue[_Assigned | _Said | _Lost | _Stop] = asyncio.Queue()
+        self._attempt: Attempt | None = None
+        self._output_ids: list[int] = list(request.output_ids)
+        self._num_barren = 0
+        self._record = Record(accepted_at)
+        self._deadline = (0.0, "")
+
+    # What others call -------------------------------------------------------------------------------------
+
+    @property
+    def waits_for_first_token(self) -> bool:
+        return self.state != "ended" and not self._output_ids
+
+    def assign(self, route: Route) -> None:
+        """The queue has found a route; the workers' loads count the request from now on."""
+        assert self._attempt is None
+        self._attempt = Attempt(self.request, route)
+        self._inbox.put_nowait(_Assigned(self._attempt))
+
+    def deliver(self, member: Member, message: FromWorker) -> None:
+        """A worker said something about this request."""
+        self._inbox.put_nowait(_Said(member, message))
+
+    def worker_lost(self, member: Member, error: AnabranchError) -> None:
+        self._inbox.put_nowait(_Lost(member, error))
+
+    def stop(self, error: AnabranchError) -> None:
+        """End the request with `error`, unless it has ended."""
+        self._inbox.put_nowait(_Stop(error))
+
+    # The machine ------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Drive the request to its end; never raises."""
+        try:
+            self.answer.finish(await self._drive())
+        except AnabranchError as error:
+            logger.info("request %s ended in %s: %s", self.request.request_id, self.state, error)
+            self.answer.fail(error)
+        except Exception:
+            logger.exception("request %s failed in %s", self.request.request_id, self.state)
+            self.answer.fail(AnabranchError("the orchestrator failed; its log says why"))
+        finally:
+            self.state = "ended"
+            self._cluster.withdraw(self)
+            if not self.answer.ended:
+                self.answer.fail(Draining("the orchestrator ends"))
+
+    async def _drive(self) -> Finished:
+        while True:
+            self._enter("queued", "queue_timeout_s", self._config.queue_timeout_s)
+            self._cluster.enqueue(self, first=self.request.epoch > 0)
+            try:
+                attempt = await self._queued()
+                num_before = len(self._output_ids)
+                outcome = await self._follow(attempt)
+            except PeerLost as error:
+                if self._attempt is None:
+                    raise
+                await self._cancel(self._attempt)
+                raise await self._cause(self._attempt, error) from error
+            finally:
+                if self._attempt is not None:
+                    await self._cancel(self._attempt)
+                    self._attempt.close()
+                    self._attempt = None
+                    self._cluster.work_released()
+            if outcome != "again":
+                return self._finished(outcome, attempt)
+            self._next_epoch(progressed=len(self._output_ids) > num_before)
+
+    def _next_epoch(self, *, progressed: bool) -> None:
+        self._num_barren = 0 if progressed else self._num_barren + 1
+        if self._num_barren > self._config.max_retries:
+            raise OutOfBlocks(f"workers gave the request back {self._num_barren} times without a new token")
+        self.request = msgspec.structs.replace(
+            self.request, epoch=self.request.epoch + 1, output_ids=tuple(self._output_ids)
+        )
+        logger.info("request %s goes on as epoch %d", self.request.request_id, self.request.epoch)
+
+    async def _queued(self) -> Attempt:
+        while True:
+            event = await self._next()
+            if isinstance(event, _Assigned):
+                return event.attempt
+
+    async def _follow(self, attempt: Attempt) -> Outcome:
+        """Give the request to its workers and follow what they say."""
+        await self._give(attempt)
+        finished: Outcome | None = None
+        while True:
+            try:
+                event = await self._next()
+            except DeadlineExceeded as error:
+                if finished is None:
+                    raise
+                logger.warning("request %s: %s", self.request.request_id, error)
+                return finished
+            if isinstance(event, _Lost):
+                if finished is None and attempt.depends_on(event.member):
+                    raise event.error
+                if event.member is attempt.route.prefill:
+                    attempt.prefill_open = False
+            elif isinstance(event, _Said):
+                outcome = await self._said(attempt, event.member, event.message)
+                if outcome == "again":
+                    return outcome
+                finished = finished or outcome
+            if finished is not None:
+                await self._cancel_decode(attempt)
+                if not attempt.prefill_open:
+                    return finished
+                if self.state != "finishing":
+                    self._enter("finishing", "report_timeout_s", self._config.report_timeout_s)
+
+    async def _give(self, attempt: Attempt) -> None:
+        config = self._config
+        decode = attempt.route.decode
+        if attempt.route.prefill is None:
+            self._enter(
+                "prefilling",
+                "reserve_timeout_s + prefill_timeout_s",
+                config.reserve_timeout_s + config.prefill_timeout_s,
+            )
+            attempt.ordered_at = self._now()
+            await self._cluster.send(decode, Generate(request=attempt.request))
+        else:
+            self._enter("reserving", "reserve_timeout_s", config.reserve_timeout_s)
+            await self._cluster.send(decode, Reserve(request=attempt.request))
+        attempt.decode_open = True
+
+    # What workers say -------------------------------------------------------------------------------------
+
+    async def _said(self, attempt: Attempt, member: Member, message: FromWorker) -> Outcome | None:
+        """The outcome that a message brings, or None. Messages of older epochs change nothing."""
+        if isinstance(message, tuple):
+            return self._on_tokens(attempt, member, message)
+        if message.epoch != attempt.request.epoch:
+            return None
+        if isinstance(message, Reserved):
+            if member is attempt.route.decode:
+                await self._on_reserved(attempt, message)
+            return None
+        if isinstance(message, PrefillEnded):
+            return self._on_prefill_ended(attempt, message) if member is attempt.route.prefill else None
+        return self._on_ended(attempt, message) if member is attempt.route.decode else None
+
+    async def _on_reserved(self, attempt: Attempt, message: Reserved) -> None:
+        prefill = attempt.route.prefill
+        if prefill is None or self.state != "reserving":
+            return
+        self._enter("prefilling", "prefill_timeout_s", self._config.prefill_timeout_s)
+        attempt.ordered_at = self._now()
+        await self._cluster.send(prefill, Prefill(request=attempt.request, destination=message.destination))
+        attempt.prefill_open = True
+
+    def _on_prefill_ended(self, attempt: Attempt, message: PrefillEnded) -> Outcome | None:
+        if not attempt.prefill_open:
+            return None
+        assert attempt.route.prefill is not None
+        attempt.prefill_open = False
+        attempt.prompt_computed()
+        self._cluster.work_released()
+        if message.error is None:
+            self._record.prefilled(attempt, message)
+        elif attempt.committed:
+            logger.warning("request %s: prefill's report: %s", self.request.request_id, message.error.message)
+        else:
+            return self._given_back_or_raise(attempt.route.prefill, message.error)
+        return None
+
+    def _on_ended(self, attempt: Attempt, message: Ended) -> Outcome | None:
+        if not attempt.decode_open:
+            return None
+        attempt.decode_open = False
+        if attempt.route.prefill is None and attempt.committed:
+            self._record.prefilled(attempt, message)
+        member = attempt.route.decode
+        match message.reason:
+            case "stop" | "length":
+                if not self._output_ids:
+                    raise AnabranchError(f"worker {member.name} ended the answer ({message.reason}) without a token")
+                return message.reason
+            case "preempted":
+                return "again"
+            case "failed":
+                error = message.error or WireError(code="internal", message=f"worker {member.name} gave no reason")
+                return self._given_back_or_raise(member, error)
+            case "cancelled":
+                raise RequestCancelled(f"worker {member.name} cancelled the request")
+
+    def _given_back_or_raise(self, member: Member, wire_error: WireError) -> Outcome:
+        """A worker that drains has changed nothing and others can take over; all else is the request's end."""
+        error = wire_error.to_error()
+        if isinstance(error, Draining):
+            self._cluster.mark_draining(member)
+            return "again"
+        raise error
+
+    def _on_tokens(self, attempt: Attempt, member: Member, tokens: Sequence[Token]) -> Outcome | None:
+        if member is not attempt.route.decode or not attempt.decode_open:
+            return None
+        first_index = len(self._output_ids)
+        texts: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        stopped = False
+        for token in tokens:
+            if token.epoch != attempt.request.epoch or token.index < len(self._output_ids) or stopped:
+                continue
+            if token.index > len(self._output_ids) or token.index >= self._max_tokens:
+                raise AnabranchError(
+                    f"worker {member.name} sent token {token.index} where {len(self._output_ids)} "
+                    f"of at most {self._max_tokens} was due"
+                )
+            self._output_ids.append(token.token_id)
+            if token.logprob is not None:
+                logprobs.append(token.logprob)
+            if token.token_id not in self._silent_ids:
+                text, stopped = self._text.push(token.token_id)
+                texts.append(text)
+        if len(self._output_ids) == first_index:
+            return None
+        self._record.tokens_came(self._now())
+        if not attempt.committed:
+            attempt.committed = True
+            attempt.prompt_computed()
+            self._cluster.work_released()
+        self.answer.add(
+            Chunk(
+                first_index=first_index,
+                token_ids=tuple(self._output_ids[first_index:]),
+                text="".join(texts),
+                logprobs=tuple(logprobs),
+            )
+        )
+        self._enter("decoding", "token_timeout_s", self._config.token_timeout_s)
+        return "stop" if stopped else None
+
+    # Ends -------------------------------------------------------------------------------------------------
+
+    def _finished(self, reason: FinishReason, attempt: Attempt) -> Finished:
+        rest = self._text.finish()
+        if rest:
+            self.answer.add(Chunk(first_index=len(self._output_ids), token_ids=(), text=rest, logprobs=()))
+        return self._record.finished(
+            reason,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_output_tokens=len(self._output_ids),
+            route=attempt.route.names,
+            now=self._now(),
+        )
+
+    async def _cancel(self, attempt: Attempt) -> None:
+        """Tell the workers that still hold something of the attempt to let go of it."""
+        await self._cancel_decode(attempt)
+        if attempt.prefill_open and attempt.route.prefill is not None:
+            attempt.prefill_open = False
+            await self._send_cancel(attempt, attempt.route.prefill)
+
+    async def _cancel_decode(self, attempt: Attempt) -> None:
+        if attempt.decode_open:
+            attempt.decode_open = False
+            await self._send_cancel(attempt, attempt.route.decode)
+
+    async def _send_cancel(self, attempt: Attempt, member: Member) -> None:
+        try:
+            await self._cluster.send(member, Cancel(request_id=attempt.request.request_id, epoch=attempt.request.epoch))
+        except AnabranchError as error:
+            logger.debug("cancel of %s not sent: %s", attempt.request.request_id, error)
+
+    async def _cause(self, attempt: Attempt, error: PeerLost) -> AnabranchError:
+        """Why a worker lost its peer: the death of that peer, if it shows within the time that silence takes."""
+        config = self._config
+        self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + config.heartbeat_s)
+        try:
+            while True:
+                event = await self._next()
+                if isinstance(event, _Lost) and event.member in attempt.route.members:
+                    return event.error
+        except DeadlineExceeded:
+            return error
+        except AnabranchError as stopped:
+            return stopped
+
+    # Time -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _enter(self, state: State, name: str, timeout_s: float) -> None:
+        self.state = state
+        self._deadline = (self._now() + timeout_s, f"{name}: nothing for {timeout_s:g} s while {state}")
+
+    async def _next(self) -> _Assigned | _Said | _Lost:
+        """The next event. Raises DeadlineExceeded for the state's deadline, and what `stop` was given."""
+        at, what = self._deadline
+        try:
+            async with asyncio.timeout_at(at):
+                event = await self._inbox.get()
+        except TimeoutError:
+            raise DeadlineExceeded(what) from None
+        if isinstance(event, _Stop):
+            raise event.error
+        return event

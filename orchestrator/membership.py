@@ -1,0 +1,279 @@
+"""Who is in the cluster: workers that registered, when they were last heard, and what they hold.
+
+A worker's life here: Register (refused, or ready) -> ready -> [draining] -> gone. Gone for good: after silence,
+a lost connection or a parent's report, whatever that connection still says is answered with
+Registered(error), and the process that said it ends. A restarted worker may take the name again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import msgspec
+
+from anabranch.errors import AnabranchError, ConfigError, PeerLost, WorkerDied
+from anabranch.protocol.requests import WireError
+from anabranch.protocol.workers import Beat, Drain, Registered, Role, Shutdown, ToWorker, WorkerInfo, WorkerStats
+
+logger = logging.getLogger(__name__)
+
+MAX_DEPARTURES = 32
+_MUST_AGREE = ("model_fingerprint", "kv_dtype", "vocab_size")
+
+
+class ControlSender(Protocol):
+    """The sending half of the control channel's server."""
+
+    async def send(self, peer: bytes, message: ToWorker) -> None: ...
+
+
+class Departure(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that is gone; `expected` when it was drained or told to go."""
+
+    name: str
+    pid: int
+    reason: str
+    expected: bool
+
+
+class Member:
+    """A living worker.
+
+    Attributes:
+        heard_at: when its last message came, on the loop's clock.
+        end: how it went; None while it lives.
+        num_requests: attempts that it was given and that have not ended.
+        prefill_tokens: prompt tokens of those attempts that are not yet known to be computed.
+    """
+
+    def __init__(self, info: WorkerInfo, peer: bytes, heard_at: float) -> None:
+        self.info = info
+        self.peer = peer
+        self.heard_at = heard_at
+        self.stats: WorkerStats | None = None
+        self.draining = False
+        self.end: WorkerDied | None = None
+        self.num_requests = 0
+        self.prefill_tokens = 0
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def role(self) -> Role:
+        return self.info.role
+
+    @property
+    def alive(self) -> bool:
+        return self.end is None
+
+    @property
+    def state(self) -> Literal["ready", "draining", "gone"]:
+        if not self.alive:
+            return "gone"
+        return "draining" if self.draining else "ready"
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and not self.draining
+
+
+class Membership:
+    """The living workers.
+
+    Args:
+        worker_timeout_s: silence after which a worker is gone.
+        heartbeat_s: time between beats to each worker.
+        on_change: called after a worker came, began to drain or went.
+        on_lost: called with each worker that went and the error for its requests, before `on_change`.
+    """
+
+    def __init__(
+        self,
+        sender: ControlSender,
+        *,
+        worker_timeout_s: float,
+        heartbeat_s: float,
+        on_change: Callable[[], None],
+        on_lost: Callable[[Member, AnabranchError], None],
+    ) -> None:
+        self._sender = sender
+        self._worker_timeout_s = worker_timeout_s
+        self._heartbeat_s = heartbeat_s
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._by_name: dict[str, Member] = {}
+        self._by_peer: dict[bytes, Member] = {}
+        self.departures: deque[Departure] = deque(maxlen=MAX_DEPARTURES)
+
+    # Views ------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[Member]:
+        """The living, in the order in which they came."""
+        return list(self._by_name.values())
+
+    def by_name(self, name: str) -> Member | None:
+        return self._by_name.get(name)
+
+    def by_peer(self, peer: bytes) -> Member | None:
+        return self._by_peer.get(peer)
+
+    def max_context(self) -> int:
+        """Most tokens that one request may hold on some usable path; 0 where there is none."""
+
+        def widest(role: Role) -> int:
+            return max((m.info.max_context for m in self._by_name.values() if m.ready and m.role == role), default=0)
+
+        return max(min(widest("prefill"), widest("decode")), widest("colocated"))
+
+    @property
+    def serving(self) -> bool:
+        """Whether a prefill and a decode worker, or a colocated one, are ready."""
+        return self.max_context() > 0
+
+    # Coming -----------------------------------------------------------------------------------------------
+
+    async def register(self, peer: bytes, info: WorkerInfo) -> None:
+        """Take a worker in, or tell it why not."""
+        known = self._by_peer.get(peer)
+        if known is not None and known.info == info:
+            await self._answer(peer, None)
+            return
+        try:
+            self._check(info)
+        except ConfigError as error:
+            logger.warning("refused worker %s (pid %d): %s", info.name, info.pid, error)
+            await self._answer(peer, error)
+            return
+        if known is not None:
+            self.lose(known, f"its connection now speaks for {info.name} (pid {info.pid})")
+        member = Member(info, peer, asyncio.get_running_loop().time())
+        self._by_name[info.name] = member
+        self._by_peer[peer] = member
+        logger.info("worker %s came: %s, pid %d on %s", info.name, info.role, info.pid, info.host)
+        await self._answer(peer, None)
+        self._on_change()
+
+    def _check(self, info: WorkerInfo) -> None:
+        living = self._by_name.get(info.name)
+        if living is not None:
+            raise ConfigError(
+                "name",
+                info.name,
+                f"is taken by a living worker (pid {living.info.pid} on {living.info.host}); choose another name",
+            )
+        for field in ("max_context", "num_blocks", "block_size", "vocab_size"):
+            if getattr(info, field) < 1:
+                raise ConfigError(field, getattr(info, field), "must be at least 1")
+        first = next(iter(self._by_name.values()), None)
+        if first is None:
+            return
+        for field in _MUST_AGREE:
+            ours, theirs = getattr(info, field), getattr(first.info, field)
+            if ours != theirs:
+                raise ConfigError(
+                    field,
+                    ours,
+                    f"of {info.name} (model {info.model}) differs from {theirs!r} of {first.name} "
+                    f"(model {first.info.model}); start all workers with the same model and dtype",
+                )
+
+    async def _answer(self, peer: bytes, error: AnabranchError | None) -> None:
+        try:
+            await self._sender.send(peer, Registered(error=None if error is None else WireError.of(error)))
+        except AnabranchError as failure:
+            logger.info("could not answer a registration: %s", failure)
+
+    # Staying ----------------------------------------------------------------------------------------------
+
+    async def heard(self, peer: bytes, stats: WorkerStats | None = None) -> Member | None:
+        """Note a sign of life; one from a connection that is not (or no longer) a member is fenced."""
+        member = self._by_peer.get(peer)
+        if member is None:
+            await self._answer(peer, WorkerDied("this connection is not registered, or counts as dead; start anew"))
+            return None
+        member.heard_at = asyncio.get_running_loop().time()
+        if stats is not None:
+            member.stats = stats
+        return member
+
+    async def send(self, member: Member, message: ToWorker) -> None:
+        """Send to a worker. Raises WorkerDied when it is gone, also when that shows only now."""
+        if member.end is None:
+            try:
+                await self._sender.send(member.peer, message)
+                return
+            except PeerLost:
+                self.lose(member, "its control connection is gone")
+        assert member.end is not None
+        raise member.end
+
+    async def watch(self) -> None:
+        """Send beats and notice silence, until cancelled."""
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            now = loop.time()
+            late_s = now - before - self._heartbeat_s
+            before = now
+            for member in self.members:
+                # While this loop was held up, beats waited in the socket: that is our silence, not theirs.
+                if late_s > self._heartbeat_s:
+                    member.heard_at += late_s
+                if now - member.heard_at > self._worker_timeout_s:
+                    self.lose(member, f"it was silent for {now - member.heard_at:.1f} s")
+                    continue
+                try:
+                    await self.send(member, Beat())
+                except AnabranchError as error:
+                    logger.debug("no beat to %s: %s", member.name, error)
+
+    # Going ------------------------------------------------------------------------------------------------
+
+    async def drain(self, member: Member) -> None:
+        """Give a worker no new work, and tell it to end once its work is done."""
+        self.mark_draining(member)
+        await self.send(member, Drain())
+
+    def mark_draining(self, member: Member) -> None:
+        if member.ready:
+            member.draining = True
+            logger.info("worker %s drains", member.name)
+            self._on_change()
+
+    def lose(self, member: Member, reason: str) -> None:
+        """A worker is gone; its requests hear of it at once. Idempotent."""
+        if not member.alive:
+            return
+        expected = member.draining and member.num_requests == 0
+        member.end = WorkerDied(f"worker {member.name} (pid {member.info.pid}) died: {reason}")
+        del self._by_name[member.name]
+        if self._by_peer.get(member.peer) is member:
+            del self._by_peer[member.peer]
+        self.departures.append(Departure(name=member.name, pid=member.info.pid, reason=reason, expected=expected))
+        logger.log(
+            logging.INFO if expected else logging.ERROR,
+            "worker %s (pid %d) %s: %s",
+            member.name,
+            member.info.pid,
+            "left" if expected else "died",
+            reason,
+        )
+        self._on_lost(member, member.end)
+        self._on_change()
+
+    async def shut_down(self) -> None:
+        """Tell every worker to exit now."""
+        for member in self.members:
+            member.draining = True
+            try:
+                await self.send(member, Shutdown())
+            except AnabranchError as error:
+                logger.info("could not shut %s down: %s", member.name, error)

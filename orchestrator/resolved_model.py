@@ -1,0 +1,56 @@
+"""The served model from a checkpoint on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anabranch.model.sources import resolve_model
+from anabranch.model.tokenizer import Tokenizer
+from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
+from anabranch.sampling.params import SamplingParams
+
+
+class CheckpointModel:
+    """A `ServedModel` by known name, Hugging Face folder or GGUF file; reads configuration and tokenizer alone.
+
+    Raises:
+        ModelError: unknown, unsupported or broken.
+    """
+
+    def __init__(self, name: str) -> None:
+        source = resolve_model(name)
+        config = source.config()
+        self._tokenizer = Tokenizer(source)
+        self.name = name
+        self.vocab_size = config.vocab_size
+        self.max_context = config.max_context
+        self.eos_token_ids = config.eos_token_ids or self._tokenizer.eos_token_ids
+        self.has_chat_template = self._tokenizer.has_chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, the model's own at its start included."""
+        return self._tokenizer.encode(text)
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a chat under the model's template. Raises InvalidRequest."""
+        return self._tokenizer.apply_chat([{"role": role, "content": content} for role, content in messages])
+
+    def text_stream(self, sampling: SamplingParams) -> CheckpointText:
+        return CheckpointText(self._tokenizer, sampling)
+
+
+class CheckpointText:
+    """A `TextStream` through the model's tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer.decode)
+        self._matcher = StopStringMatcher(sampling.stop)
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """The text that became certain, and whether a stop string is complete."""
+        return self._matcher.push(self._detokenizer.push(token_id))
+
+    def finish(self) -> str:
+        """The text held back; a stop string completed only now still hides itself."""
+        text, _ = self._matcher.push(self._detokenizer.flush())
+        return text + self._matcher.flush()

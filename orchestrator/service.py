@@ -1,0 +1,205 @@
+"""The orchestrator: gateway, requests, workers, and the tasks that keep them going.
+
+    clients --gRPC--> Gateway -> Dispatcher -> Lifecycle (one task each) --control channel--> workers
+                                                   ^------- receive task <--------------------'
+
+Tasks: one receives from workers, one beats and notices silence, one reports health, one per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.errors import ConfigError, Draining, PeerLost
+from anabranch.protocol.workers import Beat, Ended, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
+from orchestrator import admin, gateway
+from orchestrator.dispatcher import Dispatcher
+from orchestrator.health import HealthReporter
+from orchestrator.membership import Membership
+from orchestrator.router import LeastWork, Router
+from orchestrator.served_model import ServedModel
+from transport.control import ControlServer
+
+logger = logging.getLogger(__name__)
+
+# How long calls that have their answer may take to get it out, at the end of the process.
+GRPC_GRACE_S = 1.0
+
+
+class Orchestrator:
+    """Life: construct -> `start` (bound, announced) -> serves -> `drain` -> `close`.
+
+    Args:
+        router: None takes LeastWork.
+
+    Attributes:
+        failed: set when a task that must run for ever has failed; the process should end.
+        grpc_endpoint, control_endpoint: where clients and workers connect, once started.
+    """
+
+    def __init__(self, config: OrchestratorConfig, model: ServedModel, router: Router | None = None) -> None:
+        self._config = config
+        self._model = model
+        self._router = router or LeastWork(config.prefill_ahead_tokens)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failed = asyncio.Event()
+        self.grpc_endpoint = ""
+        self.control_endpoint = ""
+
+    async def start(self) -> None:
+        """Bind both addresses and begin to serve. Raises ConfigError, TransportUnavailable."""
+        config = self._config
+        self._control = ControlServer(
+            config.control_bind,
+            ToOrchestrator,
+            max_message_bytes=config.max_control_bytes,
+            allow_remote=config.allow_remote,
+        )
+        self.control_endpoint = self._control.endpoint
+        self._dispatcher = Dispatcher(config, self._model, self._router)
+        self.membership = Membership(
+            self._control,
+            worker_timeout_s=config.worker_timeout_s,
+            heartbeat_s=config.heartbeat_s,
+            on_change=self._cluster_changed,
+            on_lost=self._dispatcher.worker_lost,
+        )
+        self._dispatcher.attach(self.membership)
+        self._gateway = gateway.Gateway(config, self._model, self.membership, self._dispatcher)
+        self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
+        await self._health.report()
+        try:
+            await self._start_grpc()
+        except BaseException:
+            self._control.close()
+            self._gateway.close()
+            raise
+        self._spawn(self._receive(), "receive")
+        self._spawn(self.membership.watch(), "watch")
+        self._spawn(self._health.run(), "health")
+        if config.endpoints_file:
+            self._announce(Path(config.endpoints_file))
+        logger.info("gRPC on %s, workers on %s", self.grpc_endpoint, self.control_endpoint)
+
+    async def _start_grpc(self) -> None:
+        config = self._config
+        server = grpc.aio.server(
+            options=[
+                # Otherwise a second process could take the same port and half of the clients in silence.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.max_request_bytes),
+                ("grpc.max_concurrent_streams", 4 * config.max_queued),
+            ]
+        )
+        administration = admin.Admin(self.membership, self._dispatcher, self._gateway)
+        server.add_generic_rpc_handlers((self._gateway.handlers(), administration.handlers()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        reflection.enable_server_reflection(
+            (gateway.SERVICE, admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        try:
+            port = server.add_insecure_port(config.grpc_bind)
+        except RuntimeError as error:
+            raise ConfigError("grpc_bind", config.grpc_bind, f"cannot be bound ({error}); choose another") from error
+        if config.grpc_bind.startswith("unix:"):
+            self.grpc_endpoint = config.grpc_bind
+        else:
+            self.grpc_endpoint = f"{config.grpc_bind.rpartition(':')[0]}:{port}"
+        await server.start()
+        self._server = server
+
+    def _announce(self, path: Path) -> None:
+        """Write the endpoints so that a reader sees all of the file or none."""
+        announcement = {"grpc": self.grpc_endpoint, "control": self.control_endpoint, "pid": os.getpid()}
+        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(announcement, file)
+        os.replace(part, path)
+
+    # Serving ----------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_done)
+        self._tasks.append(task)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.critical("the task %s failed", task.get_name(), exc_info=task.exception())
+            self.failed.set()
+
+    async def _receive(self) -> None:
+        """Hand out what workers say, until cancelled or the channel is closed."""
+        while True:
+            try:
+                peer, message = await self._control.recv()
+            except PeerLost:
+                return
+            if isinstance(message, Register):
+                await self.membership.register(peer, message.worker)
+            elif isinstance(message, Beat):
+                await self.membership.heard(peer, message.stats)
+            elif isinstance(message, Reserved | Tokens | PrefillEnded | Ended):
+                member = await self.membership.heard(peer)
+                if member is not None:
+                    self._dispatcher.deliver(member, message)
+
+    def _cluster_changed(self) -> None:
+        self._health.changed()
+        self._dispatcher.pump()
+
+    # Ending -----------------------------------------------------------------------------------------------
+
+    @property
+    def draining(self) -> bool:
+        return self._gateway.draining
+
+    @property
+    def num_requests(self) -> int:
+        return self._dispatcher.num_requests
+
+    async def drain(self) -> None:
+        """Take no new requests; wait for those in flight, and end what is left after `drain_timeout_s`."""
+        self._gateway.draining = True
+        self._health.changed()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                await self._dispatcher.wait_until_idle()
+        except TimeoutError:
+            num_left = self._dispatcher.num_requests
+            logger.warning("%d requests are ended after drain_timeout_s", num_left)
+            await self._dispatcher.stop_all(
+                Draining(f"drain_timeout_s: not finished {self._config.drain_timeout_s:g} s after shutdown began")
+            )
+
+    async def close(self) -> None:
+        """Shut workers down, end every task, release every address. To be called once, drained or not."""
+        self._gateway.draining = True
+        await self._dispatcher.stop_all(Draining("the orchestrator ends"))
+        await self._server.stop(GRPC_GRACE_S)
+        await self.membership.shut_down()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._gateway.close()
+        self._control.close()
+
+    def check_integrity(self) -> None:
+        """Assert that no request has left anything behind; to be called when idle."""
+        self._dispatcher.check_integrity()
+        assert self._gateway.num_calls == 0, f"{self._gateway.num_calls} Generate calls"
+        assert self._gateway.num_encoding == 0, f"{self._gateway.num_encoding} prompts being encoded"
+        strays = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("request ")]
+        assert not strays, f"tasks: {strays}"

@@ -1,0 +1,70 @@
+"""The known model itself: converted folder, GGUF file, tokenizer and chat template, against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from anabranch.errors import CheckpointError, InvalidRequest
+from anabranch.model.known import KNOWN_MODELS
+from anabranch.model.sources import ModelSource, resolve_model
+from anabranch.model.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
+
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
+
+
+@pytest.fixture(scope="module")
+def source() -> ModelSource:
+    return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source) -> Tokenizer:
+    return Tokenizer(source)
+
+
+def test_text_goes_to_ids_and_back(tokenizer) -> None:
+    text = "Größe, naïve, 日本語 🙂, <|im_start|> tabs\tand\n\nlines  "
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    assert tokenizer.decode([1, *tokenizer.encode("Hello")]) == "Hello"
+    assert tokenizer.encode("") == []
+    assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (49152, (2,))
+
+
+def test_chat_template(tokenizer) -> None:
+    ids = tokenizer.apply_chat(QUESTION)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("Answer briefly.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_model_without_template_or_tokenizer(tokenizer, make_model, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "has_chat_template", False)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        tokenizer.apply_chat(QUESTION)
+    folder, _ = make_model("llama-gqa-tied")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
+        Tokenizer(resolve_model(str(folder)))
+
+
+def test_greedy_answer_equals_transformers_from_folder_and_gguf(
+    source, tokenizer, load, session, reference_tokens
+) -> None:
+    ids = tokenizer.apply_chat(QUESTION)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = reference(torch.tensor([ids])).logits[0]
+    expected = reference_tokens(reference, ids, 24)
+    del reference
+    assert tokenizer.decode(expected).startswith("The capital of France is Paris.")
+    package = KNOWN_MODELS["smollm2-135m"]
+    gguf = package._gguf()
+    assert gguf is not None
+    for path in (source.path, gguf):
+        model = load(path)
+        torch.testing.assert_close(session(model).feed(ids), logits, atol=2e-3, rtol=1e-4)
+        assert session(model).generate(ids, 24) == expected
+    assert resolve_model(str(gguf)).config().eos_token_ids == resolve_model("smollm2-135m").config().eos_token_ids

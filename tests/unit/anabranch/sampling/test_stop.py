@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from anabranch.sampling.params import SamplingParams
+from anabranch.sampling.stop import StopChecker
+
+pytestmark = pytest.mark.unit
+
+CHECKER = StopChecker([2, 5], max_context=100)
+
+
+@pytest.mark.parametrize(
+    ("params", "token_id", "num_output", "num_tokens", "expected"),
+    [
+        ({}, 7, 1, 10, None),
+        ({}, 2, 1, 10, "stop"),
+        ({}, 5, 1, 10, "stop"),
+        ({"ignore_eos": True}, 2, 1, 10, None),
+        ({"stop_token_ids": (7, 8)}, 8, 1, 10, "stop"),
+        ({"stop_token_ids": (2,), "ignore_eos": True}, 2, 1, 10, "stop"),
+        ({"max_tokens": 3}, 7, 2, 10, None),
+        ({"max_tokens": 3}, 7, 3, 10, "length"),
+        ({"max_tokens": 3}, 2, 3, 10, "stop"),
+        ({}, 7, 1, 99, None),
+        ({}, 7, 1, 100, "length"),
+        ({"max_tokens": 500}, 7, 60, 100, "length"),
+        ({"ignore_eos": True, "max_tokens": 3}, 2, 3, 10, "length"),
+    ],
+)
+def test_reasons(
+    params: dict[str, object], token_id: int, num_output: int, num_tokens: int, expected: str | None
+) -> None:
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    assert CHECKER.check(sampling, token_id, num_output=num_output, num_tokens=num_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_prompt", "expected"), [(None, 40, 60), (10, 40, 10), (80, 40, 60), (1, 100, 0), (1, 120, 0)]
+)
+def test_most_output(max_tokens: int | None, num_prompt: int, expected: int) -> None:
+    assert CHECKER.max_output(SamplingParams(max_tokens=max_tokens), num_prompt) == expected

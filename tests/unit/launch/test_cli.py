@@ -1,0 +1,147 @@
+"""Arguments, error texts and exit codes of the command line, where no cluster is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from anabranch_client import Completion, KvTransfer, Timings, Usage
+from launch.cli import app
+from launch.generate import completion_json
+from launch.verify import first_difference
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("ANABRANCH_ENDPOINT", raising=False)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def one_line(result: Result) -> str:
+    """What was said on stderr, which must be a single line and no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["up", "generate", "verify", "doctor", "models"])
+def test_help_teaches_with_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert f"anabranch {command}" in result.stdout
+
+
+def test_generate_without_a_cluster_says_how_to_start_one() -> None:
+    result = run("generate", "hello")
+    assert result.exit_code == 1
+    assert one_line(result) == (
+        "error: no cluster is running here; start one with `anabranch up`, or name one with --endpoint HOST:PORT"
+    )
+
+
+def test_generate_at_a_dead_endpoint_says_so() -> None:
+    result = run("generate", "hello", "--endpoint", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert one_line(result) == (
+        "error: no cluster answers at 127.0.0.1:1; start one with `anabranch up`, or mend --endpoint"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give either a PROMPT or --prompt-ids"),
+        (["hello", "--prompt-ids", "1"], "give either a PROMPT or --prompt-ids"),
+        (["--prompt-ids", "1,x"], "--prompt-ids: '1,x': give whole numbers"),
+        (["--prompt-ids", "1", "--chat"], "--chat and --system need a text prompt"),
+    ],
+)
+def test_generate_refuses_what_makes_no_prompt(arguments: list[str], said: str) -> None:
+    result = run("generate", *arguments)
+    assert result.exit_code == 2
+    assert said in one_line(result)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("modle: x", "modle: 'x': unknown key; did you mean model?"),
+        ("pools: {prefill: {workers: 0}, decode: {}}", "pools.prefill.workers: 0: must be at least 1"),
+        ("pools: {prefill: {tp: 2}, decode: {}}", "pools.prefill.tp: 2: must be 1"),
+        ("model: no-such-model", "'no-such-model' is no model known here"),
+        ("model: [", "is not valid YAML"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "verify"])
+def test_a_bad_topology_is_refused_in_one_line(tmp_path: Path, command: str, text: str, said: str) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text(text)
+    result = run(command, str(path))
+    assert result.exit_code == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_up_refuses_a_ready_file_in_no_folder(tmp_path: Path) -> None:
+    result = run("up", "--ready-file", str(tmp_path / "absent" / "ready.json"))
+    assert result.exit_code == 1
+    assert "is no folder; make it first" in one_line(result)
+
+
+def test_models_lists_the_known_one() -> None:
+    result = run("models", "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)
+    assert "smollm2-135m" in [row["name"] for row in rows]
+    assert set(rows[0]) == {"name", "description", "licence", "origin", "available"}
+
+
+def test_doctor_names_what_decides() -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert {"cores", "CPU", "memory", "GPUs", "plane ucx", "plane tcp", "compiler", "versions"} <= set(findings)
+    assert "torch" in findings["versions"]["found"]
+
+
+def test_the_json_of_an_answer() -> None:
+    completion = Completion(
+        request_id="r",
+        text="hi",
+        token_ids=(1, 2),
+        logprobs=(),
+        finish_reason="length",
+        usage=Usage(num_prompt_tokens=3, num_output_tokens=2, num_cached_tokens=0),
+        route=("prefill-0", "decode-0"),
+        timings=Timings(queue_s=0.1, prefill_s=0.2, kv_stream_s=0.3, ttft_s=0.4, tpot_s=0.5, e2e_s=0.6),
+        kv=KvTransfer(bytes=7, transport="tcp", overlap=0.9),
+    )
+    assert completion_json(completion) == {
+        "request_id": "r",
+        "text": "hi",
+        "token_ids": [1, 2],
+        "finish_reason": "length",
+        "usage": {"num_prompt_tokens": 3, "num_output_tokens": 2, "num_cached_tokens": 0},
+        "timings": {"queue_s": 0.1, "prefill_s": 0.2, "kv_stream_s": 0.3, "ttft_s": 0.4, "tpot_s": 0.5, "e2e_s": 0.6},
+        "route": ["prefill-0", "decode-0"],
+        "kv": {"bytes": 7, "transport": "tcp", "overlap": 0.9},
+    }
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "index"),
+    [((1, 2), (1, 2), None), ((1, 2), (1, 3), 1), ((1, 2), (1,), 1), ((1,), (1, 2), 1), ((), (), None)],
+)
+def test_the_first_difference(want: tuple[int, ...], got: tuple[int, ...], index: int | None) -> None:
+    assert first_difference(want, got) == index

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from anabranch.config.flags import parse_flags
+from anabranch.config.load import check_topology
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.worker import WorkerConfig
+from launch.plan import plan_orchestrator, plan_processes, plan_workers
+
+pytestmark = pytest.mark.unit
+
+CONTROL = "ipc:///tmp/x/control.sock"
+
+
+def split(prefill: PoolConfig, decode: PoolConfig, **rest: object) -> Topology:
+    return msgspec.convert({"pools": Pools(prefill=prefill, decode=decode), **rest}, Topology)
+
+
+def test_cores_are_shared_evenly() -> None:
+    topology = split(PoolConfig(workers=1), PoolConfig(workers=2))
+    workers = plan_workers(topology, CONTROL, cores=tuple(range(8)))
+    assert [(w.name, w.threads, w.cores) for w in workers] == [
+        ("prefill-0", 3, ()),
+        ("decode-0", 3, ()),
+        ("decode-1", 2, ()),
+    ]
+
+
+def test_more_workers_than_cores_get_one_thread_each() -> None:
+    workers = plan_workers(split(PoolConfig(workers=2), PoolConfig(workers=2)), CONTROL, cores=(0, 1))
+    assert [w.threads for w in workers] == [1, 1, 1, 1]
+
+
+def test_pinned_cores_are_dealt_out_and_set_the_threads() -> None:
+    topology = split(PoolConfig(workers=2, cores=(0, 1, 2, 3)), PoolConfig(cores=(4, 5), threads=1))
+    workers = plan_workers(topology, CONTROL, cores=tuple(range(8)))
+    assert [(w.cores, w.threads) for w in workers] == [((0, 1), 2), ((2, 3), 2), ((4, 5), 1)]
+
+
+def test_a_worker_gets_what_the_topology_says() -> None:
+    topology = check_topology(
+        Topology(
+            model="m",
+            dtype="float32",
+            kv_transport="tcp",
+            block_size=32,
+            prefix_cache=False,
+            max_context=777,
+            pools=Pools(colocated=PoolConfig(kv_cache="3MiB", max_running=5, max_step_tokens=99, threads=1)),
+        )
+    )
+    (worker,) = plan_workers(topology, CONTROL)
+    assert worker == WorkerConfig(
+        role="colocated",
+        name="colocated-0",
+        orchestrator=CONTROL,
+        model="m",
+        dtype="float32",
+        kv_transport="tcp",
+        threads=1,
+        block_size=32,
+        kv_cache_bytes=3 << 20,
+        max_context=777,
+        max_running=5,
+        max_step_tokens=99,
+        prefix_cache=False,
+    )
+    (process,) = plan_processes(topology, (worker,))
+    assert process.module == "decode"
+    assert parse_flags(WorkerConfig, process.arguments, prog="decode", about="") == worker
+
+
+def test_one_process_for_each_worker() -> None:
+    topology = split(PoolConfig(workers=2), PoolConfig(workers=1))
+    processes = plan_processes(topology, plan_workers(topology, CONTROL))
+    assert [(p.name, p.module) for p in processes] == [
+        ("prefill-0", "prefill"),
+        ("prefill-1", "prefill"),
+        ("decode-0", "decode"),
+    ]
+
+
+def test_the_in_process_transport_shares_one_process() -> None:
+    topology = split(PoolConfig(workers=1), PoolConfig(workers=2), kv_transport="inproc")
+    workers = plan_workers(topology, CONTROL)
+    (process,) = plan_processes(topology, workers)
+    assert process.module == "launch.inproc"
+    assert process.workers == workers
+    assert process.arguments[0] == "--workers"
+    assert msgspec.json.decode(process.arguments[1], type=tuple[WorkerConfig, ...]) == workers
+
+
+def test_the_orchestrator_listens_where_the_topology_says() -> None:
+    plan = plan_orchestrator(Topology(grpc="127.0.0.1:50051", model="m"), CONTROL, Path("/tmp/x/endpoints.json"))
+    config = parse_flags(OrchestratorConfig, plan.arguments, prog="orchestrator", about="")
+    assert config.model == "m"
+    assert config.grpc_bind == "127.0.0.1:50051"
+    assert config.control_bind == CONTROL
+    assert config.endpoints_file == "/tmp/x/endpoints.json"

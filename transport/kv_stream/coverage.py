@@ -1,0 +1,89 @@
+"""Which (layer, head, token) of a stream have arrived: each exactly once, or the stream is refused."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from anabranch.errors import MalformedMessage
+from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.reshard import tokens_of
+
+Run = tuple[int, int]
+
+
+class Coverage:
+    """Runs of tokens per layer and head, against the runs that the rank must hold.
+
+    Args:
+        num_cached_tokens: leading tokens that are there already and must not arrive.
+        num_tokens: tokens of the whole sequence.
+    """
+
+    def __init__(self, layout: KvLayout, rank: int, num_cached_tokens: int, num_tokens: int) -> None:
+        cp_rank, tp_rank = divmod(rank, layout.tp)
+        self.num_layers = layout.num_layers
+        self.heads = layout.heads_of(tp_rank)
+        held = tokens_of(layout, cp_rank, range(num_tokens))
+        clipped = ((max(run.start, num_cached_tokens), run.stop) for run in held)
+        self.needed: list[Run] = [(start, stop) for start, stop in clipped if start < stop]
+        self._starts = [start for start, _ in self.needed]
+        self._arrived: dict[tuple[int, int], list[Run]] = {}
+
+    def check(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
+        """Raise MalformedMessage unless the rectangle lies within what the rank must hold."""
+        if layer < 0 or num_layers < 1 or layer + num_layers > self.num_layers:
+            raise MalformedMessage(f"layers {layer} to {layer + num_layers - 1} of {self.num_layers}")
+        if num_heads < 1 or head_start < self.heads.start or head_start + num_heads > self.heads.stop:
+            last = head_start + num_heads - 1
+            raise MalformedMessage(f"heads {head_start} to {last}; held here: {self.heads.start} to {self.heads[-1]}")
+        last_stop = -1
+        for start, count in tokens:
+            index = bisect_right(self._starts, start) - 1
+            if count < 1 or start <= last_stop or index < 0 or start + count > self.needed[index][1]:
+                raise MalformedMessage(f"tokens {start} to {start + count - 1} are not expected here")
+            last_stop = start
+        if not tokens:
+            raise MalformedMessage("a slice without tokens")
+
+    def add(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
+        """Mark a rectangle that `check` has passed. Raises MalformedMessage where some of it has arrived before."""
+        for row in range(layer, layer + num_layers):
+            for head in range(head_start, head_start + num_heads):
+                runs = self._arrived.setdefault((row, head), [])
+                for start, count in tokens:
+                    _insert(runs, start, start + count, row, head)
+
+    @property
+    def missing(self) -> str:
+        """What has not arrived, in words; empty when everything has."""
+        gaps = [
+            (layer, head)
+            for layer in range(self.num_layers)
+            for head in self.heads
+            if self._arrived.get((layer, head), []) != self.needed
+        ]
+        if not gaps:
+            return ""
+        layer, head = gaps[0]
+        runs = self._arrived.get((layer, head), [])
+        came = f"only tokens {_words(runs)} of {_words(self.needed)} came" if runs else "nothing came"
+        return (
+            f"{len(gaps)} of {self.num_layers * len(self.heads)} layers times heads; layer {layer}, head {head}: {came}"
+        )
+
+
+def _insert(runs: list[Run], start: int, stop: int, layer: int, head: int) -> None:
+    """Put a run into an ascending list, joined with its neighbours where it touches them."""
+    index = len(runs) if not runs or runs[-1][0] < start else bisect_right(runs, (start, start))
+    if (index and runs[index - 1][1] > start) or (index < len(runs) and runs[index][0] < stop):
+        raise MalformedMessage(f"tokens {start} to {stop - 1} of layer {layer}, head {head} came twice")
+    if index and runs[index - 1][1] == start:
+        index -= 1
+        start = runs.pop(index)[0]
+    if index < len(runs) and runs[index][0] == stop:
+        stop = runs.pop(index)[1]
+    runs.insert(index, (start, stop))
+
+
+def _words(runs: list[Run]) -> str:
+    return ", ".join(f"{start} to {stop - 1}" for start, stop in runs[:4]) + (" ..." if len(runs) > 4 else "")
