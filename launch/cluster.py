@@ -35,6 +35,7 @@ from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
 
 READY_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 3.0
+LEAVE_TIMEOUT_S = 1.0
 TERM_TIMEOUT_S = 2.0
 KILL_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 1.0
@@ -177,15 +178,20 @@ class LocalCluster:
         with self._changed:
             self._stopping = True
         children = [child for child in self._children.values() if child.alive]
+        # The orchestrator leads: it ends its requests, then tells the workers to exit.
+        leader = [child for child in children if child.name == ORCHESTRATOR_NAME]
+        workers = [child for child in children if child not in leader]
         try:
-            # Workers first, so that they can end their requests while somebody listens.
-            for group in ([c for c in children if c.name != ORCHESTRATOR_NAME], children):
-                stop_all(
-                    [child for child in group if child.alive],
-                    drain_timeout_s=DRAIN_TIMEOUT_S,
-                    term_timeout_s=TERM_TIMEOUT_S,
-                    kill_timeout_s=KILL_TIMEOUT_S,
-                )
+            stop_all(
+                leader,
+                drain_timeout_s=DRAIN_TIMEOUT_S,
+                term_timeout_s=TERM_TIMEOUT_S,
+                kill_timeout_s=KILL_TIMEOUT_S,
+            )
+            left = wait_all(workers, LEAVE_TIMEOUT_S if leader else 0.0)
+            stop_all(
+                left, drain_timeout_s=LEAVE_TIMEOUT_S, term_timeout_s=TERM_TIMEOUT_S, kill_timeout_s=KILL_TIMEOUT_S
+            )
         except KeyboardInterrupt:
             for child in children:
                 child.kill()

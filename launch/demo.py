@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from rich.markup import escape
@@ -13,6 +12,7 @@ from anabranch_client import ChatMessage, Client, ClientError, Sampling
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.generate import stream_answer
+from launch.report import interrupt_on_signals
 from launch.show import err, out, process_table
 from transport.planes.registry import available_planes
 
@@ -55,8 +55,7 @@ def demo(question: str) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     try:
         demo(" ".join(sys.argv[1:]) or QUESTION)
     except (AnabranchError, ClientError) as error:

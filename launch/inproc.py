@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (AnabranchError, msgspec.ValidationError) as error:
         logger.error("%s", error)
         raise SystemExit(2) from None
+    # transformers fills in its names at first use, and not safely in two threads at once, as the builds would.
+    from transformers import AutoConfig  # noqa: F401
+
     raise SystemExit(run_workers([partial(build_worker, config) for config in configs]))
 
 

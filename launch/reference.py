@@ -38,6 +38,7 @@ class Reference:
     """
 
     def __init__(self, source: ModelSource, dtype: DtypeName = "float32") -> None:
+        transformers.utils.logging.disable_progress_bar()
         where: dict[str, str | bool] = {"local_files_only": True}
         if source.kind == "gguf":
             where |= {"gguf_file": source.path.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
@@ -29,6 +30,12 @@ def fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
     """Print `error: message` to stderr and end with `code`."""
     err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does, and SIGINT too where a shell had it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.plan import ORCHESTRATOR_NAME
 from launch.process import ProcessExit
 from launch.record import record_path, write_atomically, write_record
-from launch.report import EXIT_FAILED, fail, reported
+from launch.report import EXIT_FAILED, fail, interrupt_on_signals, reported
 from launch.show import err, out, process_table
 
 
@@ -56,9 +55,7 @@ def up(
       kv_transport: auto           # inproc, tcp, ucx, auto
       pools: {prefill: {workers: 1}, decode: {workers: 2, kv_cache: 1GiB}}"""
     topology = load_topology(topology_file) if topology_file is not None else Topology()
-    # Also where a shell started us in the background with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     ready = ready_file.absolute() if ready_file is not None else None
     if ready is not None:
         if not ready.parent.is_dir():

@@ -20,7 +20,7 @@ from anabranch.model.sources import resolve_model
 from anabranch_client import Client, ClientError, Completion, Sampling
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.prompts import VerifyPrompt, default_prompts, read_prompts
-from launch.report import EXIT_FAILED, reported
+from launch.report import EXIT_FAILED, interrupt_on_signals, reported
 from launch.show import err, out
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def verify(
       anabranch verify cluster.yaml
       anabranch verify cluster.yaml --prompts prompts.txt --max-tokens 128 --json"""
     topology = load_topology(topology_file)
+    interrupt_on_signals()
     report = verify_topology(
         topology,
         prompts_file=prompts,
@@ -149,7 +150,10 @@ def verify_topology(
             check_prompts(chosen, reference.vocab_size, max_prompt_tokens)
             lengths = [len(prompt.token_ids) for prompt in chosen]
             say(f"{len(chosen)} prompts of {min(lengths)} to {max(lengths)} tokens: the reference ...")
-            expected = [reference.generate(p.token_ids, max_tokens, ignore_eos=ignore_eos) for p in chosen]
+            expected = []
+            for prompt in chosen:
+                expected.append(reference.generate(prompt.token_ids, max_tokens, ignore_eos=ignore_eos))
+                say(f"  {prompt.name}: {len(expected[-1].token_ids)} tokens")
             comparison = Comparison(client, reference, chosen, expected, max_tokens, ignore_eos)
             say("all at once ...")
             comparison.run("together")

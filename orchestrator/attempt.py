@@ -13,6 +13,7 @@ class Attempt:
     Attributes:
         decode_open: the decode (or colocated) worker was given the request and has not said Ended.
         prefill_open: the prefill worker was given the prompt and has not said PrefillEnded.
+        report_due: the worker that computes the prompt was given it and has not yet said what that cost.
         committed: a token of this epoch has come, so the KV cache is whole at the decode worker.
         ordered_at: when the order to compute the prompt was sent; None before.
     """
@@ -22,6 +23,7 @@ class Attempt:
         self.route = route
         self.decode_open = False
         self.prefill_open = False
+        self.report_due = False
         self.committed = False
         self.ordered_at: float | None = None
         self._counted_tokens = len(request.token_ids)

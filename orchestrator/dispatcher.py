@@ -112,10 +112,8 @@ class Dispatcher:
     # What lifecycles ask for ------------------------------------------------------------------------------
 
     def enqueue(self, lifecycle: Lifecycle, *, first: bool) -> None:
-        if first:
-            self._queue.appendleft(lifecycle)
-        else:
-            self._queue.append(lifecycle)
+        num_given_back = sum(queued.request.epoch > 0 for queued in self._queue)
+        self._queue.insert(num_given_back if first else len(self._queue), lifecycle)
         self.pump()
 
     def withdraw(self, lifecycle: Lifecycle) -> None:

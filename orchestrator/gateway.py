@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -109,7 +110,7 @@ class Gateway:
 
     async def _admit(self, message: pb.GenerateRequest) -> Lifecycle:
         """Check everything that can be checked without a worker, and start the request. Raises AnabranchError."""
-        accepted_at = asyncio.get_running_loop().time()
+        accepted_at = time.monotonic()
         self._check_open()
         request_id = request_id_of(message)
         self._dispatcher.check_id(request_id)

@@ -4,7 +4,7 @@
     reserving    the decode worker looks for KV blocks              reserve_timeout_s
     prefilling   the prompt is computed and its KV streams          prefill_timeout_s
     decoding     tokens come                                        token_timeout_s (from token to token)
-    finishing    the answer is whole, prefill's report is not in    report_timeout_s
+    finishing    the answer is whole, what prefill cost is not in   report_timeout_s
     ended
 
 A colocated worker goes from queued to prefilling. A worker that gives the request back (its blocks ran out, or
@@ -14,10 +14,9 @@ stopped. Whatever ends the request, workers that still hold something of it are 
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
@@ -28,6 +27,7 @@ from anabranch.protocol.requests import Request, Token, TokenLogprob, WireError
 from anabranch.protocol.workers import Cancel, Ended, Generate, Prefill, PrefillEnded, Reserve, Reserved, ToWorker
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
+from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said, Stop
 from orchestrator.membership import Member
 from orchestrator.record import Record
 from orchestrator.router import Route
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 State = Literal["queued", "reserving", "prefilling", "decoding", "finishing", "ended"]
 Outcome = Literal["stop", "length", "again"]
-FromWorker = Reserved | PrefillEnded | Ended | tuple[Token, ...]
 
 
 class Cluster(Protocol):
@@ -60,28 +59,6 @@ class Cluster(Protocol):
         ...
 
     def mark_draining(self, member: Member) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Assigned:
-    attempt: Attempt
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    member: Member
-    message: FromWorker
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    member: Member
-    error: AnabranchError
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    error: AnabranchError
 
 
 class Lifecycle:
@@ -112,12 +89,11 @@ class Lifecycle:
         self._cluster = cluster
         self._config = config
         self._max_tokens = request.sampling.max_tokens
-        self._inbox: asyncio.Queue[_Assigned | _Said | _Lost | _Stop] = asyncio.Queue()
+        self._inbox = Inbox()
         self._attempt: Attempt | None = None
         self._output_ids: list[int] = list(request.output_ids)
         self._num_barren = 0
         self._record = Record(accepted_at)
-        self._deadline = (0.0, "")
 
     # What others call -------------------------------------------------------------------------------------
 
@@ -129,18 +105,18 @@ class Lifecycle:
         """The queue has found a route; the workers' loads count the request from now on."""
         assert self._attempt is None
         self._attempt = Attempt(self.request, route)
-        self._inbox.put_nowait(_Assigned(self._attempt))
+        self._inbox.put(Assigned(self._attempt))
 
     def deliver(self, member: Member, message: FromWorker) -> None:
         """A worker said something about this request."""
-        self._inbox.put_nowait(_Said(member, message))
+        self._inbox.put(Said(member, message))
 
     def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        self._inbox.put_nowait(_Lost(member, error))
+        self._inbox.put(Lost(member, error))
 
     def stop(self, error: AnabranchError) -> None:
         """End the request with `error`, unless it has ended."""
-        self._inbox.put_nowait(_Stop(error))
+        self._inbox.put(Stop(error))
 
     # The machine ------------------------------------------------------------------------------------------
 
@@ -157,6 +133,7 @@ class Lifecycle:
         finally:
             self.state = "ended"
             self._cluster.withdraw(self)
+            self._cluster.work_released()
             if not self.answer.ended:
                 self.answer.fail(Draining("the orchestrator ends"))
 
@@ -178,7 +155,6 @@ class Lifecycle:
                     await self._cancel(self._attempt)
                     self._attempt.close()
                     self._attempt = None
-                    self._cluster.work_released()
             if outcome != "again":
                 return self._finished(outcome, attempt)
             self._next_epoch(progressed=len(self._output_ids) > num_before)
@@ -194,8 +170,8 @@ class Lifecycle:
 
     async def _queued(self) -> Attempt:
         while True:
-            event = await self._next()
-            if isinstance(event, _Assigned):
+            event = await self._inbox.next()
+            if isinstance(event, Assigned):
                 return event.attempt
 
     async def _follow(self, attempt: Attempt) -> Outcome:
@@ -204,25 +180,25 @@ class Lifecycle:
         finished: Outcome | None = None
         while True:
             try:
-                event = await self._next()
+                event = await self._inbox.next()
             except DeadlineExceeded as error:
                 if finished is None:
                     raise
                 logger.warning("request %s: %s", self.request.request_id, error)
                 return finished
-            if isinstance(event, _Lost):
+            if isinstance(event, Lost):
                 if finished is None and attempt.depends_on(event.member):
                     raise event.error
-                if event.member is attempt.route.prefill:
-                    attempt.prefill_open = False
-            elif isinstance(event, _Said):
+                if event.member is attempt.route.computes_prompt:
+                    attempt.prefill_open = attempt.report_due = False
+            elif isinstance(event, Said):
                 outcome = await self._said(attempt, event.member, event.message)
                 if outcome == "again":
                     return outcome
                 finished = finished or outcome
             if finished is not None:
                 await self._cancel_decode(attempt)
-                if not attempt.prefill_open:
+                if not attempt.report_due:
                     return finished
                 if self.state != "finishing":
                     self._enter("finishing", "report_timeout_s", self._config.report_timeout_s)
@@ -236,8 +212,9 @@ class Lifecycle:
                 "reserve_timeout_s + prefill_timeout_s",
                 config.reserve_timeout_s + config.prefill_timeout_s,
             )
-            attempt.ordered_at = self._now()
+            attempt.ordered_at = time.monotonic()
             await self._cluster.send(decode, Generate(request=attempt.request))
+            attempt.report_due = True
         else:
             self._enter("reserving", "reserve_timeout_s", config.reserve_timeout_s)
             await self._cluster.send(decode, Reserve(request=attempt.request))
@@ -264,19 +241,19 @@ class Lifecycle:
         if prefill is None or self.state != "reserving":
             return
         self._enter("prefilling", "prefill_timeout_s", self._config.prefill_timeout_s)
-        attempt.ordered_at = self._now()
+        attempt.ordered_at = time.monotonic()
         await self._cluster.send(prefill, Prefill(request=attempt.request, destination=message.destination))
-        attempt.prefill_open = True
+        attempt.prefill_open = attempt.report_due = True
 
     def _on_prefill_ended(self, attempt: Attempt, message: PrefillEnded) -> Outcome | None:
         if not attempt.prefill_open:
             return None
         assert attempt.route.prefill is not None
-        attempt.prefill_open = False
-        attempt.prompt_computed()
-        self._cluster.work_released()
+        attempt.prefill_open = attempt.report_due = False
         if message.error is None:
             self._record.prefilled(attempt, message)
+            attempt.prompt_computed()
+            self._cluster.work_released()
         elif attempt.committed:
             logger.warning("request %s: prefill's report: %s", self.request.request_id, message.error.message)
         else:
@@ -284,11 +261,13 @@ class Lifecycle:
         return None
 
     def _on_ended(self, attempt: Attempt, message: Ended) -> Outcome | None:
+        if attempt.route.prefill is None:
+            attempt.report_due = False
+            if attempt.committed:
+                self._record.prefilled(attempt, message)
         if not attempt.decode_open:
             return None
         attempt.decode_open = False
-        if attempt.route.prefill is None and attempt.committed:
-            self._record.prefilled(attempt, message)
         member = attempt.route.decode
         match message.reason:
             case "stop" | "length":
@@ -334,7 +313,7 @@ class Lifecycle:
                 texts.append(text)
         if len(self._output_ids) == first_index:
             return None
-        self._record.tokens_came(self._now())
+        self._record.tokens_came(time.monotonic())
         if not attempt.committed:
             attempt.committed = True
             attempt.prompt_computed()
@@ -361,7 +340,7 @@ class Lifecycle:
             num_prompt_tokens=len(self.request.prompt_ids),
             num_output_tokens=len(self._output_ids),
             route=attempt.route.names,
-            now=self._now(),
+            now=time.monotonic(),
         )
 
     async def _cancel(self, attempt: Attempt) -> None:
@@ -388,32 +367,14 @@ class Lifecycle:
         self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + config.heartbeat_s)
         try:
             while True:
-                event = await self._next()
-                if isinstance(event, _Lost) and event.member in attempt.route.members:
+                event = await self._inbox.next()
+                if isinstance(event, Lost) and event.member in attempt.route.members:
                     return event.error
         except DeadlineExceeded:
             return error
         except AnabranchError as stopped:
             return stopped
 
-    # Time -------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
-
     def _enter(self, state: State, name: str, timeout_s: float) -> None:
         self.state = state
-        self._deadline = (self._now() + timeout_s, f"{name}: nothing for {timeout_s:g} s while {state}")
-
-    async def _next(self) -> _Assigned | _Said | _Lost:
-        """The next event. Raises DeadlineExceeded for the state's deadline, and what `stop` was given."""
-        at, what = self._deadline
-        try:
-            async with asyncio.timeout_at(at):
-                event = await self._inbox.get()
-        except TimeoutError:
-            raise DeadlineExceeded(what) from None
-        if isinstance(event, _Stop):
-            raise event.error
-        return event
+        self._inbox.allow(name, timeout_s, state)

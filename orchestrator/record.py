@@ -8,7 +8,7 @@ from orchestrator.attempt import Attempt
 
 
 class Record:
-    """Gathers timings; times are on the loop's clock.
+    """Gathers timings; times are of `time.monotonic`.
 
     `queue_s` and the cached tokens are the first attempt's; prefill's and the KV streams' costs add up.
     """

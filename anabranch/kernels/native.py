@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import torch
 
@@ -16,14 +18,52 @@ from anabranch.cache.paged_kv import LayerKv
 from anabranch.engine.batch import ForwardBatch
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.compiler import NativeUnavailable, load_library
-from anabranch.kernels.plain import PlainKernels
+from anabranch.kernels.flash import attend_flash
+from anabranch.kernels.plain import PlainKernels, gather_context
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Elements from which a pass over memory takes long enough to let other threads have the GIL.
 MIN_RELEASED_ELEMENTS = 1 << 16
+# Sequences with more new tokens than this go to the tiled kernel, which gathers their keys first.
+MAX_SHORT_TOKENS = 4
+HEAD_DIM_STEP = 16
 get_num_threads = torch.get_num_threads
+
+
+class AttentionShape(ctypes.Structure):
+    """What a batch and a model fix of an attention call; `AttentionShape` of cpu/kernels.cpp."""
+
+    _fields_ = (
+        *[
+            (name, ctypes.c_int64)
+            for name in (
+                "q_stride_t",
+                "q_stride_h",
+                "table_width",
+                "num_sequences",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "block_size",
+                "window",
+                "max_short",
+            )
+        ],
+        ("scale", c_float),
+    )
+
+
+@dataclass(frozen=True)
+class _AttentionCall:
+    """The arguments that the layers of one step share, converted once."""
+
+    batch: ForwardBatch
+    key: tuple[object, ...]
+    shape: AttentionShape
+    long_sequences: tuple[int, ...]
+    any_short: bool
 
 
 def select_kernels(device: torch.device, dtype: torch.dtype, native: bool = True) -> Kernels:
@@ -76,6 +116,13 @@ class NativeKernels:
         self._rotary = bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int)
         self._store_kv = bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int)
         self._linear = bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int)[1]
+        attention = *[pointer] * 8, ctypes.POINTER(AttentionShape), c_int
+        self._attention_short = bind(f"ab_attention_short_{suffix}", *attention)[1]
+        self._attention_long = None
+        if dtype is torch.bfloat16:
+            self._attention_long = bind("ab_attention_long_bfloat16", *attention)[1]
+            self._attention_long.restype = c_int
+        self._attention_call: _AttentionCall | None = None
         max_rows = getattr(library, f"ab_max_linear_rows_{suffix}")
         max_rows.argtypes, max_rows.restype = [number], number
         self._max_rows_of = max_rows
@@ -227,7 +274,61 @@ class NativeKernels:
         self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels.paged_attention`."""
-        return self._plain.paged_attention(q_THD, kv, batch, scale, window)
+        head_dim = q_THD.shape[2]
+        if q_THD.dtype is not self._dtype or kv.k.dtype is not self._dtype or q_THD.stride(2) != 1:
+            return self._plain.paged_attention(q_THD, kv, batch, scale, window)
+        if head_dim % HEAD_DIM_STEP or scale <= 0:
+            return self._plain.paged_attention(q_THD, kv, batch, scale, window)
+        call = self._attention_call
+        key = (q_THD.stride(), kv.k.shape, scale, window)
+        if call is None or call.batch is not batch or call.key != key:
+            call = self._attention_call = self._plan_attention(q_THD, kv, batch, key)
+        out_THD = torch.empty(q_THD.shape, dtype=self._dtype)
+        lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32)
+        arguments = (
+            q_THD.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
+            batch.block_tables_BN.data_ptr(),
+            batch.query_starts_B1.data_ptr(),
+            batch.context_lens_B.data_ptr(),
+            out_THD.data_ptr(),
+            lse_TH.data_ptr(),
+            call.shape,
+            get_num_threads(),
+        )
+        if call.any_short:
+            self._attention_short(*arguments)
+        if call.long_sequences and (self._attention_long is None or self._attention_long(*arguments) != 0):
+            for b in call.long_sequences:
+                rows = slice(*batch.query_starts[b : b + 2])
+                k_CKD, v_CKD = gather_context(kv, batch.block_tables_BN[b], batch.context_lens[b])
+                out_THD[rows], lse_TH[rows] = attend_flash(q_THD[rows], k_CKD, v_CKD, scale, window)
+        return out_THD, lse_TH
+
+    def _plan_attention(
+        self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, key: tuple[object, ...]
+    ) -> _AttentionCall:
+        starts, (_, _, scale, window) = batch.query_starts, key
+        num_new = [stop - start for start, stop in pairwise(starts)]
+        shape = AttentionShape(
+            *q_THD.stride()[:2],
+            batch.block_tables_BN.stride(0),
+            batch.num_sequences,
+            q_THD.shape[1],
+            *kv.k.shape[2:],
+            kv.k.shape[1],
+            window or 0,
+            MAX_SHORT_TOKENS,
+            scale,
+        )
+        return _AttentionCall(
+            batch=batch,
+            key=key,
+            shape=shape,
+            long_sequences=tuple(b for b, n in enumerate(num_new) if n > MAX_SHORT_TOKENS),
+            any_short=any(n <= MAX_SHORT_TOKENS for n in num_new),
+        )
 
     def experts(
         self,
@@ -237,5 +338,18 @@ class NativeKernels:
         gate_up_EFC: torch.Tensor,
         down_ECF: torch.Tensor,
     ) -> torch.Tensor:
-        """See `Kernels.experts`."""
-        return self._plain.experts(x_TC, weights_TS, experts_TS, gate_up_EFC, down_ECF)
+        """See `Kernels.experts`; tokens are grouped by expert, and each choice's answer is summed in float32."""
+        num_tokens, num_chosen = experts_TS.shape
+        chosen_X = experts_TS.flatten()
+        order_X = chosen_X.argsort(stable=True)
+        rows_XC = x_TC[order_X // num_chosen]
+        answers_XC = x_TC.new_zeros((num_tokens * num_chosen, x_TC.shape[1]))
+        start = 0
+        for expert, group in groupby(chosen_X[order_X].tolist()):
+            stop = start + sum(1 for _ in group)
+            if expert >= 0:
+                hidden = self.linear_silu_mul(rows_XC[start:stop], gate_up_EFC[expert], None)
+                answers_XC[order_X[start:stop]] = self.linear(hidden, down_ECF[expert], None)
+            start = stop
+        answers_TSC = answers_XC.view(num_tokens, num_chosen, -1)
+        return (answers_TSC * weights_TS.unsqueeze(-1)).sum(1).to(x_TC.dtype)

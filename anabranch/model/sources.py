@@ -74,15 +74,27 @@ def resolve_model(name: str) -> ModelSource:
     """
     if name in KNOWN_MODELS:
         return ModelSource(name=name, path=KNOWN_MODELS[name].folder(), kind="folder")
-    path = Path(name).expanduser()
+    path = _existing(name)
+    if path is None:
+        raise UnknownModel(
+            f"{name!r} is no model known here ({', '.join(KNOWN_MODELS)}), "
+            "and no folder or GGUF file of that name exists"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json is in this folder")
-        return ModelSource(name=name, path=path.resolve(), kind="folder")
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return ModelSource(name=name, path=path.resolve(), kind="gguf")
-        raise UnknownModel(f"{path}: neither a Hugging Face folder nor a .gguf file")
-    raise UnknownModel(
-        f"{name!r} is no model known here ({', '.join(KNOWN_MODELS)}), and no folder or GGUF file of that name exists"
-    )
+        return ModelSource(name=name, path=path, kind="folder")
+    if path.suffix.lower() == ".gguf":
+        return ModelSource(name=name, path=path, kind="gguf")
+    raise UnknownModel(f"{path}: neither a Hugging Face folder nor a .gguf file")
+
+
+def _existing(name: str) -> Path | None:
+    if not name.strip():
+        return None
+    try:
+        path = Path(name).expanduser().resolve()
+        return path if path.is_dir() or path.is_file() else None
+    # A home that does not exist, a name too long for the file system, a zero byte.
+    except (OSError, RuntimeError, ValueError):
+        return None

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 _REPLACEMENT = "\ufffd"
 # A character has at most four bytes and a token at least one: whatever four more tokens leave broken is broken.
 _MAX_CHAR_TOKENS = 4
+# Twice that, because byte-fallback decoders show a whole run of bytes as broken, a true U+FFFD in it too.
+_MAX_STALLED = 2 * _MAX_CHAR_TOKENS
+_MAX_TAIL = 3 * _MAX_CHAR_TOKENS
 _MAX_WINDOW = 16
 _HARD_MAX_WINDOW = 64
 
@@ -44,7 +47,7 @@ class IncrementalDetokenizer:
             self._num_stalled = 0
         else:
             self._num_stalled += 1
-            if self._num_stalled > _MAX_CHAR_TOKENS:
+            if self._num_stalled > _MAX_STALLED:
                 settled = max(settled, len(text) - _MAX_CHAR_TOKENS + 1)
         piece = text[self._num_given : settled]
         self._num_given = max(self._num_given, settled)
@@ -65,7 +68,7 @@ class IncrementalDetokenizer:
     def _shorten(self) -> None:
         """Drop the window's head at a place where the rest decodes to the same end of the text."""
         held_back = max(0, len(self._text) - self._num_given)
-        for num_left in range(_MAX_CHAR_TOKENS + 1, 3 * _MAX_CHAR_TOKENS + 1):
+        for num_left in range(_MAX_CHAR_TOKENS + 1, _MAX_TAIL + 1):
             tail = self._decode(self._window[-num_left:])
             sound = tail.lstrip(_REPLACEMENT)
             if sound and len(sound) >= held_back and self._text.endswith(sound):
@@ -73,7 +76,7 @@ class IncrementalDetokenizer:
         else:
             if len(self._window) < _HARD_MAX_WINDOW:
                 return
-            num_left = _MAX_CHAR_TOKENS - 1  # nothing but broken characters for a long time
+            num_left = _MAX_TAIL  # nothing but broken characters for a long time
             tail = self._decode(self._window[-num_left:])
         self._window = self._window[-num_left:]
         self._text = tail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from types import UnionType
 from urllib.parse import urlsplit
 
@@ -51,7 +52,7 @@ class ControlServer:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self.close()
-            if error.errno in (zmq.EADDRINUSE, zmq.EADDRNOTAVAIL, zmq.Errno.EACCES):
+            if error.errno in (zmq.EADDRINUSE, zmq.EADDRNOTAVAIL, errno.EACCES):
                 raise TransportUnavailable(f"cannot bind {bind}: {error}") from error
             raise ConfigError("bind", bind, f"is not an endpoint that can be bound: {error}") from error
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)

@@ -87,7 +87,8 @@ def encode(message: ToReceiver | Ack) -> bytes:
 def decode_to_receiver(header: bytes) -> ToReceiver:
     """Raises MalformedMessage."""
     try:
-        return _to_receiver.decode(header)
+        message: ToReceiver = _to_receiver.decode(header)
+        return message
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedMessage(f"kv stream header: {error}") from None
 

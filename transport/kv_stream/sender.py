@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +70,8 @@ class KvStreamSender:
         self._max_in_flight_bytes = max_in_flight_bytes
         self._send_timeout_s = send_timeout_s
         self._forget = forget
+        # Held while packing, so that whoever ends the stream can take back what is packed and not sent.
+        self._packing = threading.RLock()
         self._changed = threading.Condition()
         self._in_flight_bytes = 0
         self._error: AnabranchError | None = None
@@ -79,7 +83,7 @@ class KvStreamSender:
         self._plan: list[list[Piece]] = []
         self._targets = [_Target(link) for link in links]
         for target in self._targets:
-            target.packer = Packer(self._take, self._give, lambda packed, target=target: self._post(target, packed))
+            target.packer = Packer(self._take, self._give, functools.partial(self._post, target))
 
     @property
     def links(self) -> list[Link]:
@@ -117,12 +121,13 @@ class KvStreamSender:
         tokens = range(token_start, token_start + k_TKD.shape[0])
         heads = range(head_start, head_start + k_TKD.shape[1])
         try:
-            for target, pieces in zip(self._targets, self._pieces(tokens, chunk or tokens), strict=True):
-                for wanted, runs in pieces:
-                    first, last = max(wanted.start, heads.start), min(wanted.stop, heads.stop)
-                    if first < last:
-                        span = slice(first - head_start, last - head_start)
-                        target.packer.add(layer, first, token_start, k_TKD[:, span], v_TKD[:, span], runs)
+            with self._packing:
+                for target, pieces in zip(self._targets, self._pieces(tokens, chunk or tokens), strict=True):
+                    for wanted, runs in pieces:
+                        first, last = max(wanted.start, heads.start), min(wanted.stop, heads.stop)
+                        if first < last:
+                            span = slice(first - head_start, last - head_start)
+                            target.packer.add(layer, first, token_start, k_TKD[:, span], v_TKD[:, span], runs)
         except AnabranchError as error:
             self._end(error, tell=True)
             raise
@@ -144,7 +149,8 @@ class KvStreamSender:
         try:
             self._check()
             for target in self._targets:
-                target.packer.flush()
+                with self._packing:
+                    target.packer.flush()
                 commit = Commit(
                     stream_id=self.destination.stream_id,
                     generation=self.destination.generation,
@@ -296,8 +302,11 @@ class KvStreamSender:
             self._ended = True
             self._error = error
             self._changed.notify_all()
-        self._forget(self)
         now = time.monotonic()
+        self._forget(self)
+        with self._packing:
+            for target in self._targets:
+                target.packer.drop()
         if error is not None and tell:
             abort = encode(
                 Abort(
@@ -309,7 +318,7 @@ class KvStreamSender:
             for target in self._targets:
                 if not target.acknowledged:
                     target.link.send(abort)
-        try:
+        with contextlib.suppress(InvalidStateError):  # its owner cancelled it
             if error is not None:
                 self._done.set_exception(error)
                 return
@@ -321,5 +330,3 @@ class KvStreamSender:
                     exposed_s=now - self._commit_s,
                 )
             )
-        except InvalidStateError:
-            pass  # its owner cancelled it

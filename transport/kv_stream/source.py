@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from anabranch.parallel.layout import KvLayout
@@ -51,6 +52,7 @@ class KvStreamSource:
         self._closed = False
         self._planes: dict[str, Plane] = {}
         self._links: dict[tuple[str, str], Link] = {}
+        self._gone: weakref.WeakSet[Link] = weakref.WeakSet()
         self._connecting: dict[tuple[str, str], threading.Lock] = {}
         self._senders: dict[tuple[int, int], set[KvStreamSender]] = {}
 
@@ -128,6 +130,7 @@ class KvStreamSource:
 
     def on_lost(self, link: Link, error: Exception) -> None:
         with self._lock:
+            self._gone.add(link)
             for key in [key for key, known in self._links.items() if known is link]:
                 del self._links[key]
             senders = [sender for group in self._senders.values() for sender in group if link in sender.links]
@@ -146,6 +149,8 @@ class KvStreamSource:
                     return self._links[key]
             link = self._plane(name).connect(address, self._connect_timeout_s)
             with self._lock:
+                if link in self._gone:
+                    raise PeerLost(f"the link to {address} was lost at once")
                 self._links[key] = link
             return link
 

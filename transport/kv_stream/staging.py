@@ -26,7 +26,7 @@ class Staging:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.data = torch.empty(capacity, dtype=torch.uint8)
-        self.view = memoryview(self.data.numpy())
+        self.view = memoryview(self.data.numpy())  # type: ignore[arg-type]  # numpy arrays have the buffer protocol
 
 
 class StagingPool:

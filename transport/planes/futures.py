@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Future, InvalidStateError
 
 
 def succeed(future: Future[None]) -> None:
-    try:
+    with contextlib.suppress(InvalidStateError):  # its owner cancelled it
         future.set_result(None)
-    except InvalidStateError:
-        pass  # its owner cancelled it
 
 
 def fail(future: Future[None], error: Exception) -> None:
-    try:
+    with contextlib.suppress(InvalidStateError):
         future.set_exception(error)
-    except InvalidStateError:
-        pass
 
 
 def failed(error: Exception) -> Future[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -68,10 +69,8 @@ class ProgressLoop:
             self._selector.register(fd, events, call)
 
     def unwatch(self, fd: int) -> None:
-        try:
+        with contextlib.suppress(KeyError):
             self._selector.unregister(fd)
-        except KeyError:
-            pass
 
     def stop(self, cleanup: Callable[[], None]) -> None:
         """Run `cleanup` on the thread, end it, and release its descriptors. Not from the thread itself."""
@@ -95,10 +94,8 @@ class ProgressLoop:
         os.close(self._wake_write)
 
     def _drain_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-        except BlockingIOError:
-            pass
 
     def _run(self) -> None:
         calls = self._calls

@@ -59,7 +59,7 @@ def _ucx_status() -> PlaneStatus:
     if importlib.util.find_spec("ucxx") is None:
         return PlaneStatus(name="ucx", usable=False, reason="the package ucxx is not installed", remedy=_UCX_REMEDY)
     try:
-        from transport.planes.ucx import describe
+        from transport.planes.ucx_api import describe
 
         return PlaneStatus(name="ucx", usable=True, detail=describe())
     except Exception as error:  # a broken UCX install fails in many ways; all of them mean: not usable

@@ -164,9 +164,10 @@ class TcpLink:
             while outgoing:
                 # Many small messages leave in one system call.
                 parts: list[memoryview] = []
+                head = outgoing[0]
+                if not head.deadline:
+                    head.deadline = _message_deadline(sum(part.nbytes for part in head.parts))
                 for message in outgoing:
-                    if not message.deadline:
-                        message.deadline = _message_deadline(sum(part.nbytes for part in message.parts))
                     parts += message.parts
                     if len(parts) >= 64:
                         break

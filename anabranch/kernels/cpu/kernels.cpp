@@ -1,6 +1,8 @@
 // The C ABI of the CPU kernels. Strides are in elements, pointers are of contiguous last axes.
 #include "elementwise.h"
+#include "attention.h"
 #include "linear.h"
+#include "prefill.h"
 
 using ab::bf16;
 
@@ -23,6 +25,20 @@ void run_linear(const ab::Linear<E>& op, int threads) {
         if (op.num_rows > ab::MAX_DOT_ROWS && ab::tiles_fit(op)) return ab::linear_tiled(op, threads);
 #endif
     ab::linear_dot(op, threads);
+}
+
+// The fields of Attention that a batch, a layer or a model fixes; laid out as in native.py.
+struct AttentionShape {
+    int64_t q_stride_t, q_stride_h, table_width, num_sequences, num_heads, num_kv_heads, head_dim, block_size, window,
+        max_short;
+    float scale;
+};
+
+template <class E>
+ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t* tables, const int32_t* starts,
+                              const int32_t* lens, E* out, float* lse, const AttentionShape& s) {
+    return {q, s.q_stride_t, s.q_stride_h, k, v, tables, s.table_width, starts, lens, s.num_sequences, s.num_heads,
+            s.num_kv_heads, s.head_dim, s.block_size, s.scale, s.window, s.max_short, out, lse};
 }
 
 }  // namespace
@@ -50,10 +66,28 @@ void run_linear(const ab::Linear<E>& op, int threads) {
                                    int threads) {                                                                    \
         run_linear<E>({x, x_stride, weight, bias, out, out_stride, rows, features, channels, gated != 0}, threads);  \
     }                                                                                                                \
+    AB_API void ab_attention_short_##suffix(const E* q, const E* k, const E* v, const int32_t* tables,                \
+                                            const int32_t* starts, const int32_t* lens, E* out, float* lse,          \
+                                            const AttentionShape* shape, int threads) {                              \
+        ab::attention_short(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);                 \
+    }                                                                                                                \
     AB_API long ab_max_linear_rows_##suffix(long channels) { return max_linear_rows<E>(channels); }
 
 AB_OPS(float, float32)
 AB_OPS(bf16, bfloat16)
+
+// Returns 1, having done nothing, where this build or this shape has no tiles.
+AB_API int ab_attention_long_bfloat16(const bf16* q, const bf16* k, const bf16* v, const int32_t* tables,
+                                      const int32_t* starts, const int32_t* lens, bf16* out, float* lse,
+                                      const AttentionShape* shape, int threads) {
+#if defined(AB_TILES)
+    if (shape->head_dim % ab::TILE_K) return 1;
+    ab::attention_long(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);
+    return 0;
+#else
+    return 1;
+#endif
+}
 
 AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool, const int64_t* slots, long k_stride_t,
                         long k_stride_h, long v_stride_t, long v_stride_h, long num_t, long num_h, long row_bytes,

@@ -58,10 +58,11 @@ struct TiledLinear {
         for (int n = 0; n < NT; n++) b[n] = panels + (panel + n) * panel_elements;
         tile_gemm<MT, NT>(a, op.num_channels, b, op.num_channels / TILE_K, c, NT * TILE, false, ahead);
         for (int n = 0; n < NT; n++) {
-            if (op.gated) {
-                put_gated(f[0], panel + n, c + n * TILE, c + TILE * NT * TILE + n * TILE, NT * TILE);
-                continue;
-            }
+            if constexpr (MT == 2)
+                if (op.gated) {
+                    put_gated(f[0], panel + n, c + n * TILE, c + TILE * NT * TILE + n * TILE, NT * TILE);
+                    continue;
+                }
             for (int m = 0; m < MT; m++) put(f[m], panel + n, c + m * TILE * NT * TILE + n * TILE, NT * TILE);
         }
     }

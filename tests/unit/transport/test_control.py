@@ -14,7 +14,7 @@ import zmq.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import ConfigError, FrameTooLarge, Overloaded, PeerLost
+from anabranch.errors import ConfigError, FrameTooLarge, MalformedMessage, Overloaded, PeerLost
 from anabranch.protocol.workers import Beat, Cancel, Drain, ToOrchestrator, ToWorker, WorkerStats
 from transport.control import ControlClient, ControlServer
 from transport.control import socket as control_socket
@@ -126,9 +126,10 @@ def test_a_queue_that_is_full_is_refused_at_once(monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         client = ControlClient("tcp://127.0.0.1:9", ToWorker, identity=None)  # nobody listens there
+        for _ in range(5):
+            await client.send(Beat())
         with pytest.raises(Overloaded):
-            for _ in range(50):
-                await client.send(Beat())
+            await client.send(Beat())
         client.close()
 
     run(scenario)
@@ -260,8 +261,8 @@ def test_any_bytes_decode_or_are_refused_by_name(data: bytes) -> None:
     codec = Codec(ToWorker, 1000)
     try:
         message = codec.decode(data)
-    except Exception as error:
-        assert type(error).__name__ in ("MalformedMessage", "FrameTooLarge")
+    except (MalformedMessage, FrameTooLarge):
+        pass
     else:
         assert codec.decode(codec.encode(message)) == message
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -68,3 +71,26 @@ def test_greedy_answer_equals_transformers_from_folder_and_gguf(
         torch.testing.assert_close(session(model).feed(ids), logits, atol=2e-3, rtol=1e-4)
         assert session(model).generate(ids, 24) == expected
     assert resolve_model(str(gguf)).config().eos_token_ids == resolve_model("smollm2-135m").config().eos_token_ids
+
+
+MEASURE = """
+import resource, torch, transformers
+from anabranch.kernels.plain import PlainKernels
+from anabranch.model.load import load_model
+from anabranch.model.sources import resolve_model
+from anabranch.parallel.group import SingleRank
+torch.set_num_threads(1)
+source = resolve_model("smollm2-135m")
+source.config()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_, model = load_model(source, dtype=torch.float32, device=torch.device("cpu"), kernels=PlainKernels(),
+                      group=SingleRank())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, model.embedding.weight_VC.nbytes)
+"""
+
+
+def test_loading_takes_one_copy_and_one_tensor_at_most(source) -> None:
+    ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=100, check=True)
+    grown_bytes, largest_bytes = map(int, ran.stdout.split())
+    model_bytes = (source.path / "model.safetensors").stat().st_size
+    assert 0.6 * model_bytes < grown_bytes < model_bytes + largest_bytes

@@ -131,7 +131,7 @@ def test_nothing_that_could_go_together_is_cut(both: tuple[KvLayout, KvLayout], 
     count=st.integers(1, 200),
 )
 def test_replicas_share_the_load(heads: int, replicas: int, tp: int, cp: int, count: int) -> None:
-    """Replicas of one head send the same number of tokens, to the block."""
+    """Replicas of one head send nearly the same: whole blocks, of which the last may be part full."""
     source = layout(heads=heads, tp=heads * replicas)
     destination = layout(heads=heads, tp=tp, cp=cp)
     sent = [0] * source.num_ranks
@@ -139,7 +139,7 @@ def test_replicas_share_the_load(heads: int, replicas: int, tp: int, cp: int, co
         sent[copy.source] += len(copy.tokens) * len(copy.heads)
     for head in range(heads):
         loads = [sent[rank] for rank in range(source.tp) if head in source.heads_of(rank)]
-        assert max(loads) - min(loads) <= destination.block_size
+        assert max(loads) - min(loads) < 2 * destination.block_size
 
 
 def test_like_to_like_is_one_copy() -> None:

@@ -131,13 +131,19 @@ def test_any_bytes_stream_as_byte_level_decoding(ids: list[int]) -> None:
     ids=st.lists(
         st.one_of(
             st.sampled_from(range(256, 256 + len(PIECES))).map(lambda i: [i]),
-            st.characters(codec="utf-8").map(lambda c: list(c.encode())),
+            st.characters(codec="utf-8", exclude_characters="\ufffd").map(lambda c: list(c.encode())),
         ),
         max_size=40,
     ).map(lambda runs: [i for run in runs for i in run])
 )
 def test_whole_characters_stream_as_byte_fallback_decoding(ids: list[int]) -> None:
     assert streamed(byte_fallback, ids)[0] == byte_fallback(ids)
+
+
+@pytest.mark.parametrize("decode", [byte_level, byte_fallback])
+@pytest.mark.parametrize("text", ["\ufffdࠀ", "é\ufffd👍", "\ufffd", "👍\ufffd日本\ufffdé"])
+def test_true_replacement_characters_among_byte_tokens(decode: Decode, text: str) -> None:
+    assert streamed(decode, list(text.encode()))[0] == text
 
 
 @pytest.mark.parametrize("decode", [byte_level, byte_fallback])

@@ -1,0 +1,246 @@
+// Attention of many new tokens over the paged cache, by tiles.
+//
+// Everything is computed transposed: scores are [keys][queries], so that keys are the left operand as they
+// lie and a query's softmax runs down a lane without any horizontal step; the output is [D][queries], whose
+// left operand is V transposed, made once per call. Source: FlashAttention (Dao et al. 2022), algorithm 1.
+#pragma once
+
+#include "attention.h"
+#include "tile.h"
+
+#if defined(AB_TILES)
+namespace ab {
+
+constexpr long QUERIES = 2 * TILE;  // query tokens of one head in one piece of work
+constexpr long KEYS = 128;          // keys whose scores are held at once
+
+// A sequence's keys [base, base + padded) copied together: k [K][padded][D], v [K][D][padded].
+struct PrefillSequence {
+    long sequence, num_new, context, base, padded;
+    bf16 *k, *v;
+};
+
+struct PrefillItem {
+    long index, head, query;  // of the sequences here; query head; first query token of the new ones
+};
+
+// 32 rows of 32 elements, transposed.
+inline void transpose32(const bf16* const rows[32], long column, bf16* out, long out_stride) {
+    alignas(64) static const uint16_t even[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                  32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    __m512i low[16], high[16];
+    for (int i = 0; i < 16; i++) {
+        low[i] = rows[i] ? _mm512_loadu_si512(rows[i] + column) : _mm512_setzero_si512();
+        high[i] = rows[i + 16] ? _mm512_loadu_si512(rows[i + 16] + column) : _mm512_setzero_si512();
+    }
+    transpose16(low);
+    transpose16(high);
+    const __m512i first = _mm512_load_si512(even), second = _mm512_add_epi16(first, _mm512_set1_epi16(1));
+    for (int i = 0; i < 16; i++) {
+        _mm512_storeu_si512(out + 2 * i * out_stride, _mm512_permutex2var_epi16(low[i], first, high[i]));
+        _mm512_storeu_si512(out + (2 * i + 1) * out_stride, _mm512_permutex2var_epi16(low[i], second, high[i]));
+    }
+}
+
+// Copies 32 tokens of one KV head out of the pool; those beyond the context are zero.
+inline void gather_keys(const Attention<bf16>& op, const PrefillSequence& s, long kv_head, long at) {
+    const long d = op.head_dim;
+    bf16* k = s.k + (kv_head * s.padded + at) * d;
+    bf16* v = s.v + kv_head * d * s.padded + at;
+    const bf16* values[32];
+    for (long i = 0; i < 32; i++) {
+        const long token = s.base + at + i;
+        if (token < s.context) {
+            const long offset = op.offset(s.sequence, token, kv_head);
+            memcpy(k + i * d, op.k + offset, d * sizeof(bf16));
+            values[i] = op.v + offset;
+        } else {
+            memset(k + i * d, 0, d * sizeof(bf16));
+            values[i] = nullptr;
+        }
+    }
+    for (long column = 0; column < d; column += 32) transpose32(values, column, v + column * s.padded, s.padded);
+}
+
+// 2^x, to about 3e-6; 0 for -inf.
+inline __m512 exp2(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), 0);
+    const __m512 r = _mm512_sub_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), n);
+    __m512 y = _mm512_set1_ps(1.3333558e-3f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.6181291e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5504109e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4022651e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9314718e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, n);
+}
+
+// What a thread works in. Rows of scores and outputs are 32 queries.
+struct PrefillScratch {
+    alignas(64) float scores[KEYS * QUERIES];
+    alignas(64) bf16 weights[2 * KEYS * TILE];
+    float* output;  // [D][QUERIES]
+    bf16* queries;  // two panels of D / 32 steps
+};
+
+// Scores to weights, for keys [at, at + count) and queries whose first is at position `first`.
+inline void soften(const Attention<bf16>& op, PrefillScratch& work, long at, long count, long first, __m512* m,
+                   __m512* l) {
+    const float log2e = 1.44269504088896341f;
+    const __m512 scale = _mm512_set1_ps(op.scale * log2e);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i zipped = _mm512_load_si512(zip);
+    const bool masked = at + count > first + 1 || (op.window && at <= first + QUERIES - 1 - op.window);
+    for (int n = 0; n < 2; n++) {
+        float* column = work.scores + n * TILE;
+        if (masked) {
+            const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first + n * TILE)));
+            const __m512i oldest =
+                op.window ? _mm512_sub_epi32(position, _mm512_set1_epi32(int(op.window))) : _mm512_set1_epi32(-1);
+            for (long i = 0; i < count; i++) {
+                const __m512i key = _mm512_set1_epi32(int(at + i));
+                const __mmask16 seen = _mm512_cmple_epi32_mask(key, position) & _mm512_cmpgt_epi32_mask(key, oldest);
+                const __m512 score = _mm512_loadu_ps(column + i * QUERIES);
+                _mm512_storeu_ps(column + i * QUERIES, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INF), score));
+            }
+        }
+        __m512 top[2] = {m[n], m[n]};
+        for (long i = 0; i < count; i += 2) {
+            top[0] = _mm512_max_ps(top[0], _mm512_loadu_ps(column + i * QUERIES));
+            top[1] = _mm512_max_ps(top[1], _mm512_loadu_ps(column + (i + 1) * QUERIES));
+        }
+        const __m512 now = _mm512_max_ps(top[0], top[1]), shift = _mm512_mul_ps(now, scale);
+        const __m512 fade = exp2(_mm512_mul_ps(_mm512_sub_ps(m[n], now), scale));
+        __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        bf16* panel = work.weights + n * KEYS * TILE;
+        for (long i = 0; i < count; i += 2) {
+            const __m512 a = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(column + i * QUERIES), scale, shift));
+            const __m512 b = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(column + (i + 1) * QUERIES), scale, shift));
+            total[0] = _mm512_add_ps(total[0], a);
+            total[1] = _mm512_add_ps(total[1], b);
+            const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+            _mm512_storeu_si512(panel + i * TILE, _mm512_permutexvar_epi16(zipped, pair));
+        }
+        l[n] = _mm512_fmadd_ps(l[n], fade, _mm512_add_ps(total[0], total[1]));
+        m[n] = now;
+        if (_mm512_cmpneq_ps_mask(fade, _mm512_set1_ps(1.0f)))
+            for (long i = 0; i < op.head_dim; i++) {
+                float* o = work.output + i * QUERIES + n * TILE;
+                _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), fade));
+            }
+    }
+}
+
+inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, const PrefillItem& item,
+                           PrefillScratch& work) {
+    const long d = op.head_dim, steps = d / TILE_K, row0 = op.starts[s.sequence] + item.query;
+    const long count = std::min(QUERIES, s.num_new - item.query);
+    const long first = s.context - s.num_new + item.query, last = first + count - 1;
+    const long kv_head = item.head / op.group();
+    const bf16* k = s.k + kv_head * s.padded * d;
+    const bf16* v = s.v + kv_head * d * s.padded;
+    for (long n = 0; n < 2; n++)
+        for (long step = 0; step < steps; step++)
+            pack_step(op.q + (row0 + n * TILE) * op.q_stride_t + item.head * op.q_stride_h + step * TILE_K,
+                      op.q_stride_t, int(std::min<long>(TILE, count - n * TILE)),
+                      work.queries + (n * steps + step) * PANEL_STEP);
+    const bf16* queries[2] = {work.queries, work.queries + steps * PANEL_STEP};
+    const bf16* weights[2] = {work.weights, work.weights + KEYS * TILE};
+    std::fill(work.output, work.output + d * QUERIES, 0.0f);
+    // Finite, so that keys hidden from every query so far leave no infinity minus infinity.
+    __m512 m[2] = {_mm512_set1_ps(-1e30f), _mm512_set1_ps(-1e30f)}, l[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    long at = op.window ? std::max(0L, first - op.window + 1) / 32 * 32 : 0;
+    at = std::max(at, s.base);
+    for (; at <= last; at += KEYS) {
+        const long keys = std::min(KEYS, ceil_div(last + 1 - at, 32) * 32);
+        for (long i = 0; i < keys; i += 2 * TILE) {
+            const bf16* a[2] = {k + (at - s.base + i) * d, k + (at - s.base + i + TILE) * d};
+            tile_gemm<2, 2>(a, d, queries, steps, work.scores + i * QUERIES, QUERIES, false);
+        }
+        soften(op, work, at, keys, first, m, l);
+        for (long i = 0; i < d; i += 2 * TILE) {
+            const bf16* a[2] = {v + i * s.padded + at - s.base, v + (i + TILE) * s.padded + at - s.base};
+            tile_gemm<2, 2>(a, s.padded, weights, keys / TILE_K, work.output + i * QUERIES, QUERIES, true);
+        }
+    }
+    for (long n = 0; n < 2; n++) {
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), l[n]);
+        const long tokens = std::min<long>(TILE, count - n * TILE);
+        for (long i = 0; i < d; i += TILE) {
+            __m512i r[16];
+            for (int j = 0; j < 16; j++)
+                r[j] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(work.output + (i + j) * QUERIES + n * TILE), inverse);
+            transpose16(r);
+            for (long t = 0; t < tokens; t++)
+                store(op.out + ((row0 + n * TILE + t) * op.num_heads + item.head) * d + i, (f32)r[t]);
+        }
+        alignas(64) float tops[16], totals[16];
+        _mm512_store_ps(tops, m[n]);
+        _mm512_store_ps(totals, l[n]);
+        for (long t = 0; t < tokens; t++)
+            op.lse[(row0 + n * TILE + t) * op.num_heads + item.head] = tops[t] * op.scale + std::log(totals[t]);
+    }
+}
+
+inline void attention_long(const Attention<bf16>& op, int threads) {
+    static thread_local std::vector<PrefillSequence> sequences;
+    static thread_local std::vector<PrefillItem> items;
+    static thread_local Scratch scratch;
+    sequences.clear();
+    items.clear();
+    const long d = op.head_dim;
+    long elements = 0, gathers = 0;
+    for (long b = 0; b < op.num_sequences; b++) {
+        const long num_new = op.num_new(b), context = op.lens[b];
+        if (num_new <= op.max_short) continue;
+        const long base = op.window ? std::max(0L, context - num_new - op.window + 1) / 32 * 32 : 0;
+        // An odd number of 64-byte lines per row of V transposed keeps its rows off each other's cache sets.
+        const long padded = (ceil_div(context - base, 32) | 1) * 32;
+        sequences.push_back({b, num_new, context, base, padded, nullptr, nullptr});
+        elements += 2 * op.num_kv_heads * padded * d;
+        gathers += op.num_kv_heads * padded / 32;
+        const long tiles = ceil_div(num_new, QUERIES);
+        for (long tile = tiles - 1; tile >= 0; tile--)
+            for (long head = 0; head < op.num_heads; head++)
+                items.push_back({long(sequences.size()) - 1, head, tile * QUERIES});
+    }
+    if (items.empty()) return;
+    bf16* at = (bf16*)scratch.get(elements * sizeof(bf16));
+    for (auto& s : sequences) {
+        s.k = at;
+        s.v = at + op.num_kv_heads * s.padded * d;
+        at = s.v + op.num_kv_heads * s.padded * d;
+    }
+    PrefillSequence* all = sequences.data();
+    const PrefillItem* todo = items.data();
+    const long num_items = long(items.size());
+    long next = 0;
+    parallel(threads, num_items * QUERIES * d * 16, [&](int rank, int size) {
+        static thread_local Scratch own;
+        PrefillScratch* work = (PrefillScratch*)own.get(sizeof(PrefillScratch) + d * QUERIES * (4 + 2) + 128);
+        work->output = (float*)(work + 1);
+        work->queries = (bf16*)(work->output + d * QUERIES);
+        const long from = gathers * rank / size, to = gathers * (rank + 1) / size;
+        long start = 0;
+        for (PrefillSequence* s = all; start < gathers; s++) {
+            const long blocks = s->padded / 32, end = start + op.num_kv_heads * blocks;
+            for (long i = std::max(from, start); i < std::min(to, end); i++)
+                gather_keys(op, *s, (i - start) / blocks, (i - start) % blocks * 32);
+            start = end;
+        }
+        if (size > 1) {
+#pragma omp barrier
+        }
+        const TileSession session;
+        for (;;) {
+            const long i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (i >= num_items) break;
+            attend_queries(op, all[todo[i].index], todo[i], *work);
+        }
+    });
+}
+
+}  // namespace ab
+#endif

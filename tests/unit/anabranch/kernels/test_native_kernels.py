@@ -1,0 +1,202 @@
+"""The compiled kernels equal the reference, at every level of machine that this one can pretend to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from anabranch.kernels.compiler import NativeUnavailable, load_library, native_status
+from anabranch.kernels.native import NativeKernels
+from anabranch.kernels.plain import PlainKernels
+
+pytestmark = pytest.mark.unit
+plain = PlainKernels()
+MakeCase = Callable[..., Any]
+# What the compiler is told to leave out, by the machine that then remains.
+MACHINES = {
+    "native": (),
+    "avx512_bf16": ("-mno-amx-bf16",),
+    "avx2": ("-mno-avx512f", "-mno-amx-bf16"),
+}
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request: pytest.FixtureRequest) -> str:
+    if not native_status().usable:
+        pytest.skip(native_status().reason)
+    return str(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def native(machine: str, dtype: torch.dtype) -> NativeKernels:
+    try:
+        return NativeKernels(load_library(MACHINES[machine]), dtype)
+    except NativeUnavailable as error:
+        pytest.skip(f"{machine}: {error}")
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def num_threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels"), [(1, 576), (3, 16), (5, 40), (2, 7), (65, 576), (130, 64), (1, 33), (4, 1), (0, 32)]
+)
+def test_rms_norm(native: NativeKernels, dtype: torch.dtype, rows: int, channels: int) -> None:
+    x = (torch.randn(rows, channels) * 3).to(dtype)
+    weight = torch.randn(channels).to(dtype)
+    close(native.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5), dtype)
+    heads = (torch.randn(rows, 5, channels) * 3).to(dtype)[:, 1:4]
+    close(native.rms_norm(heads, weight, 1e-6), plain.rms_norm(heads, weight, 1e-6), dtype)
+    residual = torch.randn(rows, channels).to(dtype)
+    for got, want in zip(
+        native.add_rms_norm(x, residual, weight, 1e-5), plain.add_rms_norm(x, residual, weight, 1e-5), strict=True
+    ):
+        close(got, want, dtype)
+
+
+@pytest.mark.parametrize(
+    ("features", "channels"),
+    [(960, 576), (48, 32), (70, 64), (33, 96), (6, 40), (16, 7), (130, 33), (1, 32), (2, 1), (514, 160)],
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 65, 100, 300])
+def test_linear(native: NativeKernels, dtype: torch.dtype, rows: int, features: int, channels: int) -> None:
+    x = torch.randn(rows, channels).to(dtype)
+    weight = (torch.randn(features, channels) / channels**0.5).to(dtype)
+    for bias in (None, torch.randn(features).to(dtype)):
+        want = plain.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+        close(native.linear(x, weight, bias), want, dtype)
+        if features % 2 == 0:
+            close(native.linear_silu_mul(x, weight, bias), plain.silu_mul(want), dtype)
+
+
+def test_linear_of_strided_rows(native: NativeKernels, dtype: torch.dtype) -> None:
+    wide = torch.randn(20, 3 * 64).to(dtype)
+    weight = torch.randn(48, 64).to(dtype) / 8
+    for rows in (1, 4, 20):
+        x = wide[:rows, 64:128]
+        close(native.linear(x, weight, None), plain.linear(x, weight, None), dtype)
+        turned = torch.randn(64, rows).to(dtype).t()
+        close(native.linear(turned, weight, None), plain.linear(turned, weight, None), dtype)
+
+
+def test_linear_of_no_rows(native: NativeKernels, dtype: torch.dtype) -> None:
+    got = native.linear(torch.empty(0, 64, dtype=dtype), torch.randn(48, 64).to(dtype), None)
+    assert got.shape == (0, 48)
+
+
+def test_another_dtype_takes_the_plain_path(native: NativeKernels, dtype: torch.dtype) -> None:
+    other = torch.float64
+    x, weight = torch.randn(3, 32, dtype=other), torch.randn(8, 32, dtype=other)
+    assert torch.equal(native.linear(x, weight, None), plain.linear(x, weight, None))
+    assert torch.equal(native.rms_norm(x, weight[0], 1e-5), plain.rms_norm(x, weight[0], 1e-5))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 3072), (3, 64), (7, 14), (2, 2), (40, 3072), (0, 8)])
+def test_silu_mul(native: NativeKernels, dtype: torch.dtype, rows: int, width: int) -> None:
+    x = (torch.randn(rows, width) * 6).to(dtype)
+    close(native.silu_mul(x), plain.silu_mul(x), dtype)
+
+
+def test_silu_of_great_numbers(native: NativeKernels, dtype: torch.dtype) -> None:
+    gate = torch.tensor([-1e4, -100.0, -90.0, -87.0, -20.0, 0.0, 20.0, 87.0, 100.0, 1e4] * 2)
+    x = torch.cat((gate, torch.ones_like(gate)))[None].to(dtype)
+    close(native.silu_mul(x), plain.silu_mul(x), dtype)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(9, 64), (1, 16), (3, 80), (2, 128), (5, 8), (2, 6)])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_rotary(native: NativeKernels, dtype: torch.dtype, rows: int, heads: int, head_dim: int) -> None:
+    x = torch.randn(rows, heads + 2, head_dim).to(dtype)[:, 1:-1]
+    angle = (torch.randn(rows, head_dim // 2) * 3).repeat(1, 2)
+    close(native.rotary(x, angle.cos(), angle.sin()), plain.rotary(x, angle.cos(), angle.sin()), dtype)
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(3, 64), (1, 80), (7, 5)])
+def test_store_kv(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase, kv_heads: int, head_dim: int) -> None:
+    sizes = {"lens": [(3, 7), (1, 1), (9, 12)], "heads": kv_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    ours, theirs = (make_case(**sizes, block_size=4, dtype=dtype) for _ in range(2))
+    qkv = torch.randn(13, 3 * kv_heads, head_dim).to(dtype)
+    k, v = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
+    native.store_kv(k, v, ours.kv, ours.batch.slots_T)
+    plain.store_kv(k, v, theirs.kv, theirs.batch.slots_T)
+    assert torch.equal(ours.kv.k, theirs.kv.k)
+    assert torch.equal(ours.kv.v, theirs.kv.v)
+
+
+BATCHES = {
+    "one decode": [(1, 1)],
+    "decodes": [(1, 1), (1, 70), (1, 16), (1, 17), (1, 300)],
+    "long decode": [(1, 1500)],
+    "prompt": [(33, 33)],
+    "prompts": [(5, 5), (130, 130), (16, 16), (7, 7)],
+    "chunk": [(40, 200)],
+    "mixed": [(1, 90), (37, 150), (2, 40), (4, 4), (64, 64), (1, 257), (160, 301)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 21, 140])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(9, 3, 64, 16), (1, 1, 16, 4), (7, 7, 80, 1), (14, 2, 128, 32), (5, 1, 32, 7), (8, 4, 24, 16)],
+)
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES.keys())
+def test_paged_attention(
+    native: NativeKernels,
+    dtype: torch.dtype,
+    make_case: MakeCase,
+    lens: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+) -> None:
+    case = make_case(lens=lens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    scale = head_dim**-0.5
+    out, lse = native.paged_attention(case.q, case.kv, case.batch, scale, window)
+    want_out, want_lse = plain.paged_attention(case.q, case.kv, case.batch, scale, window)
+    close(out, want_out, dtype)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_paged_attention_of_strided_queries(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase) -> None:
+    case = make_case(lens=[(1, 30), (20, 40)], heads=6, kv_heads=2, head_dim=32, block_size=8, dtype=dtype)
+    wide = torch.randn(21, 10, 32).to(dtype)
+    wide[:, 2:8] = case.q
+    got = native.paged_attention(wide[:, 2:8], case.kv, case.batch, 0.2, None)
+    want = plain.paged_attention(case.q, case.kv, case.batch, 0.2, None)
+    close(got[0], want[0], dtype)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+def test_paged_attention_with_far_scores(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase) -> None:
+    case = make_case(lens=[(1, 200), (50, 200)], heads=3, kv_heads=3, head_dim=32, block_size=16, dtype=dtype)
+    got = native.paged_attention(case.q * 30, case.kv, case.batch, 1.0, None)
+    want = plain.paged_attention(case.q * 30, case.kv, case.batch, 1.0, None)
+    assert bool(got[0].isfinite().all())
+    close(got[0], want[0], dtype)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-3)

@@ -1,0 +1,389 @@
+"""Ranks of one host over shared memory.
+
+Rank 0 makes a segment without a name (a memfd), so nothing is left behind however the ranks end. The others
+open it through its owner's `/proc/PID/fd`, which the kernel allows to processes of the same user alone.
+Collectives copy through slots in the segment and count steps there; transfers are moved by a helper thread
+(see `native/`). A dead rank is noticed through its pidfd, a stalled one by the deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from anabranch.errors import AnabranchError, ConfigError, DeadlineExceeded, PeerLost, TransportError
+from anabranch.parallel.exchange import check_post
+from anabranch.parallel.mesh import MAX_RANKS
+from transport.collectives.arena import Arena
+from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
+from transport.collectives.build import Part, load_library
+from transport.collectives.rendezvous import Patience, check_folder, leave_ticket, read_ticket
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+SPIN_S = 200e-6
+ARENA_BYTES = 1 << 30  # of address space for each rank: memory is taken only for buffers that are made
+_REASON_BYTES = 512
+_DEADLINE, _PEER_LOST, _DISAGREE = 1, 2, 3
+_ERRORS: dict[int, type[AnabranchError]] = {
+    _DEADLINE: DeadlineExceeded,
+    _PEER_LOST: PeerLost,
+    _DISAGREE: TransportError,
+}
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+}
+
+
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a segment is to be had.
+
+    Attributes:
+        pid, fd: its owner, and the owner's descriptor.
+        token: random; also in the segment's header, so that another file under that number is refused.
+    """
+
+    pid: int
+    fd: int
+    token: bytes
+
+
+class ShmGroup:
+    """One rank of a group in shared memory; a `CollectiveGroup` for CPU tensors.
+
+    One thread at a time may call collectives, and one (the same or another) may post and wait for transfers.
+    Sums go in rank order in float32 and are rounded once, so all ranks get the same bits, however long the
+    tensor is. Collectives write through raw pointers and are unknown to autograd.
+    """
+
+    backend = "shm"
+
+    def __init__(self, *, name: str, rank: int, size: int, native: int, collective_timeout_s: float) -> None:
+        self.name = name
+        self.rank = rank
+        self.size = size
+        self.collective_timeout_s = collective_timeout_s
+        self._library = library = load_library()
+        self._native: int | None = native
+        self._all_reduce = library.anabranch_all_reduce
+        self._jobs: dict[int, tuple[torch.Tensor, ...]] = {}  # tensors that native code may still touch
+        self._arena = Arena(
+            library.anabranch_arena(native),
+            ARENA_BYTES,
+            library.anabranch_populate,
+            lambda: library.anabranch_unmap(native),
+        )
+        self._pidfds: list[int] = []
+        # Also runs when the interpreter ends: a rank that leaves cleanly is not taken for a dead one.
+        self._finalizer = weakref.finalize(
+            self, _close, library.anabranch_close, library.anabranch_free, native, self._pidfds, self._jobs, self._arena
+        )
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in x's memory where x is contiguous.
+
+        Raises:
+            ValueError: not a CPU tensor of a float type, int32 or int64.
+        """
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None or not x.is_cpu:
+            raise ValueError(f"x: cannot sum {x.dtype} on {x.device} in shared memory")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        code = self._all_reduce(self._native, x.data_ptr(), x.numel(), dtype)
+        if code:
+            raise self._error(code)
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """All ranks' `x`, of one shape and any dtype, joined along `dim` in rank order."""
+        dim %= x.dim()
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:dim], x.shape[dim] * self.size, *x.shape[dim + 1 :]))
+        num_rows = max(1, x.shape[:dim].numel())
+        code = self._library.anabranch_all_gather(
+            self._native, x.data_ptr(), out.data_ptr(), num_rows, x.nbytes // num_rows
+        )
+        if code:
+            raise self._error(code)
+        return out
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
+        dim, share = split_dim(x, dim, self.size)
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None:
+            raise ValueError(f"x: cannot sum {x.dtype} in shared memory")
+        x = x.movedim(dim, 0).contiguous()
+        out = x.new_empty((share, *x.shape[1:]))
+        code = self._library.anabranch_reduce_scatter(self._native, x.data_ptr(), out.data_ptr(), out.numel(), dtype)
+        if code:
+            raise self._error(code)
+        return out.movedim(0, dim)
+
+    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
+        """Rank `root`'s `data` on every rank. The root does not wait until short data is read.
+
+        Raises:
+            ValueError: data longer than MAX_BROADCAST_BYTES.
+        """
+        timeout_s = self.collective_timeout_s if timeout_s is None else timeout_s
+        if self.rank == root:
+            assert data is not None, "the root has something to say"
+            if len(data) > MAX_BROADCAST_BYTES:
+                raise ValueError(f"data: {len(data)} bytes; at most {MAX_BROADCAST_BYTES} can be broadcast")
+            code = self._library.anabranch_notify(self._native, data, len(data), timeout_s)
+            if code:
+                raise self._error(code)
+            return data
+        num_bytes = ctypes.c_uint64()
+        code = self._library.anabranch_await_notice(self._native, root, ctypes.byref(num_bytes), timeout_s)
+        if code:
+            raise self._error(code)
+        if num_bytes.value > MAX_BROADCAST_BYTES:
+            raise TransportError(f"rank {root} broadcasts {num_bytes.value} bytes; at most {MAX_BROADCAST_BYTES}")
+        buffer = ctypes.create_string_buffer(num_bytes.value)
+        code = self._library.anabranch_take_notice(self._native, root, buffer, num_bytes.value)
+        if code:
+            raise self._error(code)
+        return buffer.raw
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        code = self._library.anabranch_barrier(self._native)
+        if code:
+            raise self._error(code)
+
+    def post(self, send: Sequence[torch.Tensor], to: int, receive: Sequence[torch.Tensor], source: int) -> ShmHandle:
+        """See `Exchange.post`; buffers from `buffer_like` are filled with a single copy, by the sender."""
+        check_post(self, send, to, receive, source)
+        if not all(tensor.is_cpu for tensor in (*send, *receive)):
+            raise ValueError("send, receive: must be CPU tensors in shared memory")
+        code = self._library.anabranch_failed(self._native)
+        if code:
+            raise self._error(code)
+        jobs = [self._start(0, source, tuple(receive))] if receive else []
+        if send:
+            jobs.append(self._start(1, to, tuple(tensor.contiguous() for tensor in send)))
+        return ShmHandle(self, jobs)
+
+    def buffer_like(self, x: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor like `x` in the segment; in private memory when the segment is full."""
+        buffer = self._arena.tensor_like(x)
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if buffer is None else buffer
+
+    def split(self, color: int) -> ShmGroup:
+        """The group of the ranks that give the same `color`, in rank order; every rank calls it."""
+        colors = self.all_gather(torch.tensor([color]), 0).tolist()
+        members = [rank for rank, other in enumerate(colors) if other == color]
+        rank, size = members.index(self.rank), len(members)
+        with contextlib.ExitStack() as stack:
+            fd, token = -1, b"\0" * 16
+            if rank == 0:
+                fd, token = _make_segment(size), secrets.token_bytes(16)
+                stack.callback(os.close, fd)
+            mine = torch.tensor([os.getpid(), fd, *_as_integers(token)])
+            found = self.all_gather(mine[None], 0)[members[0]].tolist()
+            ticket = Ticket(pid=found[0], fd=found[1], token=_as_bytes(found[2:]))
+            name = f"{self.name}/{color}"
+            opened = _open_segment(ticket) if rank else fd
+            if opened is None:
+                raise PeerLost(f"group {name}: rank 0 (pid {ticket.pid}) is gone")
+            if rank:
+                stack.callback(os.close, opened)
+            group = _attach(name, rank, size, opened, ticket.token, rank == 0, self.collective_timeout_s)
+            if group is None:
+                raise TransportError(f"group {name}: what rank 0 (pid {ticket.pid}) offers is not its segment")
+            _await_all(group, self.collective_timeout_s)
+        return group
+
+    def abort(self, reason: str) -> None:
+        """End every wait of every rank of this group with PeerLost, now and in future."""
+        if self._native is not None:
+            text = reason.encode("ascii", "replace")[: _REASON_BYTES - 1]
+            self._library.anabranch_abort(self._native, text)
+
+    def close(self) -> None:
+        """Leave the group; buffers that are still held stay readable. Idempotent."""
+        self._native = None
+        self._finalizer()
+
+    def _start(self, sends: int, peer: int, tensors: tuple[torch.Tensor, ...]) -> int:
+        parts = (Part * len(tensors))(*(Part(tensor.data_ptr(), tensor.nbytes) for tensor in tensors))
+        job: int = self._library.anabranch_post(self._native, sends, peer, parts, len(tensors))
+        self._jobs[job] = tensors
+        return job
+
+    def _finish(self, job: int) -> None:
+        code = self._library.anabranch_wait(self._native, job)
+        if code:
+            raise self._error(code)
+        self._library.anabranch_free(job)
+        del self._jobs[job]
+
+    def _error(self, code: int) -> AnabranchError:
+        if self._native is None:
+            return PeerLost(f"group {self.name}: this rank has closed it")
+        buffer = ctypes.create_string_buffer(_REASON_BYTES)
+        self._library.anabranch_reason(self._native, buffer)
+        reason = buffer.value.decode("ascii", "replace") or "the group failed"
+        return _ERRORS.get(code, TransportError)(f"group {self.name}: {reason}")
+
+
+class ShmHandle:
+    """A posted transfer in shared memory."""
+
+    def __init__(self, group: ShmGroup, jobs: list[int]) -> None:
+        self._group = group
+        self._jobs = jobs
+
+    def wait(self) -> None:
+        """See `Handle.wait`."""
+        while self._jobs:
+            self._group._finish(self._jobs[-1])
+            self._jobs.pop()
+
+
+def join(
+    *,
+    rank: int,
+    size: int,
+    rendezvous: Path,
+    name: str = "world",
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> ShmGroup:
+    """Meet the other ranks in the folder `rendezvous` and make a group with them.
+
+    Raises:
+        TransportUnavailable: not Linux, or the library cannot be built.
+        ConfigError: an unfit folder or size.
+        DeadlineExceeded: a rank did not come within `start_timeout_s`; says which.
+    """
+    if not 1 <= size <= MAX_RANKS or not 0 <= rank < size:
+        raise ConfigError("rank, size", (rank, size), f"must have 0 <= rank < size <= {MAX_RANKS}")
+    check_folder(rendezvous)
+    load_library()
+    patience = Patience(f"group {name}: rank 0's segment", start_timeout_s)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            fd, token = _make_segment(size), secrets.token_bytes(16)
+            stack.callback(os.close, fd)
+            group = _attach(name, rank, size, fd, token, True, collective_timeout_s)
+            ticket = msgspec.msgpack.encode(Ticket(pid=os.getpid(), fd=fd, token=token))
+            stack.callback(leave_ticket(rendezvous, f"{name}.shm", ticket).unlink, missing_ok=True)
+        else:
+            group = None
+            while group is None:
+                group = _try_ticket(rendezvous, name, rank, size, collective_timeout_s)
+                if group is None:
+                    patience.pause()
+        assert group is not None
+        _await_all(group, patience.rest_s)
+    log.debug("group %s: rank %d of %d, shared memory", name, rank, size)
+    return group
+
+
+def _try_ticket(folder: Path, name: str, rank: int, size: int, timeout_s: float) -> ShmGroup | None:
+    """Attach to what the ticket names; None while there is none, or only one of a process that ended."""
+    data = read_ticket(folder, f"{name}.shm")
+    if data is None:
+        return None
+    ticket = msgspec.msgpack.decode(data, type=Ticket)
+    fd = _open_segment(ticket)
+    if fd is None:
+        return None
+    try:
+        return _attach(name, rank, size, fd, ticket.token, False, timeout_s)
+    finally:
+        os.close(fd)
+
+
+def _make_segment(size: int) -> int:
+    """A memfd of a group's size that can be neither shrunk nor grown: reading it never faults."""
+    fd = os.memfd_create("anabranch-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, load_library().anabranch_segment_bytes(size, ARENA_BYTES))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_segment(ticket: Ticket) -> int | None:
+    try:
+        return os.open(f"/proc/{ticket.pid}/fd/{ticket.fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _attach(name: str, rank: int, size: int, fd: int, token: bytes, creates: bool, timeout_s: float) -> ShmGroup | None:
+    native: int | None = load_library().anabranch_attach(
+        fd, rank, size, ARENA_BYTES, token, int(creates), SPIN_S, timeout_s
+    )
+    if native is None:
+        return None
+    return ShmGroup(name=name, rank=rank, size=size, native=native, collective_timeout_s=timeout_s)
+
+
+def _await_all(group: ShmGroup, timeout_s: float) -> None:
+    """Wait until all ranks have mapped the segment, and watch their processes from then on."""
+    for other in range(group.size):
+        if other == group.rank:
+            continue
+        pid = group._library.anabranch_await_rank(group._native, other, timeout_s)
+        if pid < 0:
+            error = group._error(-pid)
+            group.close()
+            raise error
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            group.abort(f"rank {other} (pid {pid}) died at the start")
+            raise PeerLost(f"group {group.name}: rank {other} (pid {pid}) died at the start") from None
+        group._pidfds.append(pidfd)
+        group._library.anabranch_watch(group._native, other, pidfd)
+
+
+def _as_integers(token: bytes) -> list[int]:
+    return [int.from_bytes(token[start : start + 8], "little", signed=True) for start in (0, 8)]
+
+
+def _as_bytes(numbers: list[int]) -> bytes:
+    return b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
+
+
+def _close(
+    close: Callable[[int], None],
+    free: Callable[[int], None],
+    native: int,
+    pidfds: list[int],
+    jobs: dict[int, tuple[torch.Tensor, ...]],
+    arena: Arena,
+) -> None:
+    close(native)
+    for job in jobs:
+        free(job)
+    jobs.clear()
+    for pidfd in pidfds:
+        os.close(pidfd)
+    pidfds.clear()
+    arena.close()

@@ -1,0 +1,126 @@
+"""The UCX plane: shared memory within a host, the fastest network between hosts.
+
+A socket with a handshake (as in the TCP plane) joins two ends first; over it they exchange their UCX addresses,
+and it stays open: when it ends, the peer has ended. The progress thread polls a link while something moves and
+for a moment after, then sleeps on UCX's event descriptor.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from anabranch.errors import PeerLost, TransportError
+from transport.planes.base import Link, PlaneHandler
+from transport.planes.handshake import Acceptor, Introduction, dial, is_loopback, my_name
+from transport.planes.loop import ProgressLoop
+from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS, UcxWorker, make_context, make_worker
+from transport.planes.ucx_link import UcxLink
+
+KIND = 2
+SCHEME = "ucx"
+
+# How long a link is polled after the last thing that happened on it.
+SPIN_S = 50e-6
+POLLS_PER_TURN = 16
+
+
+class UcxPlane:
+    """The plane over UCX.
+
+    Args:
+        listen_host: interface of the joining socket; beyond loopback UCX's own transports listen as well.
+        transports: UCX's names (UCX_TLS); None: shared memory on loopback, else all.
+    """
+
+    name = SCHEME
+
+    def __init__(self, handler: PlaneHandler, *, listen_host: str = "127.0.0.1", transports: str | None = None) -> None:
+        self.handler = handler
+        self.links: set[UcxLink] = set()
+        self.hot: list[UcxLink] = []
+        self._admitted: dict[socket.socket, UcxLink] = {}
+        self._closed = False
+        default = HOST_TRANSPORTS if is_loopback(listen_host) else NETWORK_TRANSPORTS
+        self._context = make_context(transports or default)
+        self.loop = ProgressLoop("plane-ucx", self._tick)
+        try:
+            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined)
+        except TransportError:
+            self.loop.stop(lambda: None)
+            raise
+        self.loop.start()
+
+    @property
+    def address(self) -> str:
+        return self._acceptor.address
+
+    @property
+    def num_refused(self) -> int:
+        """Connections that did not show the token."""
+        return self._acceptor.num_refused
+
+    def connect(self, address: str, timeout_s: float) -> Link:
+        worker = self._make_worker()
+        introduction = Introduction(name=my_name(), endpoint=worker.address.tobytes())
+        side, welcome = dial(SCHEME, KIND, address, introduction, timeout_s)
+        try:
+            link = UcxLink(self, worker, welcome.endpoint, side, welcome.name)
+        except TransportError:
+            side.close()
+            raise
+
+        def join() -> None:
+            self.links.add(link)
+            if self._closed:
+                link.drop(PeerLost("this plane is closed"))
+            else:
+                link.start()
+
+        self.loop.call_soon(join)
+        return link
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.loop.stop(self._shut)
+        del self._context
+
+    def _shut(self) -> None:
+        self._acceptor.close()
+        for link in [*self.links, *self._admitted.values()]:
+            link.drop(PeerLost("this plane is closed"))
+
+    def _make_worker(self) -> UcxWorker:
+        if self._closed:
+            raise PeerLost("this plane is closed")
+        return make_worker(self._context)
+
+    def _admit(self, side: socket.socket, hello: Introduction) -> Introduction:
+        worker = self._make_worker()
+        link = UcxLink(self, worker, hello.endpoint, side, hello.name)
+        self._admitted[side] = link
+        return Introduction(name=my_name(), endpoint=worker.address.tobytes())
+
+    def _joined(self, side: socket.socket) -> None:
+        link = self._admitted.pop(side)
+        self.links.add(link)
+        link.start()
+
+    def _tick(self) -> float:
+        hot = self.hot
+        for _ in range(POLLS_PER_TURN):
+            if not hot:
+                break
+            for link in list(hot):
+                now = time.monotonic()
+                if link.poll():
+                    link.quiet_since = now
+                elif link.hot and now - link.quiet_since > SPIN_S and link.rest():
+                    hot.remove(link)
+        now = time.monotonic()
+        left = self._acceptor.expire(now)
+        for link in list(self.links):
+            left = min(left, link.expire(now))
+        return 0.0 if hot else max(0.001, left)

@@ -1,0 +1,110 @@
+"""What the UCX plane uses of ucxx: its core objects, configured for this plane, imported at first use.
+
+Endpoints have error handling on. Left to itself UCX then avoids shared memory, because its shared-memory
+transports do not announce that they can tell a dead peer; three options make them say so, and keep the
+single-copy path (CMA). With error handling off UCX takes the same path but ends the whole process when the
+other one dies in the middle of a transfer. A peer that dies without a transfer is noticed by the plane itself.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+from typing import Protocol
+
+from anabranch.errors import TransportUnavailable
+
+# Within a host no UCX transport listens on a socket; between hosts the operator has named an interface.
+HOST_TRANSPORTS = "shm,self"
+NETWORK_TRANSPORTS = "all"
+
+_OPTIONS = {
+    "POSIX_ERROR_HANDLING": "y",
+    "SYSV_ERROR_HANDLING": "y",
+    "CMA_MEMORY_INVALIDATE": "y",
+    # Payloads go by rendezvous: nothing is buffered at a receiver that has not asked for it.
+    "RNDV_THRESH": "8192",
+    "RNDV_FRAG_MEM_TYPE": "host",
+    "MEMTYPE_CACHE": "n",
+}
+
+
+class UcxRequest(Protocol):
+    """A transfer that UCX works on. Let go of before its end, it is cancelled."""
+
+    @property
+    def completed(self) -> bool: ...
+
+    def check_error(self) -> None: ...
+
+
+class UcxAddress(Protocol):
+    def tobytes(self) -> bytes: ...
+
+
+class UcxWorker(Protocol):
+    @property
+    def address(self) -> UcxAddress: ...
+
+    @property
+    def epoll_file_descriptor(self) -> int: ...
+
+    def init_blocking_progress_mode(self) -> None: ...
+
+    def progress(self) -> None: ...
+
+    def arm(self) -> bool: ...
+
+
+class UcxEndpoint(Protocol):
+    @property
+    def alive(self) -> bool: ...
+
+    def tag_send(self, array: object, tag: object) -> UcxRequest: ...
+
+    def tag_recv(self, array: object, tag: object) -> UcxRequest: ...
+
+    def close_blocking(self) -> None: ...
+
+
+@cache
+def load() -> ModuleType:
+    """ucxx's core module. Raises TransportUnavailable."""
+    # UCX warns on stderr about the variable that ucxx itself sets; only the environment can tell it not to.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    try:
+        import ucxx._lib.libucxx as core
+        from ucxx._lib.arr import Array
+    except (ImportError, OSError) as error:
+        raise TransportUnavailable(f"ucxx cannot be imported: {error}") from error
+    core.Array = Array
+    module: ModuleType = core
+    return module
+
+
+def make_context(transports: str) -> object:
+    """A UCX context for tagged messages. Raises TransportUnavailable."""
+    core = load()
+    try:
+        return core.UCXContext({"TLS": transports, **_OPTIONS}, (core.Feature.TAG, core.Feature.WAKEUP))
+    except core.UCXError as error:
+        raise TransportUnavailable(f"UCX does not start with transports {transports}: {error}") from error
+
+
+def make_worker(context: object) -> UcxWorker:
+    """A UCX worker whose events can be waited for."""
+    worker: UcxWorker = load().UCXWorker(context)
+    worker.init_blocking_progress_mode()
+    return worker
+
+
+def describe() -> str:
+    """UCX's and ucxx's versions, once a context could be made. Raises TransportUnavailable."""
+    import ucxx
+
+    make_context(HOST_TRANSPORTS)
+    version = ".".join(str(part) for part in ucxx.get_ucx_version())
+    return (
+        f"UCX {version}, ucxx {ucxx.__version__}; {HOST_TRANSPORTS} within a host, {NETWORK_TRANSPORTS} between hosts"
+    )
