@@ -69,6 +69,9 @@ class AsyncStream(AsyncIterator[Event]):
     ) -> None:
         await self.aclose()
 
+    def __del__(self) -> None:
+        self._call.cancel()
+
 
 class AsyncClient:
     """A client of one Anabranch endpoint; made and used inside one event loop.

@@ -27,6 +27,7 @@ from types import TracebackType
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
 from anabranch.errors import DeadlineExceeded, WorkerDied
+from anabranch.model.known import cache_folder
 from anabranch.model.sources import resolve_model
 from launch import sweeper
 from launch.gateway import GatewayProbe
@@ -224,6 +225,8 @@ class LocalCluster:
         log_folder = self._log_folder or self.folder
         log_folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"}
+        # Otherwise torch leaves a folder in the system's temporary one.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
         if plan.num_threads:
             environment["OMP_NUM_THREADS"] = str(plan.num_threads)
         return ChildProcess(

@@ -69,9 +69,11 @@ def up(
         sweep_paths=[record_path(), *([ready] if ready is not None else [])],
     )
     num_deaths = 0
+    ready_to_serve = False
     try:
         with err.status(f"starting {topology.model} ..."):
             cluster.start()
+        ready_to_serve = True
         write_record(cluster.endpoint, topology.model)
         if ready is not None:
             write_atomically(ready, ready_json(cluster))
@@ -87,6 +89,8 @@ def up(
                 raise typer.Exit(EXIT_FAILED)
     except KeyboardInterrupt:
         err.print("stopping ...")
+        if not ready_to_serve:
+            raise
     finally:
         cluster.stop()
     if num_deaths:

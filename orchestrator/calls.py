@@ -27,7 +27,8 @@ async def abort(context: _Context[_Request, _Response], error: AnabranchError) -
     """End the call with the error's status, message and code."""
     message = str(error)[:MAX_MESSAGE_CHARS]
     try:
-        await asyncio.wait_for(context.abort(status_of(error), message, trailers_of(error)), ABORT_TIMEOUT_S)
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await context.abort(status_of(error), message, trailers_of(error))
     except TimeoutError:
         logger.info("a client has not taken its status: %s", message)
 

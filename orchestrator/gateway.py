@@ -98,6 +98,8 @@ class Gateway:
             if lifecycle is not None:
                 lifecycle.stop(error)
             await abort(context, error)
+        except grpc.aio.InternalError as error:
+            logger.debug("a write failed, its client is gone: %s", error)
         except Exception:
             logger.exception("a Generate call failed")
             if lifecycle is not None:
@@ -129,7 +131,9 @@ class Gateway:
     async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:
         """Write once the client has room. Raises DeadlineExceeded when it makes none."""
         try:
-            await asyncio.wait_for(context.write(event), self._config.client_stall_s)
+            # Not wait_for: before Python 3.12 it can lose the cancellation of a client that goes away meanwhile.
+            async with asyncio.timeout(self._config.client_stall_s):
+                await context.write(event)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"client_stall_s: the client read nothing for {self._config.client_stall_s:g} s"

@@ -326,7 +326,7 @@ class KvStreamSender:
                 KvStreamStats(
                     payload_bytes=sum(target.payload_bytes for target in self._targets),
                     transport=self.transport,
-                    stream_s=now - (self._first_slice_s or self._commit_s),
+                    stream_s=now - min(self._first_slice_s or self._commit_s, self._commit_s),
                     exposed_s=now - self._commit_s,
                 )
             )

@@ -288,7 +288,7 @@ class UcxLink:
         envelope = self._spare.pop() if self._spare else np.empty(ENVELOPE_BYTES, np.uint8)
         view = envelope.data
         told: list[Future[None]] = []
-        payloads: list[_Outgoing] = []
+        payloads: deque[_Outgoing] = deque()
         used, count = _COUNT.size, 0
         # Many small messages leave in one envelope.
         while self._outgoing and len(payloads) < MAX_POSTED_SENDS:
@@ -313,15 +313,23 @@ class UcxLink:
                 told.append(message.future)
             count += 1
         _COUNT.pack_into(view, 0, count)
-        array = self._core.Array(view[:used])
-        posted = _Posted(self._endpoint.tag_send(array, self._envelope_tag), array, used, told)
-        posted.envelope = envelope
-        self._posted.append(posted)
-        for message in payloads:
-            assert message.payload is not None
-            array = self._core.Array(message.payload)
-            request = self._endpoint.tag_send(array, self._payload_tag)
-            self._posted.append(_Posted(request, array, message.payload.nbytes, [message.future]))
+        try:
+            array = self._core.Array(view[:used])
+            posted = _Posted(self._endpoint.tag_send(array, self._envelope_tag), array, used, told)
+            posted.envelope = envelope
+            self._posted.append(posted)
+            told = []
+            while payloads:
+                payload = payloads[0].payload
+                assert payload is not None
+                array = self._core.Array(payload)
+                request = self._endpoint.tag_send(array, self._payload_tag)
+                self._posted.append(_Posted(request, array, payload.nbytes, [payloads.popleft().future]))
+        except self._core.UCXError as error:
+            lost = PeerLost(f"{self.peer}: {error}")
+            for future in [*told, *(message.future for message in payloads)]:
+                futures.fail(future, lost)
+            raise lost from error
         return True
 
     def _finish_sends(self) -> bool:

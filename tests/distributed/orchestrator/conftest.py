@@ -22,6 +22,7 @@ from anabranch.protocol.requests import EndReason, Request, Token, TokenLogprob,
 from anabranch.protocol.workers import (
     Beat,
     Ended,
+    Prefill,
     PrefillEnded,
     Register,
     Registered,
@@ -36,7 +37,6 @@ from anabranch.protocol.workers import (
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
 from anabranch.sampling.params import SamplingParams
 from anabranch_client import AsyncClient
-from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.service import Orchestrator
 from transport.control import ControlClient
 
@@ -94,7 +94,7 @@ class ByteModel:
         return ByteText(sampling)
 
 
-def worker_info(name: str, role: str, **changes: object) -> WorkerInfo:
+def worker_info(name: str, role: str, /, **changes: object) -> WorkerInfo:
     info = WorkerInfo(
         name=name,
         role=role,  # type: ignore[arg-type]
@@ -232,14 +232,14 @@ class World:
         self.client = AsyncClient(orchestrator.grpc_endpoint, timeout_s=30.0)
         self._workers: list[ScriptedWorker] = []
 
-    async def worker(self, name: str, role: str, **changes: object) -> ScriptedWorker:
+    async def worker(self, name: str, role: str, /, **changes: object) -> ScriptedWorker:
         """A registered worker."""
         worker = self.stranger(name, role, **changes)
         answer = await worker.register()
         assert answer.error is None, answer.error
         return worker
 
-    def stranger(self, name: str, role: str, *, identity: bytes | None = None, **changes: object) -> ScriptedWorker:
+    def stranger(self, name: str, role: str, /, *, identity: bytes | None = None, **changes: object) -> ScriptedWorker:
         """A connected worker that has said nothing yet."""
         worker = ScriptedWorker(self.orchestrator.control_endpoint, worker_info(name, role, **changes), identity)
         self._workers.append(worker)
@@ -315,8 +315,6 @@ async def prefilling(world: World, prefill: ScriptedWorker, decode: ScriptedWork
     """Play a request that was just sent up to the order to compute its prompt."""
     reserve = await decode.expect(Reserve)
     await decode.reserved(reserve.request)
-    from anabranch.protocol.workers import Prefill
-
     order = await prefill.expect(Prefill)
     assert order.request == reserve.request
     assert order.destination.worker == decode.info.name
@@ -334,6 +332,15 @@ def wait() -> Callable[..., Awaitable[None]]:
 
 
 @pytest.fixture
-def messages() -> object:
-    """The generated protobuf module."""
-    return pb
+def scripted() -> Callable[..., ScriptedWorker]:
+    """Makes a connected worker that has said nothing yet."""
+
+    def make(endpoint: str, name: str, role: str, /, **changes: object) -> ScriptedWorker:
+        return ScriptedWorker(endpoint, worker_info(name, role, **changes))
+
+    return make
+
+
+@pytest.fixture
+def model() -> ByteModel:
+    return ByteModel()

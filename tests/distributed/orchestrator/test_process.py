@@ -1,0 +1,187 @@
+"""`python -m orchestrator` as a process: announces itself, serves, drains on SIGTERM, refuses bad settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.errors import ConfigError, TransportUnavailable
+from anabranch.protocol.workers import Generate, Shutdown
+from anabranch_client import AsyncClient, Draining, Sampling
+from orchestrator.service import Orchestrator
+
+pytestmark = pytest.mark.distributed
+
+START_TIMEOUT_S = 60.0
+WORDS = ["<eos>", "hello", "world", "again"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A checkpoint's configuration and tokenizer; the orchestrator reads no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<eos>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+async def started(*flags: str, folder: Path, endpoints: Path) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "orchestrator",
+        f"--model={folder}",
+        f"--endpoints-file={endpoints}",
+        *flags,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not endpoints.exists() and process.returncode is None:
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        process.kill()
+        raise
+    assert process.returncode is None, (await process.stderr.read()).decode()
+    return process, json.loads(endpoints.read_text())
+
+
+def test_it_serves_and_drains(model_folder, tmp_path, scripted):
+    async def main() -> None:
+        process, announced = await started(folder=model_folder, endpoints=tmp_path / "endpoints.json")
+        try:
+            assert announced["pid"] == process.pid
+            assert announced["grpc"].startswith("127.0.0.1:")
+            assert announced["control"].startswith("tcp://127.0.0.1:")
+            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4)
+            await worker.register()
+            async with AsyncClient(announced["grpc"]) as client:
+                assert await client.health() == "serving"
+                assert await client.tokenize("hello again") == (1, 3)
+                answer = asyncio.create_task(client.complete("hello", Sampling(max_tokens=2)))
+                request = (await worker.expect(Generate)).request
+                assert request.prompt_ids == (1,)
+                process.send_signal(signal.SIGTERM)
+                async with asyncio.timeout(5):
+                    while await client.health() == "serving":
+                        await asyncio.sleep(0.02)
+                with pytest.raises(Draining):
+                    await client.complete("hello")
+                await worker.tokens(request, [2, 3], 0)
+                await worker.ended(request, "length")
+                done = await answer
+                assert (done.text, done.token_ids) == ("world again", (2, 3))
+            await worker.expect(Shutdown)
+            assert await asyncio.wait_for(process.wait(), 10) == 0
+            await worker.close()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    asyncio.run(main())
+
+
+def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted):
+    async def main() -> None:
+        process, announced = await started(
+            f"--control-bind=ipc://{tmp_path}/control", folder=model_folder, endpoints=tmp_path / "endpoints.json"
+        )
+        try:
+            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4)
+            await worker.register()
+            async with AsyncClient(announced["grpc"]) as client:
+                answer = asyncio.create_task(client.complete("hello", Sampling(max_tokens=2)))
+                await worker.expect(Generate)
+                process.send_signal(signal.SIGINT)
+                async with asyncio.timeout(5):
+                    while await client.health() == "serving":
+                        await asyncio.sleep(0.02)
+                process.send_signal(signal.SIGINT)
+                with pytest.raises(Draining):
+                    await answer
+            assert await asyncio.wait_for(process.wait(), 10) == 0
+            await worker.close()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    asyncio.run(main())
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--grpc-bind=0.0.0.0:0"], "grpc_bind: '0.0.0.0:0': is reachable from other machines"),
+        (["--control-bind=udp://x"], "control_bind: 'udp://x': must be tcp://host:port or ipc://path"),
+        (["--worker-timeout-s=0"], "worker_timeout_s: 0.0: must be above 0"),
+        (["--model=/nowhere"], "/nowhere"),
+        (["--modle=x"], "modle"),
+    ],
+)
+def test_bad_settings_end_it_with_status_2(flags, says):
+    done = run(*flags)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("--model", "--grpc-bind", "--control-bind", "--worker-timeout-s", "--max-queued"):
+        assert flag in done.stdout
+    assert "silence after which a worker counts as dead" in " ".join(done.stdout.split())
+
+
+def test_addresses_that_are_taken(model, tmp_path):
+    async def main() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(ConfigError, match=f"grpc_bind: '127.0.0.1:{port}': cannot be bound"):
+                await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model).start()
+            with pytest.raises(TransportUnavailable, match="cannot bind"):
+                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model).start()
+        first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model)
+        await first.start()
+        async with AsyncClient(first.grpc_endpoint) as client:
+            assert await client.tokenize("ab") == (97, 98)
+        await first.close()
+
+    asyncio.run(main())

@@ -1,0 +1,250 @@
+"""A real cluster on this machine: ready, used, hurt, stopped, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.errors import WorkerDied
+from anabranch_client import Admin, Client, ClientError, Sampling, Tokens
+from anabranch_client import WorkerDied as RequestLost
+from launch import sweeper
+from launch.cluster import LocalCluster
+from launch.process import ProcessExit
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+READY_TIMEOUT_S = 120.0
+DEADLINE_S = 30.0
+COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache="32MiB", threads=1)))
+
+
+def eventually(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool:
+    """Whether the condition comes true in time."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.02)
+    return True
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def shm_entries() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def test_a_cluster_serves_and_leaves_nothing() -> None:
+    shm = shm_entries()
+    threads = threading.active_count()
+    with LocalCluster(COLOCATED, ready_timeout_s=READY_TIMEOUT_S) as cluster:
+        folder = cluster.folder
+        assert folder.stat().st_mode & 0o777 == 0o700
+        processes = cluster.processes
+        assert [(p.name, p.role, p.alive) for p in processes] == [
+            ("orchestrator", "orchestrator", True),
+            ("colocated-0", "colocated", True),
+        ]
+        with Client(cluster.endpoint) as client:
+            answer = client.complete("The capital of France is", Sampling(max_tokens=4))
+            assert answer.route == ("colocated-0",)
+            assert len(answer.token_ids) == 4
+        assert "registered" in cluster.log("colocated-0")
+        assert cluster.deaths == ()
+    assert all(gone(process.pid) for process in processes)
+    assert not folder.exists()
+    assert sweeper.marked_processes(str(folder)) == []
+    assert shm_entries() <= shm
+    assert eventually(lambda: threading.active_count() <= threads)
+
+
+def test_prefill_and_decode_share_a_process_in_process() -> None:
+    pools = Pools(prefill=PoolConfig(kv_cache="32MiB", threads=1), decode=PoolConfig(kv_cache="32MiB", threads=1))
+    with LocalCluster(Topology(kv_transport="inproc", pools=pools), ready_timeout_s=READY_TIMEOUT_S) as cluster:
+        assert [(p.name, p.role) for p in cluster.processes] == [
+            ("orchestrator", "orchestrator"),
+            ("inproc", "prefill+decode"),
+        ]
+        with Client(cluster.endpoint) as client:
+            answer = client.complete("The capital of France is", Sampling(max_tokens=4))
+        assert answer.route == ("prefill-0", "decode-0")
+        assert answer.kv is not None
+        assert answer.kv.transport == "inproc"
+
+
+def test_a_killed_worker_is_named_and_its_requests_end() -> None:
+    deaths: list[ProcessExit] = []
+    pools = Pools(colocated=PoolConfig(workers=2, kv_cache="32MiB", threads=1))
+    with LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster:
+        with Client(cluster.endpoint) as client, Admin(cluster.endpoint) as admin:
+            stream = client.generate("Once upon a time", Sampling(max_tokens=1000, ignore_eos=True))
+            assert any(isinstance(event, Tokens) for event in stream)
+            holder = next(worker for worker in admin.cluster().workers if worker.num_requests)
+            killed = time.monotonic()
+            os.kill(holder.pid, signal.SIGKILL)
+            death = cluster.wait_for_death(DEADLINE_S)
+            assert death is not None
+            assert time.monotonic() - killed < 1.0
+            assert death.name == holder.name
+            assert death.reason == "was killed by SIGKILL"
+            with pytest.raises(RequestLost, match=holder.name):
+                list(stream)
+            assert time.monotonic() - killed < 5.0
+            assert eventually(lambda: deaths == [death])
+            departures = admin.cluster().departures
+            assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]
+            other = client.complete("The capital of France is", Sampling(max_tokens=4))
+            assert other.route != (holder.name,)
+        table = {process.name: process.alive for process in cluster.processes}
+        assert table[holder.name] is False
+        assert sum(table.values()) == 2
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
+    cluster = LocalCluster(Topology(pools=Pools(colocated=PoolConfig(kv_cache=1000))), ready_timeout_s=READY_TIMEOUT_S)
+    with pytest.raises(WorkerDied, match=r"^colocated-0: kv_cache_bytes: 1000: must hold one block") as caught:
+        cluster.start()
+    assert "\n" not in str(caught.value)
+    assert not cluster.folder.exists()
+    assert sweeper.marked_processes(str(cluster.folder)) == []
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment in which everything that `up` writes lies under `tmp_path`."""
+    for name in ("run", "tmp"):
+        (tmp_path / name).mkdir()
+    return {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path / "run"), "TMPDIR": str(tmp_path / "tmp")}
+
+
+@pytest.fixture
+def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """`anabranch up`, ready to serve."""
+    topology = tmp_path / "topology.yaml"
+    topology.write_text("colocated: {kv_cache: 32MiB, threads: 1}\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "up", str(topology), "--ready-file", str(tmp_path / "ready.json")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        ready = tmp_path / "ready.json"
+        assert eventually(lambda: ready.exists() or process.poll() is not None, READY_TIMEOUT_S)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+
+
+def children_of(up: subprocess.Popen[str]) -> list[int]:
+    return [child.pid for child in psutil.Process(up.pid).children(recursive=True)]
+
+
+def test_up_generate_and_ctrl_c(tmp_path: Path, environment: dict[str, str], up: subprocess.Popen[str]) -> None:
+    ready = json.loads((tmp_path / "ready.json").read_text())
+    assert ready["grpc"].startswith("127.0.0.1:")
+    children = children_of(up)
+    assert {process["pid"] for process in ready["processes"]} <= set(children)
+
+    def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launch.cli", "generate", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+    answer = generate("--prompt-ids", "504,3575,282", "--max-tokens", "5", "--ignore-eos", "--json")
+    assert answer.returncode == 0, answer.stderr
+    parsed = json.loads(answer.stdout)
+    assert len(parsed["token_ids"]) == 5
+    assert parsed["finish_reason"] == "length"
+    assert parsed["usage"]["num_prompt_tokens"] == 3
+    assert parsed["route"] == ["colocated-0"]
+    assert parsed["kv"] is None
+    assert set(parsed["timings"]) == {"queue_s", "prefill_s", "kv_stream_s", "ttft_s", "tpot_s", "e2e_s"}
+
+    streamed = generate("The capital of France is", "--max-tokens", "5")
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout.startswith(" Paris")
+    assert "first token" in streamed.stderr
+
+    refused = generate("--prompt-ids", "-1")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+
+    up.send_signal(signal.SIGINT)
+    out, err = up.communicate(timeout=DEADLINE_S)
+    assert up.returncode == 0, err
+    assert "colocated-0" in out
+    assert ready["grpc"] in out
+    assert all(gone(pid) for pid in children)
+    assert not (tmp_path / "ready.json").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_a_killed_launcher_leaves_nothing(tmp_path: Path, up: subprocess.Popen[str]) -> None:
+    children = children_of(up)
+    assert len(children) >= 3
+    up.kill()
+    up.wait(DEADLINE_S)
+    assert eventually(lambda: all(gone(pid) for pid in children))
+    assert not (tmp_path / "ready.json").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_up_says_what_died(up: subprocess.Popen[str], tmp_path: Path) -> None:
+    ready = json.loads((tmp_path / "ready.json").read_text())
+    worker = next(process for process in ready["processes"] if process["name"] == "colocated-0")
+    os.kill(worker["pid"], signal.SIGKILL)
+    with Client(ready["grpc"]) as client:
+        assert eventually(lambda: client.health() == "not_serving")
+        with pytest.raises(ClientError):
+            client.complete("hello", Sampling(max_tokens=1), timeout_s=1.0)
+    up.send_signal(signal.SIGINT)
+    _, err = up.communicate(timeout=DEADLINE_S)
+    assert up.returncode == 1
+    assert f"died: colocated-0 (pid {worker['pid']}) was killed by SIGKILL" in err
+
+
+def test_the_demo_answers_and_leaves_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+    demo = subprocess.run(
+        [sys.executable, "-m", "launch.demo"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=READY_TIMEOUT_S + DEADLINE_S,
+        check=False,
+    )
+    assert demo.returncode == 0, demo.stderr
+    assert "Paris" in demo.stdout
+    assert "prefill-0 -> decode-0" in demo.stdout
+    assert "KV stream" in demo.stdout
+    assert "0 processes and 0 folders left behind" in demo.stdout
+    assert list((tmp_path / "tmp").iterdir()) == []
