@@ -1,7 +1,8 @@
-"""Puts arriving KV slices into the blocks that a reservation holds."""
+"""Puts arriving KV slices into the blocks that a reservation holds, on one rank."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from anabranch.cache.paged_kv import LayerKv, PagedKv
 from anabranch.errors import AnabranchError
 from anabranch.kernels.base import Kernels
+from anabranch.protocol.requests import WireError
+from decode.commands import DecodeEvent, OpenStream, StreamAlive, StreamCommitted, StreamFailed
 from transport.kv_stream import Commit
 
 
@@ -16,35 +19,40 @@ class KvImport:
     """One stream's `KvSink`; its methods run on a tensor plane's thread.
 
     Args:
-        block_ids: the reservation's blocks, in token order.
-        on_touch, on_commit, on_failure: hand the news to the engine's thread.
+        span: tokens that one block id stands for: the block size times the CP degree.
+        head_start: the rank's first KV head in the whole model.
+        alive_every_s: shortest time between two StreamAlive.
     """
 
     def __init__(
         self,
         kv: PagedKv,
         kernels: Kernels,
-        block_ids: tuple[int, ...],
+        stream: OpenStream,
         *,
-        on_touch: Callable[[], None],
-        on_commit: Callable[[Commit], None],
-        on_failure: Callable[[AnabranchError], None],
+        span: int,
+        head_start: int,
+        alive_every_s: float,
+        emit: Callable[[DecodeEvent], None],
     ) -> None:
         self.kv = kv
         self.kernels = kernels
-        size = kv.block_size
-        self.slots_T = torch.tensor(
-            [block * size + offset for block in block_ids for offset in range(size)], dtype=torch.int64
-        )
-        self._on_touch = on_touch
-        self._on_commit = on_commit
-        self._on_failure = on_failure
+        self.stream_id = stream.stream_id
+        self._head_start = head_start
+        self._alive_every_s = alive_every_s
+        self._alive_s = 0.0
+        self._emit = emit
+        # The slot of every token, also of those that other CP ranks hold under the same block ids.
+        token_T = torch.arange(stream.num_tokens)
+        blocks = torch.tensor(stream.block_ids, dtype=torch.int64)
+        self._slots_T = blocks[token_T // span] * kv.block_size + token_T % kv.block_size
 
     def place(self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Copy rows into the pool. See `KvSink.place`."""
         pool = self.kv.layer(layer)
-        heads = slice(head_start, head_start + k_TKD.shape[1])
-        slots_T = self.slots_T[token_start : token_start + k_TKD.shape[0]]
+        first = head_start - self._head_start
+        heads = slice(first, first + k_TKD.shape[1])
+        slots_T = self._slots_T[token_start : token_start + k_TKD.shape[0]]
         device = self.kv.data.device
         self.kernels.store_kv(
             k_TKD.to(device),
@@ -54,10 +62,13 @@ class KvImport:
         )
 
     def touch(self) -> None:
-        self._on_touch()
+        now = time.monotonic()
+        if now - self._alive_s >= self._alive_every_s:
+            self._alive_s = now
+            self._emit(StreamAlive(stream_id=self.stream_id))
 
     def committed(self, commit: Commit) -> None:
-        self._on_commit(commit)
+        self._emit(StreamCommitted(stream_id=self.stream_id, token_id=commit.token_id, logprob=commit.logprob))
 
     def failed(self, error: AnabranchError) -> None:
-        self._on_failure(error)
+        self._emit(StreamFailed(stream_id=self.stream_id, error=WireError.of(error)))

@@ -8,12 +8,14 @@ All methods run on the engine's thread; what the tensor plane reports is handed 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.lease import Lease, LeaseBook
 from anabranch.engine.sequence import Sequence
+from anabranch.errors import StaleLease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,21 @@ class Reservations:
         if table is not None:
             self.cache.release(table)
         return reservation.sequence
+
+    def get(self, stream_id: int) -> Reservation | None:
+        """The open reservation of a stream."""
+        return self._open.get(stream_id)
+
+    def streams(self) -> tuple[int, ...]:
+        """The streams that are open."""
+        return tuple(self._open)
+
+    def touch(self, stream_id: int) -> None:
+        """Let the lease last on, because slices arrive; one that ran out stays for `expired`."""
+        held = self._open.get(stream_id)
+        if held is not None:
+            with contextlib.suppress(StaleLease):
+                self.leases.touch(stream_id, held.lease.generation)
 
     def find(self, key: tuple[str, int]) -> int | None:
         """The stream of an attempt whose lease is open."""

@@ -90,6 +90,10 @@ class DecodeScheduler:
         self._take(sequence, first, outcome)
         return outcome
 
+    def attempts(self) -> tuple[tuple[str, int], ...]:
+        """The attempts that are here."""
+        return tuple(self._sequences)
+
     def remove(self, key: tuple[str, int]) -> Sequence | None:
         """Forget an attempt and free its blocks; None if it is not here."""
         sequence = self._sequences.get(key)

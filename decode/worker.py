@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
-from anabranch.cache.lease import Lease, LeaseBook
+from anabranch.cache.lease import LeaseBook
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.build import Engine
 from anabranch.engine.intake import check_request
-from anabranch.engine.loop import EngineLoop
 from anabranch.engine.plan import SampledToken, StepPlan
 from anabranch.engine.sequence import Sequence
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining
@@ -27,21 +25,28 @@ from anabranch.protocol.workers import (
     Cancel,
     Ended,
     Generate,
+    Message,
     Reserve,
     Reserved,
     Tokens,
-    ToWorker,
     WorkerInfo,
     WorkerStats,
 )
 from anabranch.sampling.stop import StopChecker
-from decode.importer import KvImport
+from decode.commands import (
+    CloseStream,
+    DecodeEvent,
+    OpenStream,
+    StreamAlive,
+    StreamCommitted,
+    StreamFailed,
+    StreamOpened,
+)
+from decode.ranks import DecodeRanks
 from decode.reservations import Reservation, Reservations
 from decode.scheduler import DecodeScheduler, StepOutcome
 from runtime.info import worker_info
-from runtime.worker import ENGINE_STOP_TIMEOUT_S, Worker, unexpected
-from transport.kv_stream import Commit, KvStreamReceiver
-from transport.planes import Plane, create_plane, usable_planes
+from runtime.worker import Worker, unexpected
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +59,10 @@ class DecodeWorker(Worker):
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__(config)
         self.colocated = config.role == "colocated"
-        self._engine_loop: EngineLoop | None = None
-        self._planes: dict[str, Plane] = {}
+        self.ranks = DecodeRanks(config, self._on_stream, self.fail)
 
     def build(self) -> WorkerInfo:
-        self.receiver = KvStreamReceiver()
-        if not self.colocated:
-            wanted = self.config.kv_transport
-            names = usable_planes() if wanted == "auto" else (wanted,)
-            for name in names:
-                self._planes[name] = create_plane(name, self.receiver, listen_host=self.config.listen_host)
-        self.engine: Engine = build_engine(self.config)
+        self.engine: Engine = self.ranks.start()
         cache = self.engine.cache
         stop = StopChecker(eos_token_ids=self.engine.model_config.eos_token_ids, max_context=self.engine.max_context)
         self.scheduler = DecodeScheduler(
@@ -76,20 +74,19 @@ class DecodeWorker(Worker):
         )
         self.leases = LeaseBook(clock=time.monotonic)
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)
-        info = worker_info(self.config, self.engine, tuple(self._planes))
-        self._engine_loop = EngineLoop("engine", self._step, info.num_threads)
-        self._engine_loop.start()
+        info = worker_info(self.config, self.engine, tuple(self.ranks.addresses[0]))
+        self.start_engine(self._step, info.num_threads)
         return info
 
-    def handle(self, message: ToWorker) -> None:
+    def handle(self, message: Message) -> None:
         arrival_s = time.monotonic()
         match message:
             case Reserve(request=request) if not self.colocated:
-                self._submit(lambda: self._accept(request, arrival_s))
+                self.submit(lambda: self._accept(request, arrival_s))
             case Generate(request=request) if self.colocated:
-                self._submit(lambda: self._accept(request, arrival_s))
+                self.submit(lambda: self._accept(request, arrival_s))
             case Cancel(request_id=request_id, epoch=epoch):
-                self._submit(lambda: self._cancel((request_id, epoch)))
+                self.submit(lambda: self._cancel((request_id, epoch)))
             case _:
                 raise unexpected(message, self.config.role)
 
@@ -108,13 +105,21 @@ class DecodeWorker(Worker):
 
     def tick(self) -> None:
         if self.reservations.num_leases:
-            self._submit(self._expire)
+            self.submit(self._expire)
 
     def close(self) -> None:
-        if self._engine_loop is not None:
-            self._engine_loop.stop(ENGINE_STOP_TIMEOUT_S)
-        for plane in self._planes.values():
-            plane.close()
+        self.stop_engine()
+        self.ranks.close()
+
+    def abandon(self, error: AnabranchError) -> None:
+        for stream_id in self.reservations.streams():
+            self._abort(stream_id, "failed", error)
+        for sequence in tuple(self.reservations.waiting):
+            self.reservations.forget_waiting(sequence.key)
+            self._end(sequence.key, "failed", error)
+        for key in self.scheduler.attempts():
+            self.scheduler.remove(key)
+            self._end(key, "failed", error)
 
     # On the engine's thread -----------------------------------------------------------------------------
 
@@ -144,7 +149,7 @@ class DecodeWorker(Worker):
         if plan is None:
             return False
         try:
-            result = self.engine.runner.execute(plan)
+            result = self.ranks.step(plan)
         except Exception as error:
             logger.exception("step %d", plan.step)
             self._fail_step(plan, error)
@@ -154,26 +159,32 @@ class DecodeWorker(Worker):
 
     def _open_stream(self, reservation: Reservation) -> None:
         sequence, lease = reservation.sequence, reservation.lease
-        assert sequence.table is not None
-        stream_id = lease.stream_id
-        block_ids = sequence.table.block_ids
-        sink = KvImport(
-            self.engine.kv,
-            self.engine.runner.kernels,
-            block_ids,
-            on_touch=lambda: self._touch(lease),
-            on_commit=lambda commit: self._submit(lambda: self._commit(stream_id, commit)),
-            on_failure=lambda error: self._submit(lambda: self._abort(stream_id, "failed", error)),
+        self.ranks.send(
+            OpenStream(
+                stream_id=lease.stream_id,
+                generation=lease.generation,
+                block_ids=lease.table.block_ids,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_tokens=sequence.num_tokens,
+            )
         )
-        self.receiver.open(
-            stream_id,
-            lease.generation,
-            layout=self.engine.layout,
-            rank=0,
-            num_cached_tokens=sequence.num_cached_tokens,
-            num_tokens=sequence.num_tokens,
-            sink=sink,
-        )
+
+    def _stream_event(self, rank: int, event: DecodeEvent) -> None:
+        match self.ranks.gather(rank, event):
+            case StreamOpened(stream_id=stream_id):
+                self._reserved(stream_id)
+            case StreamAlive(stream_id=stream_id):
+                self.reservations.touch(stream_id)
+            case StreamCommitted() as committed:
+                self._commit(committed)
+            case StreamFailed(stream_id=stream_id, error=error):
+                self._abort(stream_id, "failed", error.to_error())
+
+    def _reserved(self, stream_id: int) -> None:
+        reservation = self.reservations.get(stream_id)
+        if reservation is None:
+            return
+        sequence, lease = reservation.sequence, reservation.lease
         self.post(
             Reserved(
                 request_id=sequence.request.request_id,
@@ -183,8 +194,8 @@ class DecodeWorker(Worker):
                     stream_id=stream_id,
                     generation=lease.generation,
                     layout=self.engine.layout,
-                    addresses=({name: plane.address for name, plane in self._planes.items()},),
-                    block_ids=block_ids,
+                    addresses=self.ranks.addresses,
+                    block_ids=lease.table.block_ids,
                     num_cached_tokens=sequence.num_cached_tokens,
                     num_tokens=sequence.num_tokens,
                     lease_s=self.config.lease_s,
@@ -192,22 +203,22 @@ class DecodeWorker(Worker):
             )
         )
 
-    def _commit(self, stream_id: int, commit: Commit) -> None:
-        self.receiver.close(stream_id)
-        sequence = self.reservations.commit(stream_id)
+    def _commit(self, committed: StreamCommitted) -> None:
+        self.ranks.send(CloseStream(stream_id=committed.stream_id))
+        sequence = self.reservations.commit(committed.stream_id)
         if sequence is None:
             return
         first = SampledToken(
             request_id=sequence.request.request_id,
             epoch=sequence.request.epoch,
             index=sequence.num_output,
-            token_id=commit.token_id,
-            logprob=commit.logprob,
+            token_id=committed.token_id,
+            logprob=committed.logprob,
         )
         self._publish(self.scheduler.join(sequence, first))
 
     def _abort(self, stream_id: int, reason: EndReason, error: AnabranchError | None) -> None:
-        self.receiver.close(stream_id)
+        self.ranks.send(CloseStream(stream_id=stream_id))
         sequence = self.reservations.abort(stream_id)
         if sequence is not None:
             self._end(sequence.key, reason, error)
@@ -268,11 +279,7 @@ class DecodeWorker(Worker):
     def _is_known(self, key: Key) -> bool:
         return key in self.scheduler or key in self.reservations
 
-    # On other threads ---------------------------------------------------------------------------
+    # On other threads -----------------------------------------------------------------------------------
 
-    def _touch(self, lease: Lease) -> None:
-        self.leases.touch(lease.stream_id, lease.generation)
-
-    def _submit(self, command: Callable[[], None]) -> None:
-        assert self._engine_loop is not None
-        self._engine_loop.submit(command)
+    def _on_stream(self, rank: int, event: DecodeEvent) -> None:
+        self.submit(lambda: self._stream_event(rank, event))

@@ -1,4 +1,4 @@
-"""The `anabranch` command."""
+"""The `anabranch` command: its options and subcommands."""
 
 from __future__ import annotations
 
@@ -49,10 +49,5 @@ app.command("doctor")(doctor)
 app.command("models")(models)
 
 
-def main() -> None:
-    """Entry of the `anabranch` script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

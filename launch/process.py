@@ -1,7 +1,7 @@
 """One named child process: its log, its end, and signals that cannot hit a stranger.
 
 A thread starts the child, waits for it and reports its end at once. The same thread must do both: the kernel
-ties PR_SET_PDEATHSIG (see `launch.child`) to the thread that forked, so that thread lives as long as the child.
+ties PR_SET_PDEATHSIG (see `runtime.child`) to the thread that forked, so that thread lives as long as the child.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self.log = log
-        self._command = [sys.executable, "-m", "launch.child", str(os.getpid()), name, module, *arguments]
+        self._command = [sys.executable, "-m", "runtime.child", str(os.getpid()), name, module, *arguments]
         self._environment = dict(environment)
         self._on_exit = on_exit
         self._echo = echo

@@ -40,12 +40,14 @@ class Reference:
     def __init__(self, source: ModelSource, dtype: DtypeName = "float32") -> None:
         transformers.utils.logging.disable_progress_bar()
         where: dict[str, str | bool] = {"local_files_only": True}
+        how: dict[str, object] = {"dtype": resolve_dtype(dtype, torch.device("cpu"))}
         if source.kind == "gguf":
             where |= {"gguf_file": source.path.name}
+            how |= {"quantization_config": transformers.GgufConfig(dequantize=True)}
         folder = source.path.parent if source.kind == "gguf" else source.path
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=resolve_dtype(dtype, torch.device("cpu")), **where
-        )
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, **where, **how)
+        # The grouped matrix product that transformers would choose refuses experts of uneven width.
+        self.model.set_experts_implementation("eager")
         self.model.eval()
         has_tokenizer = source.kind == "gguf" or any((folder / name).exists() for name in _TOKENIZER_FILES)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where) if has_tokenizer else None

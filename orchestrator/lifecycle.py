@@ -364,7 +364,7 @@ class Lifecycle:
     async def _cause(self, attempt: Attempt, error: PeerLost) -> AnabranchError:
         """Why a worker lost its peer: the death of that peer, if it shows within the time that silence takes."""
         config = self._config
-        self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + config.heartbeat_s)
+        self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + 2 * config.heartbeat_s)
         try:
             while True:
                 event = await self._inbox.next()

@@ -1,6 +1,7 @@
 """KV leaves as soon as it exists: after each layer's KV of a chunk is in the pool, its rows are sent.
 
-Rows are read from the pool, so one path serves computed tokens and tokens that the prefix cache gave.
+Rows are read from the pool, so one path serves computed tokens and tokens that the prefix cache gave, and each
+CP rank sends the tokens that it stores; nothing is gathered first.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import SequencePlan, StepPlan
+from anabranch.engine.plan import StepPlan
 from anabranch.errors import AnabranchError
+from anabranch.parallel.context import RankContext
+from anabranch.parallel.placement import BlockCyclic
 from transport.kv_stream import KvStreamSender
 
 Key = tuple[str, int]
@@ -31,13 +34,34 @@ class Export:
     error: AnabranchError | None = None
 
 
-class KvExporter:
-    """The open streams of a prefill rank, by attempt; a `LayerSink` for the step that is running."""
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What one stream sends in the running step.
 
-    def __init__(self, kv: PagedKv) -> None:
+    Attributes:
+        chunk: tokens that all ranks send.
+        slots_T: where this rank holds its part of them, by position.
+    """
+
+    export: Export
+    chunk: range
+    slots_T: torch.Tensor
+
+
+class KvExporter:
+    """The open streams of a prefill rank, by attempt; a `LayerSink` for the step that is running.
+
+    Args:
+        head_start: the rank's first KV head in the whole model.
+    """
+
+    def __init__(self, kv: PagedKv, context: RankContext, head_start: int) -> None:
         self.kv = kv
+        self._cp_rank = context.cp_rank
+        self._head_start = head_start
+        self._placement = BlockCyclic(block_size=kv.block_size, cp=context.mesh.cp)
         self._exports: dict[Key, Export] = {}
-        self._rows: list[tuple[Export, int, torch.Tensor]] = []
+        self._rows: list[Rows] = []
 
     def add(self, key: Key, sender: KvStreamSender, first_token: int) -> None:
         """Send the attempt's KV from `first_token` on."""
@@ -50,24 +74,27 @@ class KvExporter:
     def begin_step(self, plan: StepPlan) -> None:
         """Work out which slots each stream sends in this step: what is new, and at first what was cached."""
         self._rows = []
+        device = self.kv.data.device
         for sequence in plan.sequences:
             export = self._exports.get((sequence.request_id, sequence.epoch))
-            if export is not None and export.error is None and export.next_token < sequence.context_len:
-                self._rows.append((export, export.next_token, self._slots(sequence, export.next_token)))
-                export.next_token = sequence.context_len
+            if export is None or export.error is not None or export.next_token >= sequence.context_len:
+                continue
+            chunk = range(export.next_token, sequence.context_len)
+            slots_T = self._placement.local_slots(chunk, self._cp_rank, sequence.block_ids, device)
+            self._rows.append(Rows(export=export, chunk=chunk, slots_T=slots_T))
+            export.next_token = sequence.context_len
 
     def layer_stored(self, layer: int) -> None:
         """Send this layer's rows. A stream that fails is remembered and does not stop the others."""
         k_slots, v_slots = self.kv.layer(layer).slots()
-        for export, first_token, slots_T in self._rows:
-            if export.error is not None:
+        for rows in self._rows:
+            if rows.export.error is not None or not rows.slots_T.numel():
                 continue
+            k_TKD, v_TKD = (slots.index_select(0, rows.slots_T) for slots in (k_slots, v_slots))
             try:
-                export.sender.send_layer(
-                    layer, 0, first_token, k_slots.index_select(0, slots_T), v_slots.index_select(0, slots_T)
-                )
+                rows.export.sender.send_layer(layer, self._head_start, rows.chunk.start, k_TKD, v_TKD, chunk=rows.chunk)
             except AnabranchError as error:
-                export.error = error
+                rows.export.error = error
 
     def take_failed(self) -> list[tuple[Key, AnabranchError]]:
         """Streams that have failed, with their errors; they are forgotten here."""
@@ -75,9 +102,3 @@ class KvExporter:
         for key, _ in failed:
             del self._exports[key]
         return failed
-
-    def _slots(self, sequence: SequencePlan, first_token: int) -> torch.Tensor:
-        size = self.kv.block_size
-        table = sequence.block_ids
-        slots = [table[t // size] * size + t % size for t in range(first_token, sequence.context_len)]
-        return torch.tensor(slots, dtype=torch.int64, device=self.kv.data.device)

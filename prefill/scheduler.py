@@ -31,6 +31,10 @@ class PrefillScheduler:
         self._sequences[sequence.key] = sequence
         self.prompts.add(sequence)
 
+    def attempts(self) -> tuple[tuple[str, int], ...]:
+        """The attempts that are here."""
+        return tuple(self._sequences)
+
     def remove(self, key: tuple[str, int]) -> Sequence | None:
         """Forget an attempt and free its blocks; None if it is not here."""
         sequence = self._sequences.pop(key, None)

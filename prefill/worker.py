@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.build import Engine
 from anabranch.engine.intake import check_request
-from anabranch.engine.loop import EngineLoop
 from anabranch.engine.plan import SampledToken, StepPlan
 from anabranch.engine.sequence import Sequence
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, RequestCancelled
 from anabranch.protocol.kv import KvDestination, KvStreamStats
 from anabranch.protocol.requests import Request, WireError
-from anabranch.protocol.workers import Cancel, Prefill, PrefillEnded, ToWorker, WorkerInfo, WorkerStats
-from prefill.rank import PrefillRank, StreamAcknowledged, StreamEvent, StreamFailed, StreamOpened
+from anabranch.protocol.workers import Cancel, Message, Prefill, PrefillEnded, WorkerInfo, WorkerStats
+from prefill.commands import (
+    CommitStream,
+    EndStream,
+    OpenStream,
+    PrefillEvent,
+    StreamAcknowledged,
+    StreamFailed,
+    StreamOpened,
+)
+from prefill.ranks import PrefillRanks
 from prefill.scheduler import PrefillScheduler
 from runtime.info import worker_info
-from runtime.worker import ENGINE_STOP_TIMEOUT_S, Worker, unexpected
+from runtime.worker import Worker, unexpected
 from transport.planes import usable_planes
 
 logger = logging.getLogger(__name__)
@@ -50,29 +57,25 @@ class PrefillWorker(Worker):
         super().__init__(config)
         self._connecting: dict[Key, Sequence] = {}
         self._acknowledging: dict[Key, Acknowledging] = {}
-        self._engine_loop: EngineLoop | None = None
-        self._rank: PrefillRank | None = None
+        self.ranks = PrefillRanks(config, self._on_stream, self.fail)
 
     def build(self) -> WorkerInfo:
-        planes = usable_planes()
-        self.engine: Engine = build_engine(self.config)
-        self.rank = self._rank = PrefillRank(self.config, self.engine, planes, self._on_stream)
+        self.engine: Engine = self.ranks.start()
         self.scheduler = PrefillScheduler(
             self.engine.cache, max_step_tokens=self.config.max_step_tokens, max_running=self.config.max_running
         )
-        info = worker_info(self.config, self.engine, planes)
-        self._engine_loop = EngineLoop("engine", self._step, info.num_threads)
-        self._engine_loop.start()
+        info = worker_info(self.config, self.engine, usable_planes())
+        self.start_engine(self._step, info.num_threads)
         return info
 
-    def handle(self, message: ToWorker) -> None:
+    def handle(self, message: Message) -> None:
         match message:
             case Prefill(request=request, destination=destination):
                 arrival_s = time.monotonic()
-                self._submit(lambda: self._accept(request, destination, arrival_s))
+                self.submit(lambda: self._accept(request, destination, arrival_s))
             case Cancel(request_id=request_id, epoch=epoch):
                 error = RequestCancelled(f"request {request_id} was cancelled")
-                self._submit(lambda: self._end((request_id, epoch), error))
+                self.submit(lambda: self._end((request_id, epoch), error))
             case _:
                 raise unexpected(message, "prefill")
 
@@ -91,13 +94,15 @@ class PrefillWorker(Worker):
 
     def tick(self) -> None:
         if self._acknowledging:
-            self._submit(self._expire)
+            self.submit(self._expire)
 
     def close(self) -> None:
-        if self._engine_loop is not None:
-            self._engine_loop.stop(ENGINE_STOP_TIMEOUT_S)
-        if self._rank is not None:
-            self._rank.close()
+        self.stop_engine()
+        self.ranks.close()
+
+    def abandon(self, error: AnabranchError) -> None:
+        for key in [*self._connecting, *self._acknowledging, *self.scheduler.attempts()]:
+            self._end(key, error)
 
     # On the engine's thread -----------------------------------------------------------------------------
 
@@ -110,18 +115,16 @@ class PrefillWorker(Worker):
             self._report(request.key, error)
             return
         self._connecting[request.key] = Sequence(request, arrival_s)
-        self.rank.open(request.key, destination)
+        self.ranks.send(OpenStream(key=request.key, destination=destination))
 
-    def _stream_event(self, event: StreamEvent) -> None:
-        match event:
+    def _stream_event(self, rank: int, event: PrefillEvent) -> None:
+        match self.ranks.gather(rank, event):
             case StreamOpened(key=key):
                 sequence = self._connecting.pop(key, None)
                 if sequence is not None:
                     self.scheduler.add(sequence)
-                else:
-                    self.rank.abort(key, RequestCancelled("the request ended before its stream was open"))
             case StreamFailed(key=key, error=error):
-                self._end(key, error)
+                self._end(key, error.to_error())
             case StreamAcknowledged(key=key, stats=stats):
                 self._acknowledged(key, stats)
 
@@ -130,7 +133,7 @@ class PrefillWorker(Worker):
         if plan is None:
             return False
         try:
-            result = self.rank.step(plan)
+            result = self.ranks.step(plan)
         except Exception as error:
             logger.exception("step %d", plan.step)
             self._fail_step(plan, error)
@@ -142,10 +145,19 @@ class PrefillWorker(Worker):
     def _commit(self, sequence: Sequence, token: SampledToken) -> None:
         deadline_s = time.monotonic() + self.config.ack_timeout_s
         self._acknowledging[sequence.key] = Acknowledging(sequence=sequence, deadline_s=deadline_s)
-        self.rank.commit(sequence, token)
+        self.ranks.send(
+            CommitStream(
+                key=sequence.key,
+                token_id=token.token_id,
+                logprob=token.logprob,
+                queue_s=sequence.queue_s,
+                prefill_s=sequence.prefill_s,
+                num_cached_tokens=sequence.num_cached_tokens,
+            )
+        )
 
     def _acknowledged(self, key: Key, stats: KvStreamStats) -> None:
-        self.rank.forget(key)
+        self._end_stream(key, RequestCancelled("the stream is over"))
         held = self._acknowledging.pop(key, None)
         if held is None:
             return
@@ -162,12 +174,15 @@ class PrefillWorker(Worker):
 
     def _end(self, key: Key, error: AnabranchError) -> None:
         """End an attempt wherever it is; one that has ended is left alone."""
-        self.rank.abort(key, error)
+        self._end_stream(key, error)
         connecting = self._connecting.pop(key, None)
         acknowledging = self._acknowledging.pop(key, None)
         scheduled = self.scheduler.remove(key)
         if connecting or acknowledging or scheduled:
             self._report(key, error)
+
+    def _end_stream(self, key: Key, error: AnabranchError) -> None:
+        self.ranks.send(EndStream(key=key, error=WireError.of(error)))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -186,9 +201,5 @@ class PrefillWorker(Worker):
 
     # On any thread --------------------------------------------------------------------------------------
 
-    def _on_stream(self, event: StreamEvent) -> None:
-        self._submit(lambda: self._stream_event(event))
-
-    def _submit(self, command: Callable[[], None]) -> None:
-        assert self._engine_loop is not None
-        self._engine_loop.submit(command)
+    def _on_stream(self, rank: int, event: PrefillEvent) -> None:
+        self.submit(lambda: self._stream_event(rank, event))

@@ -14,12 +14,15 @@ import logging
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from anabranch.config.worker import WorkerConfig
+from anabranch.engine.loop import EngineLoop
 from anabranch.errors import AnabranchError, DeadlineExceeded, MalformedMessage, WorkerDied
 from anabranch.protocol.workers import (
     Beat,
     Drain,
+    Message,
     Register,
     Registered,
     Shutdown,
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ENGINE_STOP_TIMEOUT_S = 5.0
+FAREWELL_TIMEOUT_S = 2.0
 
 
 class Worker(ABC):
@@ -46,7 +50,9 @@ class Worker(ABC):
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.draining = False
-        self._stop = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._failure: AnabranchError | None = None
+        self._engine_loop: EngineLoop | None = None
         self._heard_s = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: asyncio.Queue[ToOrchestrator] = asyncio.Queue()
@@ -58,7 +64,7 @@ class Worker(ABC):
         """Load the model, allocate, start threads. Blocking; called once."""
 
     @abstractmethod
-    def handle(self, message: ToWorker) -> None:
+    def handle(self, message: Message) -> None:
         """Act on a message that is about requests. Must not block."""
 
     @abstractmethod
@@ -77,6 +83,27 @@ class Worker(ABC):
     def close(self) -> None:
         """End threads, release sockets. Blocking; called once, also after a failed build."""
 
+    @abstractmethod
+    def abandon(self, error: AnabranchError) -> None:
+        """End every request with `error`. On the engine's thread."""
+
+    # The engine's thread ---------------------------------------------------------------------------------
+
+    def start_engine(self, step: Callable[[], bool], num_threads: int) -> None:
+        """Start the thread that schedules and computes; see `EngineLoop`."""
+        self._engine_loop = EngineLoop("engine", step, num_threads)
+        self._engine_loop.start()
+
+    def submit(self, command: Callable[[], None]) -> None:
+        """Run `command` on the engine's thread, between steps; from any thread."""
+        if self._engine_loop is not None:
+            self._engine_loop.submit(command)
+
+    def stop_engine(self) -> None:
+        """End the engine's thread; a build that failed has none."""
+        if self._engine_loop is not None:
+            self._engine_loop.stop(ENGINE_STOP_TIMEOUT_S)
+
     # The life --------------------------------------------------------------------------------------------
 
     def post(self, message: ToOrchestrator) -> None:
@@ -90,6 +117,13 @@ class Worker(ABC):
         if not self.draining:
             logger.info("draining")
             self.draining = True
+
+    def fail(self, error: AnabranchError) -> None:
+        """End the worker because it cannot go on: its requests end with `error`, then `run` raises it. Any thread."""
+        self._failure = self._failure or error
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._failed.set)
 
     async def run(self) -> None:
         """Serve until drained, shut down, or abandoned by the orchestrator.
@@ -132,7 +166,7 @@ class Worker(ABC):
             asyncio.create_task(self._send(client), name="send"),
             asyncio.create_task(self._beat(), name="beat"),
             asyncio.create_task(self._watch(), name="watch"),
-            asyncio.create_task(self._stop.wait(), name="stop"),
+            asyncio.create_task(self._give_up(), name="give up"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -168,6 +202,19 @@ class Worker(ABC):
         while True:
             await client.send(await self._outbox.get())
 
+    async def _give_up(self) -> None:
+        """Once the worker has failed: end its requests, get that out, and raise."""
+        await self._failed.wait()
+        assert self._failure is not None
+        error = self._failure
+        logger.error("%s", error)
+        self.draining = True
+        self.submit(lambda: self.abandon(error))
+        deadline_s = time.monotonic() + FAREWELL_TIMEOUT_S
+        while time.monotonic() < deadline_s and not (self.is_idle() and self._outbox.empty()):
+            await asyncio.sleep(0.01)
+        raise error
+
     async def _beat(self) -> None:
         while True:
             self.post(Beat(stats=self.stats()))
@@ -187,6 +234,6 @@ class Worker(ABC):
                 return
 
 
-def unexpected(message: ToWorker, role: str) -> MalformedMessage:
+def unexpected(message: Message, role: str) -> MalformedMessage:
     """The error for a message that a role has no use for."""
     return MalformedMessage(f"a {role} worker takes no {type(message).__name__}")

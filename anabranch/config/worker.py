@@ -23,10 +23,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         dtype: of weights, activations and KV; auto: bfloat16 where the device is fast at it.
         device: cpu, cuda, cuda:0, ...
         kv_transport: tensor plane for KV: inproc, tcp, ucx, or auto (best that both ends have).
-        threads: compute threads; 0: all cores that this process may use.
-        cores: CPU ids to pin the process to; empty: not pinned.
+        threads: compute threads of each rank; 0: all cores that the process may use.
+        cores: CPU ids to pin to, dealt out among the ranks; empty: not pinned.
         block_size: tokens per KV block.
-        kv_cache_bytes: size of the KV pool.
+        kv_cache_bytes: size of the KV pool of each rank.
         max_context: most tokens of one request; 0: what the model and the pool allow.
         max_running: most requests in one step.
         max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
@@ -37,6 +37,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
         native_kernels: use the compiled CPU kernels where a compiler is present.
+        tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
+        ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
+        collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
+        collective_timeout_s: longest wait of a rank for the others.
     """
 
     role: Role
@@ -62,6 +66,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     native_kernels: bool = True
     tp: int = 1
     cp: int = 1
+    ring: Literal["auto", "pass_kv", "pass_q"] = "auto"
+    collectives: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    collective_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for key in ("block_size", "kv_cache_bytes", "max_running", "max_step_tokens", "tp", "cp"):
@@ -70,7 +77,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in ("threads", "max_context"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, getattr(self, key), "must be at least 0")
-        for key in ("lease_s", "ack_timeout_s", "heartbeat_s", "orchestrator_timeout_s"):
+        for key in ("lease_s", "ack_timeout_s", "collective_timeout_s", "heartbeat_s", "orchestrator_timeout_s"):
             if not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
         if not self.name or len(self.name) > 100:

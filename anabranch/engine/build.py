@@ -1,4 +1,4 @@
-"""From a worker's configuration to an engine: resolve, load, allocate."""
+"""From a worker's configuration to an engine: resolve, load, allocate, warm up."""
 
 from __future__ import annotations
 
@@ -17,40 +17,56 @@ from anabranch.kernels.native import select_kernels
 from anabranch.model.config import ModelConfig
 from anabranch.model.load import load_model
 from anabranch.model.progress import progress_bar
-from anabranch.parallel.group import SingleRank
+from anabranch.parallel.context import RankContext
 from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates
+from anabranch.parallel.split import query_heads_of
+from anabranch.parallel.tree_reduce import Reduction, TreeReduction
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 64
+# Order of magnitude of a CPU core and of shared memory: what the ring's cost rule starts from.
+CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What a scheduler works with.
+    """One rank's engine, and on the driving rank what its scheduler works with.
 
     Attributes:
+        layout: how the worker spreads KV over its ranks.
+        cache: block management of all ranks: a block here is one block of every CP rank.
         max_context: most tokens of one request: the least of model, pool and configuration.
     """
 
     model_config: ModelConfig
     layout: KvLayout
+    context: RankContext
     runner: Runner
     kv: PagedKv
     cache: KvCacheManager
     max_context: int
 
 
-def build_engine(config: WorkerConfig) -> Engine:
-    """Load the model and allocate the KV pool.
+def build_engine(config: WorkerConfig, context: RankContext | None = None) -> Engine:
+    """Load this rank's part of the model and allocate its KV pool.
+
+    Args:
+        context: the rank's place in the worker's mesh; None: the only one.
 
     Raises:
-        ConfigError: the pool is too small for a single block, or the device cannot be had.
+        ConfigError: the pool is too small for a single block, the mesh does not fit, or no such device.
         ModelError: the model cannot be found, is not supported, or its files are broken.
     """
+    context = context or RankContext()
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     kernels = select_kernels(device, dtype, config.native_kernels)
     with progress_bar(f"loading {config.model}") as progress:
-        model_config, model = load_model(config.model, dtype=dtype, device=device, kernels=kernels, group=SingleRank())
+        model_config, model = load_model(
+            config.model, dtype=dtype, device=device, kernels=kernels, group=context.tp, progress=progress
+        )
     layout = KvLayout(
         dtype=str(dtype).removeprefix("torch."),
         num_layers=model_config.num_layers,
@@ -60,37 +76,77 @@ def build_engine(config: WorkerConfig) -> Engine:
         tp=config.tp,
         cp=config.cp,
     )
-    block_bytes = layout.token_bytes * config.block_size
-    num_blocks = config.kv_cache_bytes // block_bytes
-    if num_blocks < 1:
-        raise ConfigError("kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {block_bytes} bytes")
-    kv = PagedKv(
-        num_layers=layout.num_layers,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    limits = [model_config.max_context, num_blocks * config.block_size]
+    kv = _allocate(config, layout, context, dtype, device)
+    limits = [model_config.max_context, kv.num_blocks * config.block_size * config.cp]
     if config.max_context:
         limits.append(config.max_context)
     logger.info(
-        "%s in %s on %s, %s kernels, %d threads; %d KV blocks of %d tokens",
+        "%s in %s on %s, %s kernels, %d threads; %d KV blocks of %d tokens, %.0f MiB",
         config.model,
         layout.dtype,
         device,
         kernels.name,
         torch.get_num_threads(),
-        num_blocks,
+        kv.num_blocks,
         config.block_size,
+        kv.num_bytes / 2**20,
+    )
+    runner = Runner(
+        model,
+        kv,
+        kernels,
+        device,
+        context,
+        _pass_rule(config, model_config, context, layout),
+        _reduction(context),
     )
     return Engine(
         model_config=model_config,
         layout=layout,
-        runner=Runner(model, kv, kernels, device),
+        context=context,
+        runner=runner,
         kv=kv,
-        cache=KvCacheManager(num_blocks=num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache),
+        cache=KvCacheManager(
+            num_blocks=kv.num_blocks, block_size=config.block_size * config.cp, prefix_cache=config.prefix_cache
+        ),
         max_context=min(limits),
     )
+
+
+def _allocate(
+    config: WorkerConfig, layout: KvLayout, context: RankContext, dtype: torch.dtype, device: torch.device
+) -> PagedKv:
+    """This rank's pool. All ranks have as many blocks: those that fit the rank with the most heads."""
+    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * config.block_size
+    most_heads = max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
+    num_blocks = config.kv_cache_bytes // (head_bytes * most_heads)
+    if num_blocks < 1:
+        raise ConfigError(
+            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {head_bytes * most_heads} bytes"
+        )
+    return PagedKv(
+        num_layers=layout.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_kv_heads=len(layout.heads_of(context.tp_rank)),
+        head_dim=layout.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _pass_rule(config: WorkerConfig, model: ModelConfig, context: RankContext, layout: KvLayout) -> PassRule | None:
+    if context.cp is None:
+        return None
+    # The first TP rank's heads for all: every rank has to choose alike.
+    shape = HeadShape(
+        num_heads=len(query_heads_of(model.num_heads, model.num_kv_heads, config.tp, 0)),
+        num_kv_heads=len(layout.heads_of(0)),
+        head_dim=model.head_dim,
+        element_bytes=layout.element_bytes,
+    )
+    return PassRule(config.ring, shape, config.cp, CPU_RING_RATES)
+
+
+def _reduction(context: RankContext) -> Reduction | None:
+    return None if context.cp is None else TreeReduction(context.cp)

@@ -63,23 +63,28 @@ class RingBatch:
     @classmethod
     def from_plan(cls, plan: StepPlan, block_size: int, rank: int, cp: int, device: torch.device) -> RingBatch:
         """Lay out `rank`'s share of a plan."""
-        geometry = RingGeometry(plan, BlockCyclic(block_size=block_size, cp=cp), device)
+        return cls.from_geometry(RingGeometry(plan, BlockCyclic(block_size=block_size, cp=cp), device), rank)
+
+    @classmethod
+    def from_geometry(cls, geometry: RingGeometry, rank: int) -> RingBatch:
+        """Lay out `rank`'s rows of a ring."""
         token_ids: list[int] = []
         runs: list[Run] = []
         sample_rows: list[int] = []
-        for index, (sequence, share) in enumerate(zip(plan.sequences, geometry.shares[rank], strict=True)):
+        for index, (sequence, share) in enumerate(zip(geometry.sequences, geometry.shares[rank], strict=True)):
             for tokens, row in ((share.low, share.start), (share.high, share.middle)):
                 token_ids.extend(_new_token_ids(sequence, tokens))
                 if tokens:
                     runs.append(Run(sequence=index, row=row, tokens=tokens))
-            if sequence.sample is not None and rank == 0:
+            last = sequence.context_len - 1
+            if sequence.sample is not None and (last in share.low or last in share.high):
                 sample_rows.append(share.stop - 1)
         return cls(
             rank=rank,
             geometry=geometry,
-            token_ids_T=torch.tensor(token_ids, dtype=torch.int64).to(device),
+            token_ids_T=torch.tensor(token_ids, dtype=torch.int64).to(geometry.device),
             positions_T=geometry.positions(rank),
-            sample_rows_S=torch.tensor(sample_rows, dtype=torch.int64).to(device),
+            sample_rows_S=torch.tensor(sample_rows, dtype=torch.int64).to(geometry.device),
             runs=tuple(runs),
         )
 

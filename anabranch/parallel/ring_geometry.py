@@ -8,6 +8,7 @@ all three runs lie in order of position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,20 @@ class RingGeometry:
 
     Args:
         device: of the index tensors.
+        share_of: cuts a sequence's new tokens among the ranks.
     """
 
-    def __init__(self, plan: StepPlan, placement: BlockCyclic, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        placement: BlockCyclic,
+        device: torch.device,
+        share_of: Callable[[range, int, int], tuple[range, range]] = zigzag_share,
+    ) -> None:
         self.sequences = plan.sequences
         self.placement = placement
         self.device = device
+        self._share_of = share_of
         self.shares = tuple(self._shares(rank) for rank in range(placement.cp))
         self._shards: dict[tuple[int, int | None], Shard] = {}
         self._segments: dict[tuple[int, int, int | None], tuple[Segment, ...]] = {}
@@ -133,7 +142,7 @@ class RingGeometry:
     def _shares(self, rank: int) -> tuple[Share, ...]:
         shares, start = [], 0
         for sequence in self.sequences:
-            low, high = zigzag_share(range(sequence.start, sequence.context_len), self.cp, rank)
+            low, high = self._share_of(range(sequence.start, sequence.context_len), self.cp, rank)
             shares.append(Share(low=low, high=high, start=start))
             start = shares[-1].stop
         return tuple(shares)
@@ -168,19 +177,22 @@ class RingGeometry:
         """Piece against piece: whole where the keys are older, a causal square where they are the same."""
         q, kv, shard = self.shares[q_rank][index], self.shares[kv_rank][index], self.shard(kv_rank, window)
         first = shard.starts[index]
-        low = first + shard.num_cached[index]
-        high = low + len(kv.low)
-        stop = low + kv.num_rows
+        fresh = first + shard.num_cached[index]
         if q_rank == kv_rank:
             return [
-                *rectangle(slice(q.start, q.stop), slice(low, stop), causal=True),
-                *rectangle(slice(q.start, q.stop), slice(first, low)),
+                *rectangle(slice(q.start, q.stop), slice(fresh, fresh + kv.num_rows), causal=True),
+                *rectangle(slice(q.start, q.stop), slice(first, fresh)),
             ]
-        if kv_rank < q_rank:  # both query pieces lie after the low key piece and before the high one
-            return rectangle(slice(q.start, q.stop), slice(first, high))
+
+        def older(queries: range) -> slice:
+            """What a query piece sees of another rank's shard: its rows up to the first newer piece."""
+            return slice(first, fresh + sum(len(run) for run in (kv.low, kv.high) if run.stop <= queries.start))
+
+        if older(q.low) == older(q.high):
+            return rectangle(slice(q.start, q.stop), older(q.low))
         return [
-            *rectangle(slice(q.start, q.middle), slice(first, low)),
-            *rectangle(slice(q.middle, q.stop), slice(first, stop)),
+            *rectangle(slice(q.start, q.middle), older(q.low)),
+            *rectangle(slice(q.middle, q.stop), older(q.high)),
         ]
 
     def _windowed(self, index: int, q_rank: int, kv_rank: int, window: int | None) -> list[Segment]:

@@ -104,7 +104,10 @@ class ThreadGroup:
     Sums go in rank order in float32, so all ranks get the same bits.
     """
 
-    def __init__(self, hub: _Hub, rank: int) -> None:
+    backend = "threads"
+
+    def __init__(self, hub: _Hub, rank: int, name: str = "world") -> None:
+        self.name = name
         self.rank = rank
         self.size = hub.size
         self.collective_timeout_s = hub.timeout_s
@@ -122,12 +125,14 @@ class ThreadGroup:
         return torch.cat(self._meet("all_gather", x.clone()), dim)
 
     def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share along `dim` (which `size` divides) of the sum over all ranks."""
+        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
+        if x.shape[dim] % self.size:
+            raise ValueError(f"dim {dim} of shape {tuple(x.shape)} is no multiple of the {self.size} ranks; pad it")
         parts = self._meet("reduce_scatter", x.clone())
         return self._sum([part.chunk(self.size, dim)[self.rank] for part in parts]).contiguous()
 
-    def broadcast(self, data: bytes | None, root: int = 0) -> bytes:
-        """Rank `root`'s bytes, on every rank."""
+    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
+        """Rank `root`'s bytes, on every rank; `timeout_s` is not looked at."""
         value = self._meet("broadcast", data)[root]
         assert value is not None, f"rank {root} has nothing to broadcast"
         return value
@@ -140,7 +145,8 @@ class ThreadGroup:
         """The group of the ranks that give the same `color`, in rank order; every rank calls it."""
         colors = self._meet("split", color)
         members = [rank for rank, other in enumerate(colors) if other == color]
-        return ThreadGroup(self._hub.subgroup(self._round, color, len(members)), members.index(self.rank))
+        hub = self._hub.subgroup(self._round, color, len(members))
+        return ThreadGroup(hub, members.index(self.rank), f"{self.name}/{color}")
 
     def post(self, send: Sequence[torch.Tensor], to: int, receive: Sequence[torch.Tensor], source: int) -> ThreadHandle:
         """See `Exchange.post`."""

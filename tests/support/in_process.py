@@ -88,12 +88,16 @@ class InProcessCluster:
         if self._error is not None:
             raise self._error
         with Client(self.endpoint) as client:
-            wait_until(lambda: self._error is not None or self._complete(client), "all workers registered", START_TIMEOUT_S)
+            wait_until(
+                lambda: self._error is not None or self._complete(client), "all workers registered", START_TIMEOUT_S
+            )
         if self._error is not None:
             raise self._error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(STOP_TIMEOUT_S)

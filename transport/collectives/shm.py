@@ -79,6 +79,7 @@ class ShmGroup:
         self.rank = rank
         self.size = size
         self.collective_timeout_s = collective_timeout_s
+        self._num_splits = 0
         self._library = library = load_library()
         self._native: int | None = native
         self._all_reduce = library.anabranch_all_reduce
@@ -193,23 +194,23 @@ class ShmGroup:
         colors = self.all_gather(torch.tensor([color]), 0).tolist()
         members = [rank for rank, other in enumerate(colors) if other == color]
         rank, size = members.index(self.rank), len(members)
+        self._num_splits += 1
+        name = f"{self.name}/{self._num_splits}.{color}"
+        group: ShmGroup | None = None
         with contextlib.ExitStack() as stack:
-            fd, token = -1, b"\0" * 16
+            ticket = Ticket(pid=os.getpid(), fd=-1, token=secrets.token_bytes(16))
             if rank == 0:
-                fd, token = _make_segment(size), secrets.token_bytes(16)
+                fd = _make_segment(size)
                 stack.callback(os.close, fd)
-            mine = torch.tensor([os.getpid(), fd, *_as_integers(token)])
-            found = self.all_gather(mine[None], 0)[members[0]].tolist()
-            ticket = Ticket(pid=found[0], fd=found[1], token=_as_bytes(found[2:]))
-            name = f"{self.name}/{color}"
-            opened = _open_segment(ticket) if rank else fd
-            if opened is None:
-                raise PeerLost(f"group {name}: rank 0 (pid {ticket.pid}) is gone")
+                ticket = msgspec.structs.replace(ticket, fd=fd)
+                group = _attach(name, rank, size, fd, ticket.token, True, self.collective_timeout_s)
+            mine = torch.tensor([[ticket.pid, ticket.fd, *_as_integers(ticket.token)]])
+            pid, fd, *token = self.all_gather(mine, 0)[members[0]].tolist()
             if rank:
-                stack.callback(os.close, opened)
-            group = _attach(name, rank, size, opened, ticket.token, rank == 0, self.collective_timeout_s)
+                ticket = Ticket(pid=pid, fd=fd, token=_as_bytes(token))
+                group = _try_attach(ticket, name, rank, size, self.collective_timeout_s)
             if group is None:
-                raise TransportError(f"group {name}: what rank 0 (pid {ticket.pid}) offers is not its segment")
+                raise PeerLost(f"group {name}: the segment of rank {members[0]} (pid {pid}) is gone")
             _await_all(group, self.collective_timeout_s)
         return group
 
@@ -305,9 +306,14 @@ def _try_ticket(folder: Path, name: str, rank: int, size: int, timeout_s: float)
     data = read_ticket(folder, f"{name}.shm")
     if data is None:
         return None
-    ticket = msgspec.msgpack.decode(data, type=Ticket)
-    fd = _open_segment(ticket)
-    if fd is None:
+    return _try_attach(msgspec.msgpack.decode(data, type=Ticket), name, rank, size, timeout_s)
+
+
+def _try_attach(ticket: Ticket, name: str, rank: int, size: int, timeout_s: float) -> ShmGroup | None:
+    """Attach to another rank's segment, or None where its process or the segment is gone."""
+    try:
+        fd = os.open(f"/proc/{ticket.pid}/fd/{ticket.fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
         return None
     try:
         return _attach(name, rank, size, fd, ticket.token, False, timeout_s)
@@ -326,13 +332,6 @@ def _make_segment(size: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _open_segment(ticket: Ticket) -> int | None:
-    try:
-        return os.open(f"/proc/{ticket.pid}/fd/{ticket.fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
 
 
 def _attach(name: str, rank: int, size: int, fd: int, token: bytes, creates: bool, timeout_s: float) -> ShmGroup | None:

@@ -22,17 +22,12 @@ MAX_SOURCES = 4096
 
 @dataclass
 class Source:
-    """What one source rank has sent.
-
-    Attributes:
-        acknowledged: it has been told how the stream ended.
-    """
+    """What one source rank has sent."""
 
     link: Link
     num_slices: int = 0
     payload_bytes: int = 0
     commit: Commit | None = None
-    acknowledged: bool = False
 
 
 class IncomingStream:
@@ -41,6 +36,7 @@ class IncomingStream:
     Attributes:
         error: why it failed; None while it goes on and when it committed.
         ended: committed, failed or closed: nothing more is placed.
+        told: links whose end knows how the stream ended.
     """
 
     def __init__(
@@ -63,6 +59,7 @@ class IncomingStream:
         self.error: AnabranchError | None = None
         self.ended = False
         self.sources: dict[int, Source] = {}
+        self.told: set[Link] = set()
         self._coverage = Coverage(layout, rank, num_cached_tokens, num_tokens)
         self._dtype = DTYPES[layout.dtype]
 

@@ -6,7 +6,9 @@ costs both ends the same however short it is.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 
@@ -60,6 +62,24 @@ class PackedSlice:
         self.num_bytes += num_bytes
 
 
+class RowMap:
+    """Rows of tensors that hold some runs of tokens, one run after the other.
+
+    Args:
+        held: ascending.
+    """
+
+    def __init__(self, held: list[range]) -> None:
+        self._starts = [run.start for run in held]
+        self._rows = list(accumulate((len(run) for run in held), initial=0))
+
+    def span(self, start: int, count: int) -> slice:
+        """The rows of tokens `start` to `start + count - 1`, which lie in one run."""
+        index = bisect_right(self._starts, start) - 1
+        row = self._rows[index] + start - self._starts[index]
+        return slice(row, row + count)
+
+
 class Packer:
     """The slices of one (stream, destination rank), in the order in which they shall leave.
 
@@ -81,9 +101,9 @@ class Packer:
         self._open: PackedSlice | None = None
 
     def add(
-        self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, runs: list[Run]
+        self, layer: int, head_start: int, rows: RowMap, k_TKD: torch.Tensor, v_TKD: torch.Tensor, runs: list[Run]
     ) -> None:
-        """Pack one layer's rows of `runs`; row 0 of the tensors is token `token_start`."""
+        """Pack one layer's rows of `runs`; `rows` says in which rows of the tensors a run lies."""
         num_heads = k_TKD.shape[1]
         row_bytes = 2 * num_heads * k_TKD.shape[2] * k_TKD.element_size()
         for group in _groups(runs, max(1, SLICE_BYTES // row_bytes)):
@@ -93,7 +113,7 @@ class Packer:
                 self._open = PackedSlice(
                     layer, head_start, num_heads, group, self._take(max(num_bytes, COALESCE_BYTES))
                 )
-            spans = [slice(start - token_start, start - token_start + count) for start, count in group]
+            spans = [rows.span(start, count) for start, count in group]
             self._open.append([k_TKD[span] for span in spans], [v_TKD[span] for span in spans], num_bytes)
             if self._open.num_bytes >= COALESCE_BYTES:
                 self.flush()

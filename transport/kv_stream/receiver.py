@@ -21,7 +21,7 @@ from anabranch.errors import (
 )
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.requests import WireError
-from transport.kv_stream.incoming import IncomingStream, Source
+from transport.kv_stream.incoming import IncomingStream
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, decode_to_receiver, encode
 from transport.kv_stream.sink import KvSink
 from transport.kv_stream.staging import Staging, StagingPool
@@ -161,7 +161,7 @@ class KvStreamReceiver:
             return None
         with stream.lock:
             if stream.ended:
-                self._tell_latecomer(stream, slice_.source_rank, link)
+                self._tell(stream, link, stream.error or StaleLease(f"KV stream {stream.stream_id} has ended"))
                 return None
             try:
                 if payload_bytes > MAX_SLICE_BYTES:
@@ -184,7 +184,7 @@ class KvStreamReceiver:
             return
         with stream.lock:
             if stream.ended:
-                self._tell_latecomer(stream, commit.source_rank, link)
+                self._tell(stream, link, stream.error or StaleLease(f"KV stream {stream.stream_id} has ended"))
                 return
             try:
                 stream.sink.touch()
@@ -203,7 +203,7 @@ class KvStreamReceiver:
     def _fail(self, stream: IncomingStream, error: Exception, link: Link | None = None) -> None:
         """End a stream (its lock is held): tell the senders and the sink.
 
-        `link`: where the offence came from, told even if it is none of the stream's sources.
+        `link`: where the offence came from, told even if it belongs to none of the stream's sources.
         """
         if not isinstance(error, AnabranchError):
             logger.exception("KV stream %d: the sink failed", stream.stream_id, exc_info=error)
@@ -213,8 +213,8 @@ class KvStreamReceiver:
         stream.ended = True
         stream.error = error
         self._acknowledge(stream, error)
-        if link is not None and all(source.link is not link for source in stream.sources.values()):
-            self._send_ack(link, stream.stream_id, stream.generation, error)
+        if link is not None:
+            self._tell(stream, link, error)
         try:
             stream.sink.failed(error)
         except Exception:
@@ -224,15 +224,12 @@ class KvStreamReceiver:
 
     def _acknowledge(self, stream: IncomingStream, error: AnabranchError | None) -> None:
         for source in stream.sources.values():
-            if not source.acknowledged:
-                source.acknowledged = True
-                self._send_ack(source.link, stream.stream_id, stream.generation, error)
+            self._tell(stream, source.link, error)
 
-    def _tell_latecomer(self, stream: IncomingStream, source_rank: int, link: Link) -> None:
-        """A source rank that first speaks when the stream has ended learns how; the others know."""
-        if source_rank not in stream.sources:
-            stream.sources[source_rank] = Source(link, acknowledged=True)
-            error = stream.error or StaleLease(f"KV stream {stream.stream_id} has ended")
+    def _tell(self, stream: IncomingStream, link: Link, error: AnabranchError | None) -> None:
+        """Tell the other end of a link how the stream ended, once."""
+        if link not in stream.told:
+            stream.told.add(link)
             self._send_ack(link, stream.stream_id, stream.generation, error)
 
     def _refuse(self, link: Link, stream_id: int, generation: int) -> None:

@@ -13,13 +13,13 @@ import torch
 
 from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost
 from anabranch.parallel.layout import KvLayout
-from anabranch.parallel.reshard import plan_reshard
+from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination, KvStreamStats
 from anabranch.protocol.requests import TokenLogprob, WireError
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.incoming import DTYPES
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, encode
-from transport.kv_stream.packer import PackedSlice, Packer
+from transport.kv_stream.packer import PackedSlice, Packer, RowMap
 from transport.kv_stream.staging import Staging, StagingPool
 from transport.planes.base import Link
 
@@ -104,12 +104,13 @@ class KvStreamSender:
         *,
         chunk: range | None = None,
     ) -> None:
-        """Post one layer's KV of consecutive tokens; the tensors may be reused when this returns.
+        """Post one layer's KV; the tensors may be reused when this returns.
 
         Args:
             head_start: number of the tensors' first head in the whole model.
             token_start: position of the tensors' first row.
-            chunk: the whole chunk that zigzag sharding cut, on a rank that holds pieces of it.
+            chunk: on one of several CP ranks, the run of tokens that all ranks send now. The tensors' rows are
+                those of them that this rank holds, by position; None: the rows are consecutive tokens.
 
         Raises:
             AnabranchError: the stream's error, once it has failed.
@@ -118,7 +119,14 @@ class KvStreamSender:
         self._check()
         assert k_TKD.dtype == v_TKD.dtype == self._dtype, f"{k_TKD.dtype} in a stream of {self._dtype}"
         assert k_TKD.shape == v_TKD.shape, "K and V differ in shape"
-        tokens = range(token_start, token_start + k_TKD.shape[0])
+        cp_rank = self._source_rank // self._source_layout.tp
+        if chunk is None:
+            held = [range(token_start, token_start + k_TKD.shape[0])]
+        else:
+            held = tokens_of(self._source_layout, cp_rank, chunk)
+        assert k_TKD.shape[0] == sum(map(len, held)), "rows and tokens differ in number"
+        tokens = range(held[0].start, held[-1].stop) if held else range(0)
+        rows = RowMap(held)
         heads = range(head_start, head_start + k_TKD.shape[1])
         try:
             with self._packing:
@@ -127,7 +135,7 @@ class KvStreamSender:
                         first, last = max(wanted.start, heads.start), min(wanted.stop, heads.stop)
                         if first < last:
                             span = slice(first - head_start, last - head_start)
-                            target.packer.add(layer, first, token_start, k_TKD[:, span], v_TKD[:, span], runs)
+                            target.packer.add(layer, first, rows, k_TKD[:, span], v_TKD[:, span], runs)
         except AnabranchError as error:
             self._end(error, tell=True)
             raise
@@ -186,23 +194,20 @@ class KvStreamSender:
 
     def acknowledged(self, link: Link, ack: Ack) -> None:
         """A destination rank says how the stream ended there."""
+        self._knows(link)
         if ack.error is not None:
-            for target in self._targets:
-                target.acknowledged = target.acknowledged or target.link is link
             self._end(ack.error.to_error(), tell=True)
-            return
-        for target in self._targets:
-            if target.link is link and not target.acknowledged:
-                target.acknowledged = True
-                break
-        if all(target.acknowledged for target in self._targets):
+        elif all(target.acknowledged for target in self._targets):
             self._end(None, tell=False)
 
     def lost(self, link: Link, error: Exception) -> None:
         """A link is gone."""
+        self._knows(link)
+        self._end(PeerLost(f"the receiver of the KV stream is gone: {error}"), tell=True)
+
+    def _knows(self, link: Link) -> None:
         for target in self._targets:
             target.acknowledged = target.acknowledged or target.link is link
-        self._end(PeerLost(f"the receiver of the KV stream is gone: {error}"), tell=True)
 
     # Slices ---------------------------------------------------------------------------------------------
 

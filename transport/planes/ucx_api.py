@@ -101,9 +101,9 @@ def make_worker(context: object) -> UcxWorker:
 
 def describe() -> str:
     """UCX's and ucxx's versions, once a context could be made. Raises TransportUnavailable."""
+    make_context(HOST_TRANSPORTS)
     import ucxx
 
-    make_context(HOST_TRANSPORTS)
     version = ".".join(str(part) for part in ucxx.get_ucx_version())
     return (
         f"UCX {version}, ucxx {ucxx.__version__}; {HOST_TRANSPORTS} within a host, {NETWORK_TRANSPORTS} between hosts"

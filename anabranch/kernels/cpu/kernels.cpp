@@ -1,6 +1,6 @@
 // The C ABI of the CPU kernels. Strides are in elements, pointers are of contiguous last axes.
 #include "elementwise.h"
-#include "attention.h"
+#include "decode.h"
 #include "linear.h"
 #include "prefill.h"
 

@@ -5,7 +5,11 @@
 // left operand is V transposed, made once per call. Source: FlashAttention (Dao et al. 2022), algorithm 1.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "attention.h"
+#include "team.h"
 #include "tile.h"
 
 #if defined(AB_TILES)
@@ -47,18 +51,13 @@ inline void gather_keys(const Attention<bf16>& op, const PrefillSequence& s, lon
     const long d = op.head_dim;
     bf16* k = s.k + (kv_head * s.padded + at) * d;
     bf16* v = s.v + kv_head * d * s.padded + at;
-    const bf16* values[32];
-    for (long i = 0; i < 32; i++) {
-        const long token = s.base + at + i;
-        if (token < s.context) {
-            const long offset = op.offset(s.sequence, token, kv_head);
-            memcpy(k + i * d, op.k + offset, d * sizeof(bf16));
-            values[i] = op.v + offset;
-        } else {
-            memset(k + i * d, 0, d * sizeof(bf16));
-            values[i] = nullptr;
-        }
-    }
+    const bf16* values[32] = {};
+    const long count = std::max(0L, std::min<long>(32, s.context - s.base - at));
+    op.each_token(s.sequence, s.base + at, count, [&](long i, long offset) {
+        memcpy(k + i * d, op.k + offset + kv_head * d, d * sizeof(bf16));
+        values[i] = op.v + offset + kv_head * d;
+    });
+    memset(k + count * d, 0, (32 - count) * d * sizeof(bf16));
     for (long column = 0; column < d; column += 32) transpose32(values, column, v + column * s.padded, s.padded);
 }
 

@@ -132,24 +132,31 @@ inline f32 exp(f32 x) {
     return x < splat(-87.0f) ? f32{} : y;
 }
 
-// Sums of sixteen vectors, as the lanes of one.
-inline f32 sums(const f32 v[LANES]) {
+// Towards the sums of sixteen vectors as the lanes of one: four vectors to one whose lane 4 i + j is a part of
+// the sum of v[j], then four of those to the sums.
+inline f32 sums4(const f32 v[4]) {
 #if defined(__AVX512F__)
-    __m512 quad[4];
-    for (int i = 0; i < 4; i++) {
-        __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1], c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
-        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        quad[i] = _mm512_add_ps(
-            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-    }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return (f32)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+#else
+    f32 out{};
+    for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
+    return out;
+#endif
+}
+
+inline f32 join4(const f32 quads[4]) {
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)quads[0], b = (__m512)quads[1], c = (__m512)quads[2], d = (__m512)quads[3];
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
     return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 #else
     f32 out;
-    for (int i = 0; i < LANES; i++) out[i] = sum(v[i]);
+    for (int i = 0; i < LANES; i++) out[i] = quads[i / 4][i % 4];
     return out;
 #endif
 }

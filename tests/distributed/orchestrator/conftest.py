@@ -6,6 +6,7 @@ The model's tokens are bytes: token 97 is "a". Token 0 ends an answer.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -48,10 +49,13 @@ EOS = 0
 M = TypeVar("M")
 
 
-async def eventually(condition: Callable[[], object], what: str = "", within_s: float = DEADLINE_S) -> None:
-    """Wait until `condition` holds."""
+async def eventually(condition: Callable[[], object], within_s: float = DEADLINE_S) -> None:
+    """Wait until `condition` (which may be a coroutine function) holds."""
     async with asyncio.timeout(within_s):
-        while not condition():
+        while True:
+            holds = condition()
+            if await holds if inspect.isawaitable(holds) else holds:
+                return
             await asyncio.sleep(0.005)
 
 

@@ -88,7 +88,11 @@ TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
     "stop too many": (sampled(stop=["x"] * 17), INVALID, "stop: is "),
     "stop too long": (sampled(stop=["x" * 257]), INVALID, "stop: is "),
     "stop_token_ids": (sampled(stop_token_ids=[-3]), INVALID, "stop_token_ids: is (-3,)"),
-    "request_id with spaces": (pb.GenerateRequest(request_id="a b", text="x"), INVALID, "request_id: must have 1 to 128"),
+    "request_id with spaces": (
+        pb.GenerateRequest(request_id="a b", text="x"),
+        INVALID,
+        "request_id: must have 1 to 128",
+    ),
     "request_id too long": (pb.GenerateRequest(request_id="a" * 129, text="x"), INVALID, "request_id: must have"),
     "text not UTF-8": (b"\x12\x02\xff\xfe", INVALID, "text: is not valid UTF-8"),
     "content not UTF-8": (b"\x22\x05\x0a\x03\x12\x01\xff", INVALID, "chat.messages.content: is not valid UTF-8"),
@@ -104,11 +108,7 @@ async def refused(channel: grpc.aio.Channel, method: str, message: pb.GenerateRe
     multi = channel.unary_stream if method == GENERATE else channel.unary_unary
     call = multi(method, request_serializer=bytes, response_deserializer=bytes)(data, timeout=10)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if method == GENERATE:
-            async for _ in call:
-                pass
-        else:
-            await call
+        await (anext(aiter(call)) if method == GENERATE else call)
     return caught.value
 
 
@@ -259,7 +259,7 @@ def test_what_is_not_finished_when_draining_ends_is_ended(play):
         running = asyncio.create_task(world.client.complete("abc"))
         await worker.expect(Generate)
         await world.orchestrator.drain()
-        with pytest.raises(Draining, match="drain_timeout_s: not finished 0.3 s after"):
+        with pytest.raises(Draining, match=r"drain_timeout_s: not finished 0\.3 s after"):
             await running
 
     play(scenario, drain_timeout_s=0.3)

@@ -12,6 +12,7 @@ import pytest
 from anabranch.protocol.requests import TokenLogprob
 from anabranch.protocol.workers import Cancel, Generate, Reserve
 from anabranch_client import CallCancelled, Client, DeadlineExceeded, Sampling, Tokens
+from anabranch_client.v1 import anabranch_pb2 as pb
 
 pytestmark = pytest.mark.distributed
 
@@ -120,8 +121,6 @@ def test_a_client_that_never_reads_loses_its_request_and_blocks_nobody(play):
         # A window that does not grow, so that little fits between server and client.
         options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024), ("grpc.enable_http_proxy", 0))
         async with grpc.aio.insecure_channel(world.orchestrator.grpc_endpoint, options=options) as channel:
-            from anabranch_client.v1 import anabranch_pb2 as pb
-
             call = channel.unary_stream(
                 "/anabranch.v1.Inference/Generate",
                 request_serializer=pb.GenerateRequest.SerializeToString,
@@ -152,8 +151,6 @@ def test_tokens_kept_for_a_slow_client_are_bounded(play):
         worker = await world.worker("both-0", "colocated")
         options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024), ("grpc.enable_http_proxy", 0))
         async with grpc.aio.insecure_channel(world.orchestrator.grpc_endpoint, options=options) as channel:
-            from anabranch_client.v1 import anabranch_pb2 as pb
-
             call = channel.unary_stream(
                 "/anabranch.v1.Inference/Generate",
                 request_serializer=pb.GenerateRequest.SerializeToString,
@@ -164,11 +161,14 @@ def test_tokens_kept_for_a_slow_client_are_bounded(play):
             await worker.tokens(request, "x" * 1000, 0, logprob)
             await worker.expect(Cancel)
             indexes = []
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
+
+            async def read() -> None:
                 async for event in call:
-                    if event.WhichOneof("event") == "tokens":
-                        first = event.tokens.first_index
-                        indexes += range(first, first + len(event.tokens.token_ids))
+                    first = event.tokens.first_index
+                    indexes.extend(range(first, first + len(event.tokens.token_ids)))
+
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read()
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "max_unread_tokens" in caught.value.details()
             assert indexes == list(range(len(indexes)))

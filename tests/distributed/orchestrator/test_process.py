@@ -51,7 +51,9 @@ def model_folder(tmp_path_factory) -> Path:
     return folder
 
 
-async def started(*flags: str, folder: Path, endpoints: Path) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
+async def started(
+    wait, *flags: str, folder: Path, endpoints: Path
+) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -63,19 +65,21 @@ async def started(*flags: str, folder: Path, endpoints: Path) -> tuple[asyncio.s
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while not endpoints.exists() and process.returncode is None:
-                await asyncio.sleep(0.05)
+        await wait(lambda: endpoints.exists() or process.returncode is not None, START_TIMEOUT_S)
     except TimeoutError:
         process.kill()
         raise
     assert process.returncode is None, (await process.stderr.read()).decode()
-    return process, json.loads(endpoints.read_text())
+    return process, read(endpoints)
 
 
-def test_it_serves_and_drains(model_folder, tmp_path, scripted):
+def read(endpoints: Path) -> dict[str, object]:
+    return json.loads(endpoints.read_text())
+
+
+def test_it_serves_and_drains(model_folder, tmp_path, scripted, wait):
     async def main() -> None:
-        process, announced = await started(folder=model_folder, endpoints=tmp_path / "endpoints.json")
+        process, announced = await started(wait, folder=model_folder, endpoints=tmp_path / "endpoints.json")
         try:
             assert announced["pid"] == process.pid
             assert announced["grpc"].startswith("127.0.0.1:")
@@ -89,9 +93,7 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted):
                 request = (await worker.expect(Generate)).request
                 assert request.prompt_ids == (1,)
                 process.send_signal(signal.SIGTERM)
-                async with asyncio.timeout(5):
-                    while await client.health() == "serving":
-                        await asyncio.sleep(0.02)
+                await wait(lambda: not_serving(client))
                 with pytest.raises(Draining):
                     await client.complete("hello")
                 await worker.tokens(request, [2, 3], 0)
@@ -109,10 +111,10 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted):
     asyncio.run(main())
 
 
-def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted):
+def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted, wait):
     async def main() -> None:
         process, announced = await started(
-            f"--control-bind=ipc://{tmp_path}/control", folder=model_folder, endpoints=tmp_path / "endpoints.json"
+            wait, f"--control-bind=ipc://{tmp_path}/control", folder=model_folder, endpoints=tmp_path / "endpoints.json"
         )
         try:
             worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4)
@@ -121,9 +123,7 @@ def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted):
                 answer = asyncio.create_task(client.complete("hello", Sampling(max_tokens=2)))
                 await worker.expect(Generate)
                 process.send_signal(signal.SIGINT)
-                async with asyncio.timeout(5):
-                    while await client.health() == "serving":
-                        await asyncio.sleep(0.02)
+                await wait(lambda: not_serving(client))
                 process.send_signal(signal.SIGINT)
                 with pytest.raises(Draining):
                     await answer
@@ -135,6 +135,10 @@ def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted):
                 await process.wait()
 
     asyncio.run(main())
+
+
+async def not_serving(client: AsyncClient) -> bool:
+    return await client.health() == "not_serving"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -121,13 +121,13 @@ def test_a_preempted_request_goes_on_where_it_was(play, to_prefilling):
     play(scenario)
 
 
-def test_a_preempted_request_is_served_before_those_that_wait(play, to_prefilling):
+def test_a_preempted_request_is_served_before_those_that_wait(play, to_prefilling, wait):
     async def scenario(world):
         prefill, decode = await world.pair()
         first = asyncio.create_task(world.client.complete("a" * 10, Sampling(max_tokens=2), request_id="first"))
         request = await to_prefilling(world, prefill, decode)
         second = asyncio.create_task(world.client.complete("b" * 10, Sampling(max_tokens=2), request_id="second"))
-        await wait_queued(world, 1)
+        await wait(lambda: world.orchestrator._dispatcher.num_queued == 1)
         await decode.ended(request, "preempted")
         assert (await prefill.expect(Cancel)).epoch == 0
         for name, epoch in (("first", 1), ("second", 0)):
@@ -224,9 +224,7 @@ def test_a_stop_string_across_tokens(play, to_prefilling, stop, pieces, text):
         tokens, finished = split(await events)
         assert "".join(chunk.text for chunk in tokens) == text
         # The tokens of the stop string are reported: they were generated.
-        num_needed = min(
-            n for n in range(len(sent) + 1) if any(s in sent[:n].decode("utf-8", "replace") for s in stop)
-        )
+        num_needed = min(n for n in range(len(sent) + 1) if any(s in sent[:n].decode("utf-8", "replace") for s in stop))
         assert finished.usage.num_output_tokens == num_needed
         assert [index for chunk in tokens for index in indexes(chunk)] == list(range(num_needed))
         assert finished.finish_reason == "stop"
@@ -351,10 +349,10 @@ def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
     play(scenario, **{setting: 0.3})
 
 
-def test_too_many_waiting_requests_are_refused_at_once(play):
+def test_too_many_waiting_requests_are_refused_at_once(play, wait):
     async def scenario(world):
         waiting = [asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1))) for _ in range(3)]
-        await wait_queued(world, 3)
+        await wait(lambda: world.orchestrator._dispatcher.num_queued == 3)
         with pytest.raises(Overloaded, match="3 requests wait for their first token, as many as max_queued") as caught:
             await world.client.complete("abc")
         assert caught.value.code == "overloaded"
@@ -366,12 +364,6 @@ def test_too_many_waiting_requests_are_refused_at_once(play):
         assert [(await answer).text for answer in waiting] == ["k"] * 3
 
     play(scenario, max_queued=3)
-
-
-async def wait_queued(world, number):
-    async with asyncio.timeout(5):
-        while world.orchestrator._dispatcher.num_queued != number:
-            await asyncio.sleep(0.005)
 
 
 async def collect(stream):

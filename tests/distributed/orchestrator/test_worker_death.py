@@ -101,7 +101,7 @@ def test_a_peer_that_is_lost_because_it_died_is_named(play, to_prefilling):
         request = await to_prefilling(world, prefill, decode)
         decode.fall_silent()
         await prefill.prefill_ended(request, WireError(code="peer_lost", message="decode-0 hung up"))
-        with pytest.raises(WorkerDied, match="worker decode-0 .* died"):
+        with pytest.raises(WorkerDied, match=r"worker decode-0 .* died"):
             await answer
 
     play(scenario)

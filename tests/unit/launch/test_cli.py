@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,10 @@ def test_the_json_of_an_answer() -> None:
 )
 def test_the_first_difference(want: tuple[int, ...], got: tuple[int, ...], index: int | None) -> None:
     assert first_difference(want, got) == index
+
+
+def test_a_client_only_install_says_what_to_install() -> None:
+    source = "import sys; sys.modules['typer'] = None; sys.argv = ['anabranch']; import launch.main; launch.main.main()"
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr == "error: typer is not installed; pip install 'anabranch[server]'\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -302,20 +303,20 @@ def test_streams_share_a_link_and_do_not_mix(stream: Stream) -> None:
 # What the receiver refuses -----------------------------------------------------------------------------
 
 
-def slice_of(kv: torch.Tensor, layer: int, tokens: range, **changes: object) -> tuple[bytes, memoryview]:
+def slice_of(kv: torch.Tensor, at_layer: int, at: range, **changes: object) -> tuple[bytes, memoryview]:
     """A slice of all heads as it should be, but for `changes`."""
-    rows = kv[layer : layer + 1, :, tokens.start : tokens.stop].contiguous()
+    rows = kv[at_layer : at_layer + 1, :, at.start : at.stop].contiguous()
     payload = memoryview(rows.view(torch.uint8).flatten().numpy()).cast("B")
     message = Slice(
         stream_id=7,
         generation=3,
         source_rank=0,
         seq=0,
-        layer=layer,
+        layer=at_layer,
         num_layers=1,
         head_start=0,
         num_heads=kv.shape[3],
-        tokens=((tokens.start, len(tokens)),),
+        tokens=((at.start, len(at)),),
         checksum=checksum(payload),
     )
     return encode(msgspec.structs.replace(message, **changes)), payload
@@ -356,11 +357,11 @@ def test_an_offence_fails_the_stream_and_is_told_the_sender(
     eventually(lambda: len(handler.acks) == 1)
     assert handler.codes == [kind.code]
     assert [type(error) for error in stream.pool.failures] == [kind]
-    # The rest is drained, and nobody is told twice.
-    link.send(*slice_of(kv, 1, range(NUM_CACHED, NUM_CACHED + 4), seq=2))
-    link.send(commit_of()).result(WAIT_S)
-    stream.receiver.close(7)
-    link.send(commit_of(stream_id=8)).result(WAIT_S)
+    # The rest is drained, and a source rank is told once.
+    source_rank = changes.get("source_rank", 0)
+    link.send(*slice_of(kv, 1, range(NUM_CACHED, NUM_CACHED + 4), seq=2, source_rank=source_rank))
+    link.send(commit_of(source_rank=source_rank))
+    link.send(commit_of(stream_id=8))
     eventually(lambda: len(handler.acks) == 2)
     assert handler.codes == [kind.code, StaleLease.code]
     assert stream.pool.commits == []
@@ -453,11 +454,7 @@ def test_staging_is_bounded(stream: Stream) -> None:
         msgspec.msgpack.encode({"t": "x"}),
         msgspec.msgpack.encode({"t": "s", "stream_id": 7}),
         encode(Ack(stream_id=7, generation=3)),
-        encode(
-            Abort(stream_id=7, generation=3, error=msgspec.convert({"code": "x", "message": "y"}, type=dict) and None)
-        )
-        if False
-        else b"\x81\xa1t\xa1\xff",
+        b"\x81\xa1t\xa1\xff",
     ],
 )
 def test_a_header_that_is_none_closes_its_link_alone(stream: Stream, header: bytes) -> None:
@@ -484,10 +481,8 @@ def test_a_commit_with_a_payload_closes_its_link(stream: Stream) -> None:
 @given(st.binary(max_size=400))
 def test_no_header_raises_anything_but_malformed(header: bytes) -> None:
     for decode in (decode_to_receiver, decode_to_sender):
-        try:
+        with contextlib.suppress(MalformedMessage):
             decode(header)
-        except MalformedMessage:
-            pass
 
 
 # How streams end ---------------------------------------------------------------------------------------
@@ -611,7 +606,7 @@ def test_a_receiver_that_is_gone_fails_the_sender_and_a_new_stream_connects_agai
     stream.plane.close()
     with pytest.raises(PeerLost):
         sender.wait_ack(WAIT_S)
-    with pytest.raises(PeerLost):
+    with pytest.raises((PeerLost, TransportUnavailable)):
         stream.open()
     assert [type(error) for error in stream.pool.failures] in ([PeerLost], [])
     plane = create_plane(stream.name, stream.receiver)
@@ -678,9 +673,10 @@ def test_bytes_in_flight_are_bounded_and_the_wait_has_a_deadline() -> None:
         forget=lambda sender: None,
     )
     kv = torch.zeros(512, 4, 64)
+    for layer in range(8):
+        sender.send_layer(layer, 0, 0, kv, kv)
     with pytest.raises(DeadlineExceeded, match="in flight"):
-        for layer in range(64):
-            sender.send_layer(layer, 0, 0, kv, kv)
+        sender.send_layer(8, 0, 0, kv, kv)
     assert pool.used_bytes <= 8 << 20
     for _, future in link.sent:
         future.set_result(None)

@@ -1,4 +1,4 @@
-"""`python -m launch.child PARENT_PID NAME MODULE ARGS...`: run a module as a child that cannot outlive its parent.
+"""`python -m runtime.child PARENT_PID NAME MODULE ARGS...`: run a module as a child that cannot outlive its parent.
 
 The kernel kills the process when the thread that started it ends (PR_SET_PDEATHSIG), which covers a launcher
 that was itself killed. The process is named, so that `ps` and `top` show which worker is which.
@@ -22,7 +22,7 @@ def die_with_parent(parent_pid: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
-        sys.exit(f"launch.child: the parent {parent_pid} has ended")
+        sys.exit(f"runtime.child: the parent {parent_pid} has ended")
 
 
 def set_process_name(name: str) -> None:

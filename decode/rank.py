@@ -1,0 +1,90 @@
+"""One rank of a decode worker: receives its part of KV caches and computes its part of each step.
+
+`python -m decode.rank` is the process of a rank other than the first, which lives in the worker's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.parallel.context import RankContext
+from decode.commands import CloseStream, DecodeCommand, DecodeEvent, OpenStream, RankListens, Step, StreamOpened
+from decode.importer import KvImport
+from runtime.rank_process import run_rank
+from transport.kv_stream import KvStreamReceiver
+from transport.planes import Plane, create_plane, usable_planes
+
+
+class DecodeRank:
+    """Runner, planes and receiver of one rank.
+
+    Args:
+        emit: takes news of streams; called from any thread.
+    """
+
+    def __init__(self, config: WorkerConfig, engine: Engine, emit: Callable[[DecodeEvent], None]) -> None:
+        self.engine = engine
+        self._emit = emit
+        self._lease_s = config.lease_s
+        self._receiver = KvStreamReceiver()
+        self._planes: dict[str, Plane] = {}
+        if config.role == "decode":
+            names = usable_planes() if config.kv_transport == "auto" else (config.kv_transport,)
+            for name in names:
+                self._planes[name] = create_plane(name, self._receiver, listen_host=config.listen_host)
+        addresses = {name: plane.address for name, plane in self._planes.items()}
+        emit(RankListens(stream_id=0, addresses=addresses))
+
+    def handle(self, command: DecodeCommand) -> None:
+        """Obey a command; see its docstring."""
+        match command:
+            case OpenStream():
+                self._open(command)
+            case CloseStream(stream_id=stream_id):
+                self._receiver.close(stream_id)
+            case Step(plan=plan):
+                self.step(plan)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Compute a step."""
+        return self.engine.runner.execute(plan)
+
+    def close(self) -> None:
+        for plane in self._planes.values():
+            plane.close()
+
+    def _open(self, command: OpenStream) -> None:
+        engine = self.engine
+        sink = KvImport(
+            engine.kv,
+            engine.runner.kernels,
+            command,
+            span=engine.kv.block_size * engine.context.mesh.cp,
+            head_start=engine.layout.heads_of(engine.context.tp_rank).start,
+            alive_every_s=self._lease_s / 20,
+            emit=self._emit,
+        )
+        self._receiver.open(
+            command.stream_id,
+            command.generation,
+            layout=engine.layout,
+            rank=engine.context.rank,
+            num_cached_tokens=command.num_cached_tokens,
+            num_tokens=command.num_tokens,
+            sink=sink,
+        )
+        self._emit(StreamOpened(stream_id=command.stream_id))
+
+
+def build_rank(config: WorkerConfig, context: RankContext, emit: Callable[[DecodeEvent], None]) -> DecodeRank:
+    """Load a rank's part of the model."""
+    return DecodeRank(config, build_engine(config, context), emit)
+
+
+if __name__ == "__main__":
+    run_rank(msgspec.msgpack.Decoder(DecodeCommand), build_rank)

@@ -1,0 +1,122 @@
+"""Ranks as real processes: forked, joined in a group, watched, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from transport.collectives import CollectiveGroup, create_group
+
+Body = Callable[[CollectiveGroup], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a rank ended: its value, or the error that it raised, or the signal that ended it."""
+
+    value: object = None
+    error: str = ""
+    message: str = ""
+    signal: int = 0
+    seconds: float = 0.0
+
+
+class Ranks:
+    """Starts the ranks of one group and collects their outcomes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pids: dict[int, int] = {}
+        self._num_started = 0
+
+    def start(
+        self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0, ranks: range | None = None
+    ) -> list[int]:
+        """Fork the ranks; gives their process ids."""
+        self._num_started += 1
+        self.meeting = self.folder / f"meeting-{self._num_started}"
+        self.meeting.mkdir(mode=0o700)
+        pids = []
+        for rank in ranks or range(size):
+            pid = os.fork()
+            if pid == 0:
+                self._run(rank, size, body, backend, timeout_s)
+            self._pids[pid] = rank
+            pids.append(pid)
+        return pids
+
+    def wait(self, deadline_s: float = 60.0) -> list[Outcome]:
+        """Every rank's outcome, in rank order; fails the test if a rank is still there at the deadline."""
+        end = time.monotonic() + deadline_s
+        outcomes: dict[int, Outcome] = {}
+        while self._pids and time.monotonic() < end:
+            for pid, rank in list(self._pids.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    del self._pids[pid]
+                    outcomes[rank] = self._outcome(rank, status)
+            time.sleep(0.002)
+        assert not self._pids, f"ranks {sorted(self._pids.values())} hang; ended: {outcomes}"
+        return [outcomes[rank] for rank in sorted(outcomes)]
+
+    def run(self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0) -> list[object]:
+        """Start, wait, and give the values; a rank's error fails the test."""
+        self.start(size, body, backend=backend, timeout_s=timeout_s)
+        outcomes = self.wait()
+        for rank, outcome in enumerate(outcomes):
+            assert not outcome.error, f"rank {rank}: {outcome.error}: {outcome.message}"
+            assert not outcome.signal, f"rank {rank} was ended by signal {outcome.signal}"
+        return [outcome.value for outcome in outcomes]
+
+    def stop(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._pids.clear()
+
+    def _run(self, rank: int, size: int, body: Body, backend: str, timeout_s: float) -> None:
+        start = time.monotonic()
+        outcome: dict[str, object]
+        try:
+            torch.set_num_threads(1)
+            group = create_group(
+                backend,
+                rank=rank,
+                size=size,
+                rendezvous=self.meeting,
+                collective_timeout_s=timeout_s,
+                start_timeout_s=timeout_s,
+            )
+            start = time.monotonic()
+            try:
+                outcome = {"value": body(group)}
+            finally:
+                outcome_seconds = time.monotonic() - start
+                group.close()
+            outcome["seconds"] = outcome_seconds
+        except BaseException as error:
+            text = str(error) if type(error) is not AssertionError else traceback.format_exc()
+            outcome = {"error": type(error).__name__, "message": text, "seconds": time.monotonic() - start}
+        (self.meeting / f"outcome-{rank}").write_text(json.dumps(outcome))
+        os._exit(0)
+
+    def _outcome(self, rank: int, status: int) -> Outcome:
+        if os.WIFSIGNALED(status):
+            return Outcome(signal=os.WTERMSIG(status))
+        return Outcome(**json.loads((self.meeting / f"outcome-{rank}").read_text()))
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    made = Ranks(tmp_path)
+    yield made
+    made.stop()

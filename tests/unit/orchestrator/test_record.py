@@ -1,0 +1,68 @@
+"""What a request's time went into."""
+
+from __future__ import annotations
+
+import pytest
+
+from anabranch.protocol.kv import KvStreamStats
+from anabranch.protocol.workers import Ended, PrefillEnded
+from orchestrator.record import Record
+
+pytestmark = pytest.mark.unit
+
+
+class Ordered:
+    """The part of an attempt that a record reads."""
+
+    def __init__(self, ordered_at: float) -> None:
+        self.ordered_at = ordered_at
+
+
+def report(**more: object) -> PrefillEnded:
+    return PrefillEnded(request_id="r", epoch=0, **more)
+
+
+def finish(record: Record, num_output_tokens: int, now: float):
+    return record.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, route=("p", "d"), now=now)
+
+
+def test_one_attempt():
+    record = Record(100.0)
+    kv = KvStreamStats(payload_bytes=1000, transport="ucx", stream_s=0.5, exposed_s=0.05)
+    record.prefilled(Ordered(101.0), report(queue_s=0.5, prefill_s=2.0, num_cached_tokens=7, kv=kv))
+    record.tokens_came(104.0)
+    record.tokens_came(105.0)
+    record.tokens_came(107.0)
+    done = finish(record, 4, 108.0)
+    assert done.timings.queue_s == 1.5
+    assert done.timings.prefill_s == 2.0
+    assert done.timings.kv_stream_s == 0.5
+    assert done.timings.ttft_s == 4.0
+    assert done.timings.tpot_s == 1.0
+    assert done.timings.e2e_s == 8.0
+    assert done.num_cached_tokens == 7
+    assert (done.kv.num_bytes, done.kv.transport) == (1000, "ucx")
+    assert done.kv.overlap == pytest.approx(0.9)
+
+
+def test_attempts_add_up_but_the_queue_is_the_firsts():
+    record = Record(100.0)
+    for ordered_at, stream_s, exposed_s in ((101.0, 1.0, 1.0), (150.0, 3.0, 0.0)):
+        kv = KvStreamStats(payload_bytes=10, transport="tcp", stream_s=stream_s, exposed_s=exposed_s)
+        record.prefilled(Ordered(ordered_at), report(queue_s=0.5, prefill_s=2.0, kv=kv))
+    record.tokens_came(104.0)
+    done = finish(record, 1, 160.0)
+    assert (done.timings.queue_s, done.timings.prefill_s, done.timings.kv_stream_s) == (1.5, 4.0, 4.0)
+    assert done.kv.num_bytes == 20
+    assert done.kv.overlap == pytest.approx(0.75)
+    assert done.timings.tpot_s == 0.0
+
+
+def test_a_colocated_worker_streams_nothing():
+    record = Record(0.0)
+    ended = Ended(request_id="r", epoch=0, reason="stop", queue_s=0.25, prefill_s=0.5, num_cached_tokens=1)
+    record.prefilled(Ordered(1.0), ended)
+    record.tokens_came(2.0)
+    done = finish(record, 2, 3.0)
+    assert done.kv is None
+    assert (done.timings.queue_s, done.timings.prefill_s, done.num_cached_tokens) == (1.25, 0.5, 1)
