@@ -84,7 +84,7 @@ def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None
                     dtype=topology.dtype,
                     device=topology.device,
                     kv_transport=topology.kv_transport,
-                    threads=pool.threads or len(own) or max(1, even),
+                    threads=pool.threads or max(1, len(own) // (pool.tp * pool.cp) if own else even),
                     cores=own,
                     block_size=topology.block_size,
                     kv_cache_bytes=parse_size(f"pools.{role}.kv_cache", pool.kv_cache),
@@ -95,6 +95,7 @@ def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None
                     native_kernels=topology.native_kernels,
                     tp=pool.tp,
                     cp=pool.cp,
+                    ring=pool.ring,
                 )
             )
     return tuple(workers)

@@ -36,6 +36,7 @@ class RankMesh:
             rank=rank,
             size=mesh.world_size,
             rendezvous=folder,
+            device=config.device,
             collective_timeout_s=config.collective_timeout_s,
         )
         tp: Group = SingleRank()

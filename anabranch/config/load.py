@@ -18,6 +18,7 @@ import yaml
 from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
+from anabranch.parallel.mesh import MAX_RANKS
 
 MAX_FILE_BYTES = 1 << 20
 MAX_WORKERS = 256
@@ -128,14 +129,14 @@ def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
     _at_least(f"{key}.threads", pool.threads, 0)
     if pool.workers > MAX_WORKERS:
         raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
-    for degree, what in (("tp", "tensor"), ("cp", "context")):
-        value = getattr(pool, degree)
-        if value != 1:
-            raise ConfigError(
-                f"{key}.{degree}",
-                value,
-                f"must be 1: {what} parallelism is not built yet; use more workers instead",
-            )
+    for degree in ("tp", "cp"):
+        _at_least(f"{key}.{degree}", getattr(pool, degree), 1)
+    if pool.tp * pool.cp > MAX_RANKS:
+        raise ConfigError(
+            f"{key}.tp x cp",
+            f"{pool.tp} x {pool.cp}",
+            f"makes {pool.tp * pool.cp} ranks; at most {MAX_RANKS} are allowed",
+        )
     _check_cores(f"{key}.cores", pool)
     return msgspec.structs.replace(pool, kv_cache=parse_size(f"{key}.kv_cache", pool.kv_cache))
 

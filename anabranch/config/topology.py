@@ -10,6 +10,7 @@ from anabranch.config.worker import DtypeName
 from anabranch.errors import ConfigError
 
 KvTransport = Literal["auto", "inproc", "tcp", "ucx"]
+RingChoice = Literal["auto", "pass_kv", "pass_q"]
 
 
 class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,9 +21,10 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         tp, cp: tensor- and context-parallel degree of each worker.
         threads: compute threads of each rank; 0: an even share of the machine's cores.
         cores: CPU ids to pin the pool's workers to, dealt out evenly; empty: not pinned.
-        kv_cache: size of each worker's KV pool, in bytes or as text ("512MiB").
+        kv_cache: size of the KV pool of each rank, in bytes or as text ("512MiB").
         max_running: most requests in one step.
         max_step_tokens: most new tokens in one step (the chunk of chunked prefill).
+        ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
     """
 
     workers: int = 1
@@ -33,6 +35,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kv_cache: int | str = "512MiB"
     max_running: int = 64
     max_step_tokens: int = 1024
+    ring: RingChoice = "auto"
 
 
 class Pools(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,27 +16,23 @@ def attend_block(
     k_CKD: torch.Tensor,
     v_CKD: torch.Tensor,
     scale: float,
-    *,
-    causal: bool = False,
     hidden_TC: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one block; picks the fastest way that there is for the device.
 
     Args:
-        causal: query i sees keys `0 .. i`; only where T equals C.
         hidden_TC: bool, True where the query must not see the key; a query may see none.
 
     Returns:
         `(out [T, H, D] in q's dtype, lse [T, H] float32, natural log)`; a query that sees no key has zeros and -inf.
     """
-    assert not causal or (q_THD.shape[0] == k_CKD.shape[0] and hidden_TC is None)
     if hidden_TC is None and q_THD.device.type == "cpu":
-        return _flash_cpu(q_THD, k_CKD, v_CKD, scale, causal)
-    return plain_block(q_THD, k_CKD, v_CKD, scale, causal=causal, hidden_TC=hidden_TC)
+        return _flash_cpu(q_THD, k_CKD, v_CKD, scale)
+    return plain_block(q_THD, k_CKD, v_CKD, scale, hidden_TC)
 
 
 def _flash_cpu(
-    q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, scale: float, causal: bool
+    q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_kv_heads = k_CKD.shape[1]
     group = q_THD.shape[1] // num_kv_heads
@@ -45,7 +41,7 @@ def _flash_cpu(
     k_KGCD = k_CKD.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     v_KGCD = v_CKD.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     out_KGTD, lse_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_KGTD, k_KGCD, v_KGCD, 0.0, causal, scale=scale
+        q_KGTD, k_KGCD, v_KGCD, 0.0, False, scale=scale
     )
     return out_KGTD.permute(2, 0, 1, 3).flatten(1, 2), lse_KGT.permute(2, 0, 1).flatten(1, 2).float()
 
@@ -55,25 +51,19 @@ def plain_block(
     k_CKD: torch.Tensor,
     v_CKD: torch.Tensor,
     scale: float,
-    *,
-    causal: bool = False,
     hidden_TC: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_block` in PyTorch operations, on any device; scores and sums in float32."""
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_keys, num_kv_heads, _ = k_CKD.shape
+    num_kv_heads = k_CKD.shape[1]
     k_K1DC = k_CKD.float().permute(1, 2, 0).unsqueeze(1)
     v_K1CD = v_CKD.float().transpose(0, 1).unsqueeze(1)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_TH = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q_THD.device)
-    keys_C = torch.arange(num_keys, device=q_THD.device)
     for first in range(0, num_tokens, MAX_SCORE_ROWS):
         rows = slice(first, min(first + MAX_SCORE_ROWS, num_tokens))
         q_KGTD = q_THD[rows].float().view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
         scores_KGTC = (q_KGTD @ k_K1DC) * scale
-        if causal:
-            queries_T = torch.arange(rows.start, rows.stop, device=q_THD.device)
-            scores_KGTC.masked_fill_(keys_C > queries_T.unsqueeze(1), -torch.inf)
         if hidden_TC is not None:
             scores_KGTC.masked_fill_(hidden_TC[rows], -torch.inf)
         lse_KGT = scores_KGTC.logsumexp(-1)

@@ -117,8 +117,8 @@ class RingAttention:
         window: int | None,
     ) -> Accumulator:
         rank, size = self.exchange.rank, self.exchange.size
-        total = Accumulator.like(q_THD)
         shard = self._own_shard(kv, k_TKD, v_TKD, window)
+        total: Accumulator | None = None
         for step in range(size):
             source = (rank - step) % size
             travel: Handle | None = None
@@ -126,8 +126,11 @@ class RingAttention:
             if step < size - 1:
                 incoming = self._shard_buffer((rank - step - 1) % size, window, k_TKD, slot=(step + 1) % 2)
                 travel = self._post(shard, (rank + 1) % size, incoming, (rank - 1) % size)
-            segments = self.geometry.segments(rank, source, window)
-            attend_segments(segments, q_THD, shard[0], shard[1], scale, total)
+            if total is None:
+                total = self._attend_own(q_THD, shard, scale, window)
+            else:
+                segments = self.geometry.segments(rank, source, window)
+                attend_segments(segments, q_THD, shard[0], shard[1], scale, total)
             rows, slots = self.geometry.owned(source, rank)
             if rows.numel():
                 fresh = self.geometry.shard(source, window).fresh_rows_T[rows]
@@ -135,6 +138,7 @@ class RingAttention:
             if travel is not None:
                 travel.wait()
             shard = incoming
+        assert total is not None
         return total
 
     def _pass_q(
@@ -147,10 +151,10 @@ class RingAttention:
         window: int | None,
     ) -> Accumulator:
         rank, size = self.exchange.rank, self.exchange.size
-        total = Accumulator.like(q_THD)
         shard = self._own_shard(kv, k_TKD, v_TKD, window)
         self._store(kv, k_TKD, v_TKD)
         queries = q_THD.contiguous()
+        total: Accumulator | None = None
         homeward: list[_Homeward] = []
         for step in range(size):
             home = (rank - step) % size
@@ -160,13 +164,16 @@ class RingAttention:
                 shape = (self.geometry.num_rows((rank - step - 1) % size), *q_THD.shape[1:])
                 incoming = self._buffer(f"q{step % 2}", shape, q_THD)
                 travel = self._post([queries], (rank + 1) % size, [incoming], (rank - 1) % size)
-            part = total if step == 0 else Accumulator.like(queries)
-            attend_segments(self.geometry.segments(home, rank, window), queries, shard[0], shard[1], scale, part)
-            if step > 0:
+            if total is None:
+                total = self._attend_own(q_THD, shard, scale, window)
+            else:
+                part = Accumulator.like(queries)
+                attend_segments(self.geometry.segments(home, rank, window), queries, shard[0], shard[1], scale, part)
                 homeward.append(self._send_home(step, home, part, q_THD, k_TKD, v_TKD))
             if travel is not None:
                 travel.wait()
             queries = incoming
+        assert total is not None
         # In the order of steps, whatever arrives first: the sum is the same in every run.
         for arrival in homeward:
             arrival.handle.wait()
@@ -177,6 +184,19 @@ class RingAttention:
             if slots.numel():
                 self.kernels.store_kv(k_new, v_new, kv, slots)
         return total
+
+    def _attend_own(
+        self, q_THD: torch.Tensor, shard: tuple[torch.Tensor, torch.Tensor], scale: float, window: int | None
+    ) -> Accumulator:
+        """This rank's rows over its own shard."""
+        rank = self.exchange.rank
+        if window is not None or not q_THD.shape[0]:
+            total = Accumulator.like(q_THD)
+            attend_segments(self.geometry.segments(rank, rank, window), q_THD, shard[0], shard[1], scale, total)
+            return total
+        blocks = LayerKv(shard[0].unsqueeze(1), shard[1].unsqueeze(1))
+        out_THD, lse_TH = self.kernels.paged_attention(q_THD, blocks, self.geometry.own_batch(rank), scale, None)
+        return Accumulator(out_THD.float(), lse_TH)
 
     def _send_home(
         self, step: int, home: int, part: Accumulator, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor

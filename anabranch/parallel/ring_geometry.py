@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.plan import StepPlan
 from anabranch.parallel.placement import BlockCyclic
 from anabranch.parallel.segments import Segment, by_position, rectangle
@@ -86,6 +87,7 @@ class RingGeometry:
         self._shards: dict[tuple[int, int | None], Shard] = {}
         self._segments: dict[tuple[int, int, int | None], tuple[Segment, ...]] = {}
         self._owned: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._own_batches: dict[int, ForwardBatch] = {}
         self._cached_slots: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     @property
@@ -129,11 +131,24 @@ class RingGeometry:
             self._owned[key] = self._make_owned(source, owner)
         return self._owned[key]
 
+    def own_batch(self, rank: int) -> ForwardBatch:
+        """`rank`'s rows over its own shard, as paged attention without a window sees them.
+
+        A rank's own tokens of a sequence are its context: they lie in order of position, the new ones last, so
+        what is causal among them is causal in the sequence. Each row of the shard is a block of one token.
+        """
+        if rank not in self._own_batches:
+            self._own_batches[rank] = self._make_own_batch(rank)
+        return self._own_batches[rank]
+
     def segments(self, q_rank: int, kv_rank: int, window: int | None) -> tuple[Segment, ...]:
-        """The scores of `q_rank`'s rows over `kv_rank`'s shard that causality and the window leave."""
+        """The scores of `q_rank`'s rows over `kv_rank`'s shard that causality and the window leave.
+
+        Without a window a rank's own shard is not among them: that is `own_batch`.
+        """
         key = (q_rank, kv_rank, window)
         if key not in self._segments:
-            make = self._causal if window is None else self._windowed
+            make = self._whole if window is None else self._windowed
             self._segments[key] = tuple(
                 segment for index in range(len(self.sequences)) for segment in make(index, q_rank, kv_rank, window)
             )
@@ -164,6 +179,31 @@ class RingGeometry:
             fresh_rows_T=torch.cat(fresh).to(self.device),
         )
 
+    def _make_own_batch(self, rank: int) -> ForwardBatch:
+        shard = self.shard(rank, None)
+        parts = [
+            (first, num_cached + share.num_rows, share.stop)
+            for first, num_cached, share in zip(shard.starts, shard.num_cached, self.shares[rank], strict=True)
+            if share.num_rows
+        ]
+        starts = (0, *(stop for _, _, stop in parts))
+        lens = tuple(count for _, count, _ in parts)
+        firsts_B1 = torch.tensor([first for first, _, _ in parts], dtype=torch.int32).unsqueeze(1)
+        # Padding at the end of a row may name rows beyond the sequence's; they lie beyond its context as well.
+        tables_BN = (firsts_B1 + torch.arange(max(lens, default=0), dtype=torch.int32)).clamp(max=shard.num_rows - 1)
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        return ForwardBatch(
+            token_ids_T=empty,
+            positions_T=empty,
+            slots_T=empty,
+            query_starts=starts,
+            context_lens=lens,
+            query_starts_B1=torch.tensor(starts, dtype=torch.int32).to(self.device),
+            context_lens_B=torch.tensor(lens, dtype=torch.int32).to(self.device),
+            block_tables_BN=tables_BN.to(self.device),
+            sample_rows_S=empty,
+        )
+
     def _make_owned(self, source: int, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows, slots = [], []
         for sequence, share in zip(self.sequences, self.shares[source], strict=True):
@@ -173,19 +213,16 @@ class RingGeometry:
                 slots.append(self.placement.local_slots(run, owner, sequence.block_ids, self.device))
         return torch.cat(rows), torch.cat(slots)
 
-    def _causal(self, index: int, q_rank: int, kv_rank: int, window: int | None) -> list[Segment]:
-        """Piece against piece: whole where the keys are older, a causal square where they are the same."""
+    def _whole(self, index: int, q_rank: int, kv_rank: int, window: int | None) -> list[Segment]:
+        """Without a window a piece of queries sees a prefix of another rank's shard, and all of it whole."""
+        if q_rank == kv_rank:
+            return []
         q, kv, shard = self.shares[q_rank][index], self.shares[kv_rank][index], self.shard(kv_rank, window)
         first = shard.starts[index]
         fresh = first + shard.num_cached[index]
-        if q_rank == kv_rank:
-            return [
-                *rectangle(slice(q.start, q.stop), slice(fresh, fresh + kv.num_rows), causal=True),
-                *rectangle(slice(q.start, q.stop), slice(first, fresh)),
-            ]
 
         def older(queries: range) -> slice:
-            """What a query piece sees of another rank's shard: its rows up to the first newer piece."""
+            """The cached tokens and the pieces before `queries`: pieces of two ranks never overlap."""
             return slice(first, fresh + sum(len(run) for run in (kv.low, kv.high) if run.stop <= queries.start))
 
         if older(q.low) == older(q.high):

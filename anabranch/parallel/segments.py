@@ -1,7 +1,7 @@
 """Which part of the scores between a rank's queries and a shard of keys is to be computed, and how.
 
 Positions decide. Queries and keys lie in order of position, so causality and the window cut rectangles:
-most are computed whole, one is the causal square, and only the window's edge needs a mask.
+most are computed whole, and only the edges need a mask.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ class Segment:
     Attributes:
         q: rows of the queries.
         kv: rows of the shard.
-        causal: the rectangle is a square and query i sees keys `0 .. i`.
         hidden_TC: bool mask, True where the query must not see the key.
     """
 
     q: slice
     kv: slice
-    causal: bool = False
     hidden_TC: torch.Tensor | None = None
 
     @property
@@ -46,11 +44,11 @@ def length(rows: slice) -> int:
     return stop - start
 
 
-def rectangle(q: slice, kv: slice, *, causal: bool = False) -> list[Segment]:
+def rectangle(q: slice, kv: slice) -> list[Segment]:
     """A segment without a mask; none where it is empty."""
     if q.start >= q.stop or kv.start >= kv.stop:
         return []
-    return [Segment(q=q, kv=kv, causal=causal)]
+    return [Segment(q=q, kv=kv)]
 
 
 def by_position(
@@ -100,7 +98,6 @@ def attend_segments(
             k_CKD[segment.kv],
             v_CKD[segment.kv],
             scale,
-            causal=segment.causal,
             hidden_TC=segment.hidden_TC,
         )
         total.add(segment.q, out, lse)

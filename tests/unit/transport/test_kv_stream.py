@@ -725,9 +725,9 @@ def test_any_mesh_streams_to_any_mesh(source: tuple[int, int], target: tuple[int
             for rank, sender in enumerate(senders):
                 cp_rank, tp_rank = divmod(rank, from_layout.tp)
                 heads = from_layout.heads_of(tp_rank)
-                for run in tokens_of(from_layout, cp_rank, chunk):
-                    rows = kv[layer, :, run.start : run.stop, heads.start : heads.stop]
-                    sender.send_layer(layer, heads.start, run.start, rows[0], rows[1], chunk=chunk)
+                held = [token for run in tokens_of(from_layout, cp_rank, chunk) for token in run]
+                rows = kv[layer, :, held, heads.start : heads.stop]
+                sender.send_layer(layer, heads.start, chunk.start, rows[0], rows[1], chunk=chunk)
     for sender in senders:
         sender.commit(token_id=5)
     sent = sum(sender.wait_ack(WAIT_S).payload_bytes for sender in senders)

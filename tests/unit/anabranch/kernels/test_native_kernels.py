@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,11 +45,11 @@ def native(machine: str, dtype: torch.dtype) -> NativeKernels:
         pytest.skip(f"{machine}: {error}")
 
 
-@pytest.fixture(params=[1, 2], autouse=True)
-def num_threads(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
 
 
@@ -82,15 +82,26 @@ def test_rms_norm(native: NativeKernels, dtype: torch.dtype, rows: int, channels
     ("features", "channels"),
     [(960, 576), (48, 32), (70, 64), (33, 96), (6, 40), (16, 7), (130, 33), (1, 32), (2, 1), (514, 160)],
 )
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 65, 100, 300])
-def test_linear(native: NativeKernels, dtype: torch.dtype, rows: int, features: int, channels: int) -> None:
-    x = torch.randn(rows, channels).to(dtype)
+def test_linear(native: NativeKernels, dtype: torch.dtype, features: int, channels: int) -> None:
     weight = (torch.randn(features, channels) / channels**0.5).to(dtype)
-    for bias in (None, torch.randn(features).to(dtype)):
-        want = plain.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
-        close(native.linear(x, weight, bias), want, dtype)
-        if features % 2 == 0:
-            close(native.linear_silu_mul(x, weight, bias), plain.silu_mul(want), dtype)
+    for rows in (1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 65, 100, 300):
+        x = torch.randn(rows, channels).to(dtype)
+        for bias in (None, torch.randn(features).to(dtype)):
+            want = plain.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+            close(native.linear(x, weight, bias), want, dtype)
+            if features % 2 == 0:
+                close(native.linear_silu_mul(x, weight, bias), plain.silu_mul(want), dtype)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+@pytest.mark.parametrize("rows", [1, 4, 20, 300])
+def test_linear_by_several_threads(native: NativeKernels, dtype: torch.dtype, rows: int, num_threads: int) -> None:
+    x = torch.randn(rows, 96).to(dtype)
+    weight = (torch.randn(560, 96) / 10).to(dtype)
+    alone = native.linear(x, weight, None), native.linear_silu_mul(x, weight, None)
+    torch.set_num_threads(num_threads)
+    assert torch.equal(native.linear(x, weight, None), alone[0])
+    assert torch.equal(native.linear_silu_mul(x, weight, None), alone[1])
 
 
 def test_linear_of_strided_rows(native: NativeKernels, dtype: torch.dtype) -> None:
@@ -158,29 +169,41 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 1, 21, 140])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"),
-    [(9, 3, 64, 16), (1, 1, 16, 4), (7, 7, 80, 1), (14, 2, 128, 32), (5, 1, 32, 7), (8, 4, 24, 16)],
-)
-@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES.keys())
+SHAPES = [(9, 3, 64, 16), (1, 1, 16, 4), (7, 7, 80, 1), (14, 2, 128, 32), (5, 1, 32, 7), (8, 4, 24, 16)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SHAPES)
 def test_paged_attention(
     native: NativeKernels,
     dtype: torch.dtype,
     make_case: MakeCase,
-    lens: list[tuple[int, int]],
     heads: int,
     kv_heads: int,
     head_dim: int,
     block_size: int,
-    window: int | None,
 ) -> None:
-    case = make_case(lens=lens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
     scale = head_dim**-0.5
-    out, lse = native.paged_attention(case.q, case.kv, case.batch, scale, window)
-    want_out, want_lse = plain.paged_attention(case.q, case.kv, case.batch, scale, window)
-    close(out, want_out, dtype)
-    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+    for lens in BATCHES.values():
+        case = make_case(lens=lens, **shape)
+        for window in (None, 1, 21, 140):
+            out, lse = native.paged_attention(case.q, case.kv, case.batch, scale, window)
+            want_out, want_lse = plain.paged_attention(case.q, case.kv, case.batch, scale, window)
+            close(out, want_out, dtype)
+            torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_paged_attention_by_several_threads(
+    native: NativeKernels, dtype: torch.dtype, make_case: MakeCase, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
+    for lens in BATCHES.values():
+        case = make_case(lens=lens, heads=9, kv_heads=3, head_dim=64, block_size=16, dtype=dtype)
+        got = native.paged_attention(case.q, case.kv, case.batch, 0.125, None)
+        want = plain.paged_attention(case.q, case.kv, case.batch, 0.125, None)
+        close(got[0], want[0], dtype)
+        torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
 
 
 def test_paged_attention_of_strided_queries(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase) -> None:
@@ -198,5 +221,16 @@ def test_paged_attention_with_far_scores(native: NativeKernels, dtype: torch.dty
     got = native.paged_attention(case.q * 30, case.kv, case.batch, 1.0, None)
     want = plain.paged_attention(case.q * 30, case.kv, case.batch, 1.0, None)
     assert bool(got[0].isfinite().all())
-    close(got[0], want[0], dtype)
+    # A score of hundreds carries its rounding, some 1e-5 of it, into the weight.
+    torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-3)
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
+def test_experts(native: NativeKernels, dtype: torch.dtype, num_tokens: int) -> None:
+    x = torch.randn(num_tokens, 64).to(dtype)
+    gate_up, down = (torch.randn(6, 96, 64) / 8).to(dtype), (torch.randn(6, 64, 48) / 7).to(dtype)
+    experts = torch.randint(-1, 6, (num_tokens, 3))
+    weights = torch.rand(num_tokens, 3)
+    got = native.experts(x, weights, experts, gate_up, down)
+    close(got, plain.experts(x, weights, experts, gate_up, down), dtype)

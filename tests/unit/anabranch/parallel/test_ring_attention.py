@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.cp_batch import RingBatch
 from anabranch.parallel.ring_attention import RingAttention, Variant
@@ -38,14 +39,17 @@ def tokens_of(batch: RingBatch) -> list[tuple[int, int]]:
     return [(run.sequence, p) for run in batch.runs for p in run.tokens]
 
 
-def check_ring(world: World, variant: Variant, window: int | None, *, tolerance: float = 2e-5) -> None:
+def check_ring(
+    world: World, variant: Variant, window: int | None, *, tolerance: float = 2e-5, native: bool = False
+) -> None:
     cp, scale = world.placement.cp, 0.3
 
     def rank_main(group: ThreadGroup) -> tuple[RingBatch, torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = RingBatch.from_plan(world.plan, world.placement.block_size, group.rank, cp, torch.device("cpu"))
         mine = tokens_of(batch)
         pool = world.pool(group.rank)
-        attention = RingAttention(PlainKernels(), pool, batch, group, variant)
+        kernels = select_kernels(torch.device("cpu"), world.q[0].dtype) if native else PlainKernels()
+        attention = RingAttention(kernels, pool, batch, group, variant)
         parts = (world.rows(tensors, mine) for tensors in (world.q, world.k, world.v))
         out, lse = attention.attend(0, *parts, scale, window)
         return batch, out, lse, pool.data
@@ -95,6 +99,16 @@ def test_longer_than_a_masked_cut(make_world: MakeWorld, variant: Variant, windo
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16(make_world: MakeWorld, variant: Variant) -> None:
     check_ring(make_world(lens=[(60, 30)], cp=4, dtype=torch.bfloat16), variant, None, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_on_the_kernels_of_a_worker(
+    make_world: MakeWorld, variant: Variant, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Native ones where there is a compiler; a rank's own shard is a paged context of blocks of one token."""
+    world = make_world(lens=[(300, 77), (2, 0), (40, 5)], cp=2, heads=6, kv_heads=2, head_dim=32, dtype=dtype)
+    check_ring(world, variant, None, tolerance=tolerance, native=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -166,7 +180,9 @@ def test_zigzag_evens_the_scores_out(make_world: MakeWorld, cp: int) -> None:
     geometry = RingBatch.from_plan(world.plan, 16, 0, cp, torch.device("cpu")).geometry
 
     def scores(q_rank: int, kv_rank: int) -> float:
-        parts = geometry.segments(q_rank, kv_rank, None)
-        return sum(part.num_scores / (2 if part.causal else 1) for part in parts)
+        if q_rank == kv_rank:
+            [context] = geometry.own_batch(q_rank).context_lens
+            return context * context / 2
+        return sum(part.num_scores for part in geometry.segments(q_rank, kv_rank, None))
 
     assert {scores(q, kv) for q in range(cp) for kv in range(cp)} == {64 * 64 / 2}

@@ -1,0 +1,213 @@
+"""Every family, tiny and random: each topology gives transformers' greedy tokens.
+
+Prompts of 1 to 400 tokens (3,000 once), alone and sixteen at a time, in chunks, from the prefix cache, and in
+pools so small that requests give way to each other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from anabranch.model.sources import resolve_model
+from anabranch_client import Client, Completion, Sampling
+from launch.reference import Reference, ReferenceAnswer
+from tests.support.families import RECIPES, VOCAB, save
+from tests.support.in_process import InProcessCluster
+from transport.planes import usable_planes
+
+pytestmark = pytest.mark.e2e
+
+# One or two of each family; between them windows, biases, every rope, dense and sparse layers mixed.
+FAMILIES = (
+    "llama-gqa-tied",
+    "llama-mqa-llama3",
+    "mistral-window",
+    "qwen2-window-layers",
+    "qwen2-full-dynamic",
+    "qwen3-odd",
+    "qwen3-yarn",
+    "mixtral",
+    "mixtral-window",
+    "qwen2-moe-mixed",
+    "qwen2-moe-norm-window",
+    "qwen3-moe-mixed",
+    "qwen3-moe-sparse",
+)
+# Name -> roles, options of every worker.
+TOPOLOGIES: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
+    "colocated": (("colocated",), {"max_step_tokens": 61}),
+    "inproc": (("prefill", "decode"), {"kv_transport": "inproc", "max_step_tokens": 48}),
+    "tcp": (("prefill", "decode"), {"kv_transport": "tcp"}),
+    "ucx": (("prefill", "decode"), {"kv_transport": "ucx", "max_step_tokens": 97, "native_kernels": True}),
+}
+LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 90, 130, 257, 400)
+CONTEXT = 448
+NUM_TOKENS = 24
+# Closer than this, the best two tokens might change places on another machine.
+MIN_MARGIN = 2e-3
+MAX_DRAWS = 40
+
+Prompt = tuple[int, ...]
+
+
+class Known:
+    """A model folder, and prompts whose greedy answers in transformers are clear."""
+
+    def __init__(self, recipe: str, folder: Path, context: int) -> None:
+        self.folder = save(recipe, folder, max_position_embeddings=context)
+        self.reference = Reference(resolve_model(str(self.folder)))
+        self._rng = random.Random(recipe)
+
+    def answer(self, prompt: Prompt, num_tokens: int) -> ReferenceAnswer:
+        return self.reference.generate(prompt, num_tokens, ignore_eos=True)
+
+    def clear(self, length: int, num_tokens: int, begin: Prompt = ()) -> tuple[Prompt, Prompt]:
+        """A prompt of `length` tokens, the first of them `begin`, and its answer."""
+        for _ in range(MAX_DRAWS):
+            prompt = begin + tuple(self._rng.randrange(VOCAB) for _ in range(length - len(begin)))
+            answer = self.answer(prompt, num_tokens)
+            if min(answer.margins) > MIN_MARGIN:
+                return prompt, answer.token_ids
+        raise AssertionError(f"no prompt of {length} tokens has a clear answer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Known]:
+    """`known(recipe, context)`, made once."""
+
+    @cache
+    def make(recipe: str, context: int = CONTEXT) -> Known:
+        return Known(recipe, tmp_path_factory.mktemp(recipe), context)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def answers(known: Callable[..., Known]) -> Callable[[str], dict[Prompt, Prompt]]:
+    """A recipe's prompts of all lengths and their answers, computed once for all topologies."""
+
+    @cache
+    def make(recipe: str) -> dict[Prompt, Prompt]:
+        model = known(recipe)
+        return dict(model.clear(length, NUM_TOKENS) for length in LENGTHS)
+
+    return make
+
+
+@pytest.fixture(params=TOPOLOGIES)
+def topology(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name != "colocated" and name not in usable_planes():
+        pytest.skip(f"the {name} plane cannot be used here")
+    return name
+
+
+def ask(client: Client, prompt: Prompt, num_tokens: int) -> Completion:
+    return client.complete(prompt, Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True))
+
+
+def check_all(client: Client, expected: dict[Prompt, Prompt], at_once: int = 16) -> list[Completion]:
+    """Ask for everything, `at_once` at a time, and compare; the answers in the order of `expected`."""
+    with ThreadPoolExecutor(at_once) as pool:
+        found = list(pool.map(lambda item: ask(client, item[0], len(item[1])), expected.items()))
+    for (prompt, answer), completion in zip(expected.items(), found, strict=True):
+        assert completion.token_ids == answer, f"prompt of {len(prompt)} tokens"
+    return found
+
+
+@pytest.mark.parametrize("recipe", FAMILIES)
+def test_tokens_equal_transformers(
+    recipe: str,
+    topology: str,
+    known: Callable[..., Known],
+    answers: Callable[[str], dict[Prompt, Prompt]],
+    tmp_path: Path,
+) -> None:
+    expected = answers(recipe)
+    roles, options = TOPOLOGIES[topology]
+    with (
+        InProcessCluster(tmp_path, known(recipe).folder, roles, **options) as cluster,
+        Client(cluster.endpoint) as client,
+    ):
+        for completion in check_all(client, expected):
+            assert completion.route == tuple(worker.config.name for worker in cluster.workers)
+            assert (completion.kv.transport if completion.kv else "colocated") == topology
+        cluster.wait_idle()
+        # Again, one at a time: what is full of the prompts comes from the prefix cache.
+        for prompt in list(expected)[-2:]:
+            completion = ask(client, prompt, NUM_TOKENS)
+            assert completion.token_ids == expected[prompt]
+            assert completion.usage.num_cached_tokens == (len(prompt) - 1) // 16 * 16
+        cluster.wait_idle()
+
+
+def test_a_common_beginning_is_computed_once(topology: str, known: Callable[..., Known], tmp_path: Path) -> None:
+    model = known("mistral-window")
+    first, answer = model.clear(150, NUM_TOKENS)
+    others = dict(model.clear(length, NUM_TOKENS, first[:100]) for length in (101, 113, 160, 300))
+    roles, options = TOPOLOGIES[topology]
+    with InProcessCluster(tmp_path, model.folder, roles, **options) as cluster, Client(cluster.endpoint) as client:
+        check_all(client, {first: answer})
+        for completion in check_all(client, others):
+            assert completion.usage.num_cached_tokens == 96
+        # A prompt that goes on where an answer ended shares the answer's blocks too.
+        longer, last = model.clear(200, NUM_TOKENS, first + answer)
+        (completion,) = check_all(client, {longer: last})
+        decoded = (len(first) + len(answer) - 1) // 16 * 16
+        assert completion.usage.num_cached_tokens == (decoded if topology == "colocated" else len(first) // 16 * 16)
+        cluster.wait_idle()
+
+
+@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "qwen2-moe-norm-window"])
+def test_requests_that_give_way_go_on_where_they_were(
+    recipe: str, topology: str, known: Callable[..., Known], tmp_path: Path
+) -> None:
+    model = known(recipe)
+    expected = dict(model.clear(length, 60) for length in (5, 9, 12, 20, 26, 31, 40, 44))
+    roles, options = TOPOLOGIES[topology]
+    config = model.reference.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block_bytes = 2 * 4 * 8 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    # 16 blocks of 8 tokens hold one of the longer requests whole, and little beside it.
+    small: dict[str, object] = {"kv_cache_bytes": 16 * block_bytes, "block_size": 8, "max_context": 112}
+    with (
+        InProcessCluster(
+            tmp_path, model.folder, roles, by_role={"decode": small, "colocated": small}, **options
+        ) as cluster,
+        Client(cluster.endpoint) as client,
+    ):
+        holder = cluster.workers[-1]
+        assert holder.stats().num_total_blocks == 16
+        check_all(client, expected)
+        assert holder.scheduler.num_preempted > 0
+        cluster.wait_idle()
+        check_all(client, dict(list(expected.items())[:2]), at_once=1)
+
+
+def test_a_long_prompt(topology: str, known: Callable[..., Known], tmp_path: Path) -> None:
+    model = known("qwen3-moe-mixed", 4096)
+    roles, options = TOPOLOGIES[topology]
+    options = {**options, "max_step_tokens": 700, "kv_cache_bytes": 64 << 20}
+    expected = dict(model.clear(length, 16) for length in (3000, 1100, 7))
+    with InProcessCluster(tmp_path, model.folder, roles, **options) as cluster, Client(cluster.endpoint) as client:
+        check_all(client, expected)
+        cluster.wait_idle()
+
+
+def test_every_family_is_covered() -> None:
+    assert {RECIPES[recipe][0] for recipe in FAMILIES} == {family for family, _ in RECIPES.values()}
