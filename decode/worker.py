@@ -227,8 +227,10 @@ class DecodeWorker(Worker):
         stream_id = self.reservations.find(key)
         if stream_id is not None:
             self._abort(stream_id, "cancelled", None)
-        elif self.reservations.forget_waiting(key) or self.scheduler.remove(key):
-            self._end(key, "cancelled")
+            return
+        sequence = self.reservations.forget_waiting(key) or self.scheduler.remove(key)
+        if sequence is not None:
+            self._end(key, "cancelled", sequence=sequence)
 
     def _expire(self) -> None:
         for lease in self.leases.expired():
@@ -254,16 +256,7 @@ class DecodeWorker(Worker):
                 )
             )
         for sequence, reason in outcome.ended:
-            self.post(
-                Ended(
-                    request_id=sequence.request.request_id,
-                    epoch=sequence.request.epoch,
-                    reason=reason,
-                    queue_s=sequence.queue_s,
-                    prefill_s=sequence.prefill_s,
-                    num_cached_tokens=sequence.num_cached_tokens,
-                )
-            )
+            self._end(sequence.key, reason, sequence=sequence)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         failure = error if isinstance(error, AnabranchError) else AnabranchError(f"decode step failed: {error}")
@@ -272,9 +265,21 @@ class DecodeWorker(Worker):
             if self.scheduler.remove(key) is not None:
                 self._end(key, "failed", failure)
 
-    def _end(self, key: Key, reason: EndReason, error: AnabranchError | None = None) -> None:
-        wire = None if error is None else WireError.of(error)
-        self.post(Ended(request_id=key[0], epoch=key[1], reason=reason, error=wire))
+    def _end(
+        self, key: Key, reason: EndReason, error: AnabranchError | None = None, sequence: Sequence | None = None
+    ) -> None:
+        """Send the attempt's one terminal message; `sequence` adds what it measured here."""
+        self.post(
+            Ended(
+                request_id=key[0],
+                epoch=key[1],
+                reason=reason,
+                error=None if error is None else WireError.of(error),
+                queue_s=0.0 if sequence is None else sequence.queue_s,
+                prefill_s=0.0 if sequence is None else sequence.prefill_s,
+                num_cached_tokens=0 if sequence is None else sequence.num_cached_tokens,
+            )
+        )
 
     def _is_known(self, key: Key) -> bool:
         return key in self.scheduler or key in self.reservations

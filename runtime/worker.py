@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -136,7 +137,9 @@ class Worker(ABC):
         client: ControlClient | None = None
         try:
             info = await asyncio.to_thread(self.build)
-            client = ControlClient(self.config.orchestrator, ToWorker, identity=self.config.name.encode())
+            # Not the bare name: a second process of that name must not take over the first one's connection.
+            identity = f"{self.config.name}.{os.getpid()}".encode()
+            client = ControlClient(self.config.orchestrator, ToWorker, identity=identity)
             await self._register(client, info)
             await self._serve(client)
         finally:

@@ -351,5 +351,5 @@ class NativeKernels:
                 hidden = self.linear_silu_mul(rows_XC[start:stop], gate_up_EFC[expert], None)
                 answers_XC[order_X[start:stop]] = self.linear(hidden, down_ECF[expert], None)
             start = stop
-        answers_TSC = answers_XC.view(num_tokens, num_chosen, -1)
+        answers_TSC = answers_XC.view(num_tokens, num_chosen, x_TC.shape[1])
         return (answers_TSC * weights_TS.unsqueeze(-1)).sum(1).to(x_TC.dtype)

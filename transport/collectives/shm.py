@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
 import secrets
@@ -28,6 +27,7 @@ from transport.collectives.arena import Arena
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
 from transport.collectives.build import Part, load_library
 from transport.collectives.rendezvous import Patience, check_folder, leave_ticket, read_ticket
+from transport.collectives.segment import TOKEN_BYTES, Ticket, make_segment, open_segment
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +49,6 @@ _DTYPES = {
     torch.int64: 4,
     torch.int32: 5,
 }
-
-
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a segment is to be had.
-
-    Attributes:
-        pid, fd: its owner, and the owner's descriptor.
-        token: random; also in the segment's header, so that another file under that number is refused.
-    """
-
-    pid: int
-    fd: int
-    token: bytes
 
 
 class ShmGroup:
@@ -198,19 +185,18 @@ class ShmGroup:
         name = f"{self.name}/{self._num_splits}.{color}"
         group: ShmGroup | None = None
         with contextlib.ExitStack() as stack:
-            ticket = Ticket(pid=os.getpid(), fd=-1, token=secrets.token_bytes(16))
+            ticket = Ticket(pid=os.getpid(), fd=-1, token=secrets.token_bytes(TOKEN_BYTES))
             if rank == 0:
-                fd = _make_segment(size)
+                fd = _new_segment(size)
                 stack.callback(os.close, fd)
                 ticket = msgspec.structs.replace(ticket, fd=fd)
                 group = _attach(name, rank, size, fd, ticket.token, True, self.collective_timeout_s)
-            mine = torch.tensor([[ticket.pid, ticket.fd, *_as_integers(ticket.token)]])
-            pid, fd, *token = self.all_gather(mine, 0)[members[0]].tolist()
+            tickets = self.all_gather(torch.tensor([ticket.as_numbers()]), 0)
             if rank:
-                ticket = Ticket(pid=pid, fd=fd, token=_as_bytes(token))
+                ticket = Ticket.from_numbers(tickets[members[0]].tolist())
                 group = _try_attach(ticket, name, rank, size, self.collective_timeout_s)
             if group is None:
-                raise PeerLost(f"group {name}: the segment of rank {members[0]} (pid {pid}) is gone")
+                raise PeerLost(f"group {name}: the segment of rank {members[0]} (pid {ticket.pid}) is gone")
             _await_all(group, self.collective_timeout_s)
         return group
 
@@ -284,7 +270,7 @@ def join(
     patience = Patience(f"group {name}: rank 0's segment", start_timeout_s)
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            fd, token = _make_segment(size), secrets.token_bytes(16)
+            fd, token = _new_segment(size), secrets.token_bytes(TOKEN_BYTES)
             stack.callback(os.close, fd)
             group = _attach(name, rank, size, fd, token, True, collective_timeout_s)
             ticket = msgspec.msgpack.encode(Ticket(pid=os.getpid(), fd=fd, token=token))
@@ -306,14 +292,17 @@ def _try_ticket(folder: Path, name: str, rank: int, size: int, timeout_s: float)
     data = read_ticket(folder, f"{name}.shm")
     if data is None:
         return None
-    return _try_attach(msgspec.msgpack.decode(data, type=Ticket), name, rank, size, timeout_s)
+    try:
+        ticket = msgspec.msgpack.decode(data, type=Ticket)
+    except msgspec.MsgspecError:
+        return None
+    return _try_attach(ticket, name, rank, size, timeout_s)
 
 
 def _try_attach(ticket: Ticket, name: str, rank: int, size: int, timeout_s: float) -> ShmGroup | None:
-    """Attach to another rank's segment, or None where its process or the segment is gone."""
-    try:
-        fd = os.open(f"/proc/{ticket.pid}/fd/{ticket.fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    """Attach to another rank's segment, or None where it is gone or another file."""
+    fd = open_segment(ticket)
+    if fd is None:
         return None
     try:
         return _attach(name, rank, size, fd, ticket.token, False, timeout_s)
@@ -321,17 +310,8 @@ def _try_attach(ticket: Ticket, name: str, rank: int, size: int, timeout_s: floa
         os.close(fd)
 
 
-def _make_segment(size: int) -> int:
-    """A memfd of a group's size that can be neither shrunk nor grown: reading it never faults."""
-    fd = os.memfd_create("anabranch-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.fchmod(fd, 0o600)
-        os.ftruncate(fd, load_library().anabranch_segment_bytes(size, ARENA_BYTES))
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def _new_segment(size: int) -> int:
+    return make_segment(load_library().anabranch_segment_bytes(size, ARENA_BYTES))
 
 
 def _attach(name: str, rank: int, size: int, fd: int, token: bytes, creates: bool, timeout_s: float) -> ShmGroup | None:
@@ -360,14 +340,6 @@ def _await_all(group: ShmGroup, timeout_s: float) -> None:
             raise PeerLost(f"group {group.name}: rank {other} (pid {pid}) died at the start") from None
         group._pidfds.append(pidfd)
         group._library.anabranch_watch(group._native, other, pidfd)
-
-
-def _as_integers(token: bytes) -> list[int]:
-    return [int.from_bytes(token[start : start + 8], "little", signed=True) for start in (0, 8)]
-
-
-def _as_bytes(numbers: list[int]) -> bytes:
-    return b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
 
 
 def _close(

@@ -1,6 +1,7 @@
 // The C ABI of the CPU kernels. Strides are in elements, pointers are of contiguous last axes.
 #include "elementwise.h"
 #include "decode.h"
+#include "gemm.h"
 #include "linear.h"
 #include "prefill.h"
 
@@ -22,7 +23,9 @@ template <class E>
 void run_linear(const ab::Linear<E>& op, int threads) {
 #if defined(AB_TILES)
     if constexpr (sizeof(E) == 2)
-        if (op.num_rows > ab::MAX_DOT_ROWS && ab::tiles_fit(op)) return ab::linear_tiled(op, threads);
+        if (op.num_rows > ab::MAX_DOT_ROWS && ab::tiles_fit(op))
+            return op.num_rows <= ab::MAX_STREAMED_ROWS ? ab::linear_streamed(op, threads)
+                                                        : ab::linear_blocked(op, threads);
 #endif
     ab::linear_dot(op, threads);
 }

@@ -10,9 +10,7 @@
 namespace ab {
 
 // Up to this many rows the weights' way from memory is the bound: each is read once, in far-apart streams.
-constexpr long MAX_STREAMED_ROWS = 64;
-// Beyond it: blocks whose weights and packed rows stay in a core's second-level cache.
-constexpr long BLOCK_FEATURES = 256, BLOCK_PANELS = 16;
+constexpr long MAX_STREAMED_ROWS = 96;
 
 struct TiledLinear {
     const Linear<bf16>& op;
@@ -67,33 +65,33 @@ struct TiledLinear {
         }
     }
 
-    // The 16 features at f[0] (and f[1], where MT is 2), rows of panels [from, to).
+    // The 16 features at f[0] (and f[1], where MT is 2) of all rows.
     template <int MT>
-    void features(const long* f, long from, long to, bool fetch) const {
-        const long ahead = fetch ? TILE * op.num_channels : 0;
-        long panel = from;
-        for (; panel + 2 <= to; panel += 2) product<MT, 2>(f, panel, panel == from ? ahead : 0);
-        if (panel < to) product<MT, 1>(f, panel, panel == from ? ahead : 0);
+    void features(const long* f, long num_panels) const {
+        // The next rows of each stream, once.
+        const long ahead = TILE * op.num_channels;
+        long panel = 0;
+        for (; panel + 2 <= num_panels; panel += 2) product<MT, 2>(f, panel, panel ? 0 : ahead);
+        if (panel < num_panels) product<MT, 1>(f, panel, panel ? 0 : ahead);
     }
 
-    // Tile units [from, to) of 16 output features: as two far-apart streams, or side by side.
-    void units(long from, long to, long panel_from, long panel_to, bool streamed) const {
+    // Tile units [from, to) of 16 output features, as two far-apart streams.
+    void units(long from, long to, long num_panels) const {
         if (op.gated) {
             for (long u = from; u < to; u++) {
                 const long f[2] = {u * TILE, u * TILE + op.num_features / 2};
-                features<2>(f, panel_from, panel_to, streamed);
+                features<2>(f, num_panels);
             }
             return;
         }
         const long pairs = (to - from) / 2;
-        for (long i = 0; i < pairs; i++) {
-            const long first = streamed ? from + i : from + 2 * i, second = first + (streamed ? pairs : 1);
-            const long f[2] = {first * TILE, second * TILE};
-            features<2>(f, panel_from, panel_to, streamed);
+        for (long i = from; i < from + pairs; i++) {
+            const long f[2] = {i * TILE, (i + pairs) * TILE};
+            features<2>(f, num_panels);
         }
         if ((to - from) % 2) {
             const long f[1] = {(to - 1) * TILE};
-            features<1>(f, panel_from, panel_to, streamed);
+            features<1>(f, num_panels);
         }
     }
 };
@@ -102,17 +100,14 @@ inline bool tiles_fit(const Linear<bf16>& op) {
     return op.num_channels % TILE_K == 0 && op.num_units() >= TILE && !(op.gated && op.num_units() % TILE);
 }
 
-inline void linear_tiled(const Linear<bf16>& op, int threads) {
+// Few rows: x is packed, weight rows are the left operand.
+inline void linear_streamed(const Linear<bf16>& op, int threads) {
     static thread_local Scratch scratch;
     const long num_panels = ceil_div(op.num_rows, TILE), steps = op.num_channels / TILE_K;
     const long panel_elements = steps * PANEL_STEP;
     bf16* panels = (bf16*)scratch.get(num_panels * panel_elements * sizeof(bf16));
     const TiledLinear tiled{op, panels, panel_elements};
     const long units = op.num_units() / TILE, tail = units * TILE;
-    const bool streamed = op.num_rows <= MAX_STREAMED_ROWS;
-    const long block_units = BLOCK_FEATURES / TILE;
-    const long unit_blocks = ceil_div(units, block_units), panel_blocks = ceil_div(num_panels, BLOCK_PANELS);
-    long next = 0;
     parallel(threads, op.num_features * op.num_channels, [&](int rank, int size) {
         const long packs = num_panels * steps;
         for (long i = packs * rank / size; i < packs * (rank + 1) / size; i++) {
@@ -123,20 +118,11 @@ inline void linear_tiled(const Linear<bf16>& op, int threads) {
         if (size > 1) {
 #pragma omp barrier
         }
-        const TileSession session;
-        if (streamed) {
-            tiled.units(units * rank / size, units * (rank + 1) / size, 0, num_panels, true);
-        } else {
-            for (;;) {
-                const long item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-                if (item >= unit_blocks * panel_blocks) break;
-                const long u = item / panel_blocks * block_units, p = item % panel_blocks * BLOCK_PANELS;
-                const long p_end = std::min(p + BLOCK_PANELS, num_panels);
-                // Rows in the inner loop would evict the weights: two weight tiles meet all rows of the block.
-                tiled.units(u, std::min(u + block_units, units), p, p_end, false);
-            }
+        {
+            const TileSession session;
+            tiled.units(units * rank / size, units * (rank + 1) / size, num_panels);
         }
-        if (rank == size - 1 && tail < op.num_features && !op.gated) dot_features(op, tail, op.num_features);
+        if (rank == size - 1) dot_features(op, tail, op.num_units());
     });
 }
 

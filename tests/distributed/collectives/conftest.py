@@ -37,6 +37,7 @@ class Ranks:
         self.folder = folder
         self._pids: dict[int, int] = {}
         self._num_started = 0
+        self._start_one: Callable[[int], int] = lambda rank: -1
 
     def start(
         self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0, ranks: range | None = None
@@ -45,28 +46,36 @@ class Ranks:
         self._num_started += 1
         self.meeting = self.folder / f"meeting-{self._num_started}"
         self.meeting.mkdir(mode=0o700)
-        pids = []
-        for rank in ranks or range(size):
+
+        def start_one(rank: int) -> int:
             pid = os.fork()
             if pid == 0:
                 self._run(rank, size, body, backend, timeout_s)
             self._pids[pid] = rank
-            pids.append(pid)
-        return pids
+            return pid
+
+        self._start_one = start_one
+        return [start_one(rank) for rank in ranks or range(size)]
+
+    def start_late(self, rank: int) -> int:
+        """Fork one more rank of the group that `start` began."""
+        return self._start_one(rank)
 
     def wait(self, deadline_s: float = 60.0) -> list[Outcome]:
-        """Every rank's outcome, in rank order; fails the test if a rank is still there at the deadline."""
+        """The outcomes of all ranks that are left, in rank order."""
+        return [self.wait_for(rank, deadline_s) for rank in sorted(self._pids.values())]
+
+    def wait_for(self, rank: int, deadline_s: float = 60.0) -> Outcome:
+        """One rank's outcome; fails the test if it is still there at the deadline."""
+        (pid,) = (pid for pid, other in self._pids.items() if other == rank)
         end = time.monotonic() + deadline_s
-        outcomes: dict[int, Outcome] = {}
-        while self._pids and time.monotonic() < end:
-            for pid, rank in list(self._pids.items()):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    del self._pids[pid]
-                    outcomes[rank] = self._outcome(rank, status)
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del self._pids[pid]
+                return self._outcome(rank, status)
             time.sleep(0.002)
-        assert not self._pids, f"ranks {sorted(self._pids.values())} hang; ended: {outcomes}"
-        return [outcomes[rank] for rank in sorted(outcomes)]
+        raise AssertionError(f"rank {rank} hangs")
 
     def run(self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0) -> list[object]:
         """Start, wait, and give the values; a rank's error fails the test."""

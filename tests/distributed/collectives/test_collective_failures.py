@@ -37,7 +37,9 @@ WAITS: dict[str, Wait] = {
     "all_gather": lambda group, turn: group.all_gather(torch.ones(300), 0),
     "reduce_scatter": lambda group, turn: group.reduce_scatter(torch.ones(300), 0),
     "barrier": lambda group, turn: group.barrier(),
-    "broadcast": lambda group, turn: group.broadcast(b"plan" if turn % group.size == group.rank else None, turn % group.size),
+    "broadcast": lambda group, turn: group.broadcast(
+        b"plan" if turn % group.size == group.rank else None, turn % group.size
+    ),
     "transfer": lambda group, turn: ring(group, 300),
     "large transfer": lambda group, turn: ring(group, 400_000),
 }
@@ -99,21 +101,24 @@ def test_the_first_failure_is_everybodys(ranks: Ranks) -> None:
     ranks.start(3, body, timeout_s=20.0)
     for outcome in (ranks.wait_for(0), ranks.wait_for(2)):
         assert outcome.error == "DeadlineExceeded", outcome
-        assert "rank 2 waited for rank 1 in broadcast longer than 0.3 s" in outcome.message
+        assert "rank 2 waited for rank 1 in broadcast longer than timeout_s = 0.3 s" in outcome.message
         assert outcome.seconds < 5.0
+
+
+def make_many(group: CollectiveGroup, wait: Wait) -> None:
+    for _ in range(1000):
+        wait(group, 2)
 
 
 @pytest.mark.parametrize("what", WAITS)
 def test_abort_ends_waits_everywhere_and_for_good(ranks: Ranks, what: str) -> None:
     def body(group: CollectiveGroup) -> object:
         if group.rank == 2:
-            # The others are, or will be, in a call that this rank never makes.
+            # The others are, or will be, in calls that this rank never makes.
             threading.Timer(0.1, group.abort, args=("the worker drains",)).start()
-            turn = 2
-        else:
-            turn = 2
+        wait = WAITS[what] if group.rank != 2 else lambda group, turn: group.broadcast(None, 0)
         with pytest.raises(PeerLost, match="the worker drains"):
-            WAITS[what](group, turn) if group.rank != 2 else group.broadcast(None, 0)
+            make_many(group, wait)
         with pytest.raises(PeerLost, match="the worker drains"):
             group.all_reduce(torch.ones(3))
         with pytest.raises(PeerLost, match="the worker drains"):
@@ -153,7 +158,7 @@ def test_a_rank_that_left_is_no_dead_rank(ranks: Ranks) -> None:
         for _ in range(20):
             group.post([torch.ones(500_000)], peer, [received], peer).wait()
         # Long enough for both to look around more than once.
-        with pytest.raises(PeerLost, match="rank 1 .* left the group"):
+        with pytest.raises(PeerLost, match=r"rank 1 .* left the group"):
             group.barrier()
         return None
 
@@ -215,6 +220,7 @@ def test_descriptors_and_mappings_return_to_where_they_began(ranks: Ranks, tmp_p
             if turn % 3:
                 handle.wait()
             if turn % 4 == 3:
+                group.barrier()
                 sub.abort("broken on purpose")
             sub.close()
             sub.close()

@@ -68,6 +68,7 @@ struct Group {
   Layout layout{1, 0};
   int64_t spin_ns = 0;
   int64_t timeout_ns = 0;
+  const char* other_limit = "timeout_s";  // name of a limit that is not `collective_timeout_s`
   int pidfds[kMaxRanks];
   uint32_t step = 0;    // collectives done
   uint32_t notice = 0;  // broadcasts done
@@ -176,8 +177,9 @@ int wait_until(const Group& g, Word& word, int peer, const char* what, int64_t t
     if (const uint32_t failed = g.header().failed.load()) return static_cast<int>(failed);
     if (code) return fail_lost(g, lost, what);
     if (now_ns() - start >= timeout_ns) {
-      return fail(g, kDeadline, "rank %d waited for rank %d in %s longer than collective_timeout_s = %g s", g.rank, peer,
-                  what, timeout_ns * 1e-9);
+      const char* limit = timeout_ns == g.timeout_ns ? "collective_timeout_s" : g.other_limit;
+      return fail(g, kDeadline, "rank %d waited for rank %d in %s longer than %s = %g s", g.rank, peer, what, limit,
+                  timeout_ns * 1e-9);
     }
   }
 }

@@ -65,7 +65,9 @@ Group* anabranch_attach(int fd, int rank, int size, uint64_t arena_bytes, const 
 // Wait until rank `r` has attached too; gives its process id, or minus a Code.
 int anabranch_await_rank(Group* g, int r, double timeout_s) {
   const int64_t timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+  g->other_limit = "start_timeout_s";
   if (const int code = wait_word(*g, g->state(r).attached, 1, r, "attaching", timeout_ns)) return -code;
+  g->other_limit = "timeout_s";
   return g->state(r).pid.load();
 }
 
