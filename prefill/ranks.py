@@ -1,12 +1,10 @@
-"""All ranks of a prefill worker as one: commands go to each, and a stream's news counts once all have said it."""
+"""A prefill worker's ranks: a stream's news counts once all of them have said it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.build import Engine, build_engine
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.errors import WorkerDied
 from anabranch.protocol.kv import KvStreamStats
 from prefill.commands import (
@@ -20,53 +18,40 @@ from prefill.commands import (
 )
 from prefill.rank import PrefillRank
 from runtime.quorum import Quorum
-from runtime.rank_group import RankGroup
+from runtime.ranks import Ranks
 
 
-class PrefillRanks:
-    """The driving rank in this process, and the others behind their group.
+class PrefillRanks(Ranks[PrefillCommand, PrefillEvent]):
+    """See `Ranks`.
 
     Args:
-        emit: takes `(rank, event)`, from any thread; hand them to `gather` on the engine's thread.
+        heard: takes `(rank, event)`, from any thread; hand them to `gather` on the engine's thread.
         on_failure: hears that the ranks cannot go on.
     """
 
     def __init__(
         self,
         config: WorkerConfig,
-        emit: Callable[[int, PrefillEvent], None],
+        heard: Callable[[int, PrefillEvent], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:
-        self._config = config
-        self._emit = emit
-        self._group = RankGroup[PrefillCommand, PrefillEvent](
-            config, "prefill.rank", tuple[int, PrefillEvent], emit, on_failure
+        super().__init__(
+            config,
+            module="prefill.rank",
+            event_type=tuple[int, PrefillEvent],
+            make_rank=PrefillRank,
+            make_step=lambda plan: Step(plan=plan),
+            heard=heard,
+            on_failure=on_failure,
         )
-        self._opened = Quorum[StreamOpened](self._group.size)
-        self._acknowledged = Quorum[StreamAcknowledged](self._group.size)
-        self._local: PrefillRank | None = None
-
-    def start(self) -> Engine:
-        """Start, join and load all ranks; warm them up. Blocking."""
-        engine = build_engine(self._config, self._group.start())
-        self._local = PrefillRank(self._config, engine, lambda event: self._emit(0, event))
-        self._group.wait_ready()
-        return engine
-
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute a step on all ranks."""
-        assert self._local is not None
-        self._group.send(Step(plan=plan))
-        return self._local.step(plan)
+        self._opened = Quorum[StreamOpened](self.size)
+        self._acknowledged = Quorum[StreamAcknowledged](self.size)
 
     def send(self, command: PrefillCommand) -> None:
-        """Give all ranks a command."""
-        assert self._local is not None
         if isinstance(command, EndStream):
             self._opened.forget(command.key)
             self._acknowledged.forget(command.key)
-        self._group.send(command)
-        self._local.handle(command)
+        super().send(command)
 
     def gather(self, rank: int, event: PrefillEvent) -> PrefillEvent | None:
         """The news of the whole stream that a rank's news completes; a failure of one is a failure of all."""
@@ -80,11 +65,6 @@ class PrefillRanks:
                 return StreamAcknowledged(key=key, stats=joined_stats([report.stats for report in reports]))
             case StreamFailed():
                 return event
-
-    def close(self) -> None:
-        self._group.close()
-        if self._local is not None:
-            self._local.close()
 
 
 def joined_stats(parts: list[KvStreamStats]) -> KvStreamStats:

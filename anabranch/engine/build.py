@@ -1,4 +1,4 @@
-"""From a worker's configuration to an engine: resolve, load, allocate, warm up."""
+"""From a worker's configuration to an engine: resolve, load, allocate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from anabranch.parallel.tree_reduce import Reduction, TreeReduction
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_TOKENS = 64
 # Order of magnitude of a CPU core and of shared memory: what the ring's cost rule starts from.
 CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5)
 

@@ -37,7 +37,7 @@ def pin_process(cores: tuple[int, ...], threads: int) -> int:
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 faster than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     with open("/proc/cpuinfo") as info:
         flags = next((line for line in info if line.startswith("flags")), "")
     return "avx512_bf16" in flags or "amx_bf16" in flags

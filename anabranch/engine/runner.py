@@ -14,7 +14,7 @@ import torch
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.engine.attention import LayerSink, PagedAttention
 from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SampledToken, SequencePlan, StepPlan, StepResult
+from anabranch.engine.plan import SampledToken, StepPlan, StepResult
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
@@ -110,15 +110,6 @@ class Runner:
             return self._forward(plan, sink)
         parts = [self._forward(StepPlan(step=plan.step, sequences=part), sink) for part in (prompts, decodes)]
         return StepResult(step=plan.step, tokens=tuple(token for part in parts for token in part.tokens))
-
-    def warm_up(self, num_tokens: int) -> None:
-        """Run a prompt's chunk and a decode step on block 0, so that the first request does not pay for it."""
-        block_size = self.kv.block_size * self.context.mesh.cp
-        num_tokens = max(1, min(num_tokens, self.kv.num_blocks * block_size - 1))
-        table = tuple(range(-(-(num_tokens + 1) // block_size)))
-        for start, count in ((0, num_tokens), (num_tokens, 1)):
-            sequence = SequencePlan(request_id="warm-up", epoch=0, token_ids=(0,) * count, start=start, block_ids=table)
-            self.execute(StepPlan(step=0, sequences=(sequence,)))
 
     def _forward(self, plan: StepPlan, sink: LayerSink | None) -> StepResult:
         batch, attention = self._lay_out(plan, sink)
