@@ -56,8 +56,10 @@ class PoolSink:
         blocks_N = torch.randperm(kv.num_blocks)[: -(-num_tokens // kv.block_size)]
         self._slots_T = (blocks_N[:, None] * kv.block_size + torch.arange(kv.block_size)).flatten()
 
-    def place(self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        slots_T = self._slots_T[token_start : token_start + k_TKD.shape[0]]
+    def place(
+        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> None:
+        slots_T = self._slots_T[tokens_T]
         k_SKD, v_SKD = self._kv.layer(layer).slots()
         k_SKD.index_copy_(0, slots_T, k_TKD)
         v_SKD.index_copy_(0, slots_T, v_TKD)

@@ -47,12 +47,14 @@ class KvImport:
         blocks = torch.tensor(stream.block_ids, dtype=torch.int64)
         self._slots_T = blocks[token_T // span] * kv.block_size + token_T % kv.block_size
 
-    def place(self, layer: int, head_start: int, token_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+    def place(
+        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> None:
         """Copy rows into the pool. See `KvSink.place`."""
         pool = self.kv.layer(layer)
         first = head_start - self._head_start
         heads = slice(first, first + k_TKD.shape[1])
-        slots_T = self._slots_T[token_start : token_start + k_TKD.shape[0]]
+        slots_T = self._slots_T[tokens_T]
         device = self.kv.data.device
         self.kernels.store_kv(
             k_TKD.to(device),

@@ -36,7 +36,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What one stream sends in the running step.
+    """What one stream sends in the running pass.
 
     Attributes:
         chunk: tokens that all ranks send.
@@ -49,7 +49,7 @@ class Rows:
 
 
 class KvExporter:
-    """The open streams of a prefill rank, by attempt; a `LayerSink` for the step that is running.
+    """The open streams of a prefill rank, by attempt; a `LayerSink` for the pass that is running.
 
     Args:
         head_start: the rank's first KV head in the whole model.
@@ -71,8 +71,8 @@ class KvExporter:
         """Send no more of an attempt; one that is not known is left alone."""
         self._exports.pop(key, None)
 
-    def begin_step(self, plan: StepPlan) -> None:
-        """Work out which slots each stream sends in this step: what is new, and at first what was cached."""
+    def begin_pass(self, plan: StepPlan) -> None:
+        """Work out which slots each stream sends in this pass: what is new, and at first what was cached."""
         self._rows = []
         device = self.kv.data.device
         for sequence in plan.sequences:
@@ -98,7 +98,9 @@ class KvExporter:
 
     def take_failed(self) -> list[tuple[Key, AnabranchError]]:
         """Streams that have failed, with their errors; they are forgotten here."""
-        failed = [(key, export.error) for key, export in self._exports.items() if export.error is not None]
+        # A copy: connectors' threads add streams meanwhile.
+        exports = list(self._exports.items())
+        failed = [(key, export.error) for key, export in exports if export.error is not None]
         for key, _ in failed:
-            del self._exports[key]
+            self.remove(key)
         return failed

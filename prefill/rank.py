@@ -14,7 +14,7 @@ import msgspec
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.plan import StepPlan, StepResult
-from anabranch.errors import AnabranchError, RequestCancelled
+from anabranch.errors import RequestCancelled
 from anabranch.parallel.context import RankContext
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.requests import WireError
@@ -81,7 +81,6 @@ class PrefillRank:
 
     def step(self, plan: StepPlan) -> StepResult:
         """Compute a step; the KV of each layer is sent while the next one computes."""
-        self._exporter.begin_step(plan)
         result = self.engine.runner.execute(plan, self._exporter)
         for key, error in self._exporter.take_failed():
             self._emit(StreamFailed(key=key, error=WireError.of(error)))
@@ -110,7 +109,7 @@ class PrefillRank:
         destination = command.destination
         try:
             sender = self._source.open(destination, source_layout=self.engine.layout, source_rank=self._rank)
-        except AnabranchError as error:
+        except Exception as error:  # whatever it is: nobody else would tell the request
             self._emit(StreamFailed(key=command.key, error=WireError.of(error)))
             return
         with self._lock:

@@ -8,11 +8,19 @@ import torch
 
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.engine.batch import ForwardBatch
+from anabranch.engine.plan import StepPlan
 from anabranch.kernels.base import Kernels
 
 
 class LayerSink(Protocol):
-    """Hears of every layer whose KV is in the pool; prefill streams it from there."""
+    """Hears of every layer whose KV is in the pool; prefill streams it from there.
+
+    A step may take several passes over the model, each for some of the plan's sequences.
+    """
+
+    def begin_pass(self, plan: StepPlan) -> None:
+        """What follows is about these sequences."""
+        ...
 
     def layer_stored(self, layer: int) -> None: ...
 

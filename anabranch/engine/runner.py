@@ -112,6 +112,8 @@ class Runner:
         return StepResult(step=plan.step, tokens=tuple(token for part in parts for token in part.tokens))
 
     def _forward(self, plan: StepPlan, sink: LayerSink | None) -> StepResult:
+        if sink is not None:
+            sink.begin_pass(plan)
         batch, attention = self._lay_out(plan, sink)
         logits_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
         sampling = [(sequence, sequence.sample) for sequence in plan.sequences if sequence.sample is not None]

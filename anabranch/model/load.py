@@ -25,12 +25,14 @@ def load_model(
     device: torch.device,
     kernels: Kernels,
     group: Group,
+    config: ModelConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, Transformer]:
     """Resolve, check and load this rank's part of a model.
 
     Args:
         model: a known name, a path, or what `resolve_model` made of it.
+        config: the model's, where it is known already; reading it again would cost transformers' import.
         progress: told of the parts loaded, see `anabranch.model.progress`.
 
     Returns:
@@ -41,7 +43,7 @@ def load_model(
         ConfigError: the group does not fit the model.
     """
     source = resolve_model(model) if isinstance(model, str) else model
-    config, weights = source.open()
+    config, weights = source.open() if config is None else (config, source.weights())
     with weights:
         config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
         transformer = Transformer(

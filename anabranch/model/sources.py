@@ -50,6 +50,13 @@ class ModelSource:
             file.close()
             raise
 
+    def weights(self) -> SafetensorsFolder | GgufFile:
+        """The model's tensors alone; the caller closes them. Raises CheckpointError."""
+        from anabranch.model.gguf_weights import GgufFile
+        from anabranch.model.weights import SafetensorsFolder
+
+        return SafetensorsFolder(self.path) if self.kind == "folder" else GgufFile(self.path)
+
     def config(self) -> ModelConfig:
         """The model's configuration alone, without its weights' digest.
 

@@ -1,17 +1,35 @@
 """Attention of some queries over one block of dense K and V, with its LSE: the inner step of a ring.
 
+Kernels that have a way of their own for it say so by `BlockKernels`.
+
 Shape suffixes: T queries, C keys, H query heads, K KV heads, G query heads per KV head, D head dim.
 """
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
+
+from anabranch.kernels.base import Kernels
 
 # Rows of queries whose scores exist at once in the plain path.
 MAX_SCORE_ROWS = 512
 
 
+@runtime_checkable
+class BlockKernels(Protocol):
+    """What kernels may have besides `Kernels`."""
+
+    def block_attention(
+        self, q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of every query over every key; `(out [T, H, D] in q's dtype, lse [T, H] float32)`."""
+        ...
+
+
 def attend_block(
+    kernels: Kernels,
     q_THD: torch.Tensor,
     k_CKD: torch.Tensor,
     v_CKD: torch.Tensor,
@@ -26,14 +44,17 @@ def attend_block(
     Returns:
         `(out [T, H, D] in q's dtype, lse [T, H] float32, natural log)`; a query that sees no key has zeros and -inf.
     """
+    if hidden_TC is None and isinstance(kernels, BlockKernels):
+        return kernels.block_attention(q_THD, k_CKD, v_CKD, scale)
     if hidden_TC is None and q_THD.device.type == "cpu":
-        return _flash_cpu(q_THD, k_CKD, v_CKD, scale)
+        return flash_block(q_THD, k_CKD, v_CKD, scale)
     return plain_block(q_THD, k_CKD, v_CKD, scale, hidden_TC)
 
 
-def _flash_cpu(
+def flash_block(
     q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_block` without a mask by PyTorch's flash attention for the CPU."""
     num_kv_heads = k_CKD.shape[1]
     group = q_THD.shape[1] // num_kv_heads
     # KV heads stand as the batch, and the group as heads that share K and V by a stride of zero: no copies.

@@ -101,23 +101,3 @@ def check_world(mesh: Mesh, world_size: int) -> None:
 def check_model(mesh: Mesh, *, num_heads: int, intermediate_size: int) -> None:
     """Raise ConfigError where a rank would hold no query head or no FFN feature; uneven shares are fine."""
     check_tp(mesh.tp, num_heads, intermediate_size)
-
-
-def check_memory(mesh: Mesh, *, rank_bytes: int, available_bytes: int, shared: bool) -> None:
-    """Raise ConfigError where the ranks' weights, KV and buffers do not fit.
-
-    Args:
-        rank_bytes: what one rank needs.
-        available_bytes: free memory of one device.
-        shared: all ranks live on that one device (CPU ranks of a host).
-    """
-    num_ranks = mesh.world_size if shared else 1
-    needed_bytes = num_ranks * rank_bytes
-    if needed_bytes > available_bytes:
-        where = f"{num_ranks} ranks of one machine" if shared else "each rank"
-        raise ConfigError(
-            "tp x cp",
-            f"{mesh.tp} x {mesh.cp}",
-            f"{where} would need {needed_bytes:,} bytes, but {available_bytes:,} are free; "
-            "lower kv_cache or max_context, or raise the degrees",
-        )

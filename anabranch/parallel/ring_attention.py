@@ -130,7 +130,7 @@ class RingAttention:
                 total = self._attend_own(q_THD, shard, scale, window)
             else:
                 segments = self.geometry.segments(rank, source, window)
-                attend_segments(segments, q_THD, shard[0], shard[1], scale, total)
+                attend_segments(self.kernels, segments, q_THD, shard[0], shard[1], scale, total)
             rows, slots = self.geometry.owned(source, rank)
             if rows.numel():
                 fresh = self.geometry.shard(source, window).fresh_rows_T[rows]
@@ -168,7 +168,9 @@ class RingAttention:
                 total = self._attend_own(q_THD, shard, scale, window)
             else:
                 part = Accumulator.like(queries)
-                attend_segments(self.geometry.segments(home, rank, window), queries, shard[0], shard[1], scale, part)
+                attend_segments(
+                    self.kernels, self.geometry.segments(home, rank, window), queries, shard[0], shard[1], scale, part
+                )
                 homeward.append(self._send_home(step, home, part, q_THD, k_TKD, v_TKD))
             if travel is not None:
                 travel.wait()
@@ -192,7 +194,9 @@ class RingAttention:
         rank = self.exchange.rank
         if window is not None or not q_THD.shape[0]:
             total = Accumulator.like(q_THD)
-            attend_segments(self.geometry.segments(rank, rank, window), q_THD, shard[0], shard[1], scale, total)
+            attend_segments(
+                self.kernels, self.geometry.segments(rank, rank, window), q_THD, shard[0], shard[1], scale, total
+            )
             return total
         blocks = LayerKv(shard[0].unsqueeze(1), shard[1].unsqueeze(1))
         out_THD, lse_TH = self.kernels.paged_attention(q_THD, blocks, self.geometry.own_batch(rank), scale, None)

@@ -16,7 +16,7 @@ from anabranch.kernels.base import Kernels
 from anabranch.parallel.accumulate import Accumulator
 from anabranch.parallel.cp_batch import TreeBatch
 from anabranch.parallel.exchange import Exchange, Handle
-from anabranch.parallel.partial import combine, pack, packed_shape, unpack
+from anabranch.parallel.partial import make_parts
 from anabranch.parallel.segments import attend_segments, by_position
 
 
@@ -54,7 +54,7 @@ class RingDecode:
             ]
         )
         shard = [pool[slots] for pool in kv.slots()]
-        parts = q_THD.new_empty((size, *packed_shape(q_THD)), dtype=torch.float32)
+        all_ranks = make_parts(size, q_THD)
         for step in range(size):
             source = (rank - step) % size
             travel: Handle | None = None
@@ -62,17 +62,17 @@ class RingDecode:
             if step < size - 1:
                 shape = (self._num_rows((source - 1) % size), *k_TKD.shape[1:])
                 incoming = [self.exchange.buffer_like(part.new_empty(shape)) for part in shard]
-                send, receive = ([part for part in parts_ if part.numel()] for parts_ in (shard, incoming))
+                send, receive = ([part for part in parts if part.numel()] for parts in (shard, incoming))
                 travel = self.exchange.post(send, (rank + 1) % size, receive, (rank - 1) % size)
             part = self._attend_shard(source, q_THD, shard, scale, window)
-            pack(part.out_THD, part.lse_TH, parts[source])
+            all_ranks.parts[source].pack(part.out_THD, part.lse_TH)
             if travel is not None:
                 travel.wait()
             shard = incoming
         # In rank order on every rank, so that all get the same bits.
-        total = torch.empty_like(parts[0])
-        combine(parts, total)
-        out_THD, lse_TH = unpack(total)
+        [total] = make_parts(1, q_THD).parts
+        all_ranks.combine(total)
+        out_THD, lse_TH = total.unpack()
         return out_THD.to(q_THD.dtype), lse_TH
 
     def _num_rows(self, rank: int) -> int:
@@ -87,6 +87,6 @@ class RingDecode:
             positions = self.batch.placement.local_positions(range(sequence.context_len), source, q_THD.device)
             queries = range(sequence.start, sequence.context_len)
             segments = by_position(queries, self.batch.query_starts[index], positions, first, window)
-            attend_segments(tuple(segments), q_THD, shard[0], shard[1], scale, part)
+            attend_segments(self.kernels, tuple(segments), q_THD, shard[0], shard[1], scale, part)
             first += positions.numel()
         return part

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from anabranch.kernels.base import Kernels
 from anabranch.parallel.accumulate import Accumulator
 from anabranch.parallel.block_attention import attend_block
 
@@ -84,6 +85,7 @@ def by_position(
 
 
 def attend_segments(
+    kernels: Kernels,
     segments: tuple[Segment, ...],
     q_THD: torch.Tensor,
     k_CKD: torch.Tensor,
@@ -94,6 +96,7 @@ def attend_segments(
     """Compute the segments and add them to `total`, whose rows are q's."""
     for segment in segments:
         out, lse = attend_block(
+            kernels,
             q_THD[segment.q],
             k_CKD[segment.kv],
             v_CKD[segment.kv],

@@ -212,6 +212,12 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
+def thread_groups(size: int, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> list[ThreadGroup]:
+    """One group of `size` ranks, as each of them sees it."""
+    hub = _Hub(size, collective_timeout_s)
+    return [ThreadGroup(hub, rank) for rank in range(size)]
+
+
 def run_ranks(
     size: int,
     run: Callable[[ThreadGroup], T],

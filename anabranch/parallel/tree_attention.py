@@ -115,7 +115,9 @@ class TreeAttention:
         k_slots, v_slots = kv.slots()
         for chunk in plan.chunks:
             k_CKD, v_CKD = k_slots[chunk.slots], v_slots[chunk.slots]
-            attend_segments(chunk.segments, q_THD[chunk.rows], k_CKD, v_CKD, scale, total.view(chunk.rows))
+            attend_segments(
+                self.kernels, chunk.segments, q_THD[chunk.rows], k_CKD, v_CKD, scale, total.view(chunk.rows)
+            )
         return total.out_THD, total.lse_TH
 
     def _make_plan(self, window: int | None, device: torch.device) -> _LocalPlan:

@@ -14,13 +14,15 @@ The tree takes two rounds more where P is no power of two. A reduction object be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 
 from anabranch.parallel.exchange import Exchange
 from anabranch.parallel.group import Group
-from anabranch.parallel.partial import LOWEST, combine, pack, packed_shape, unpack
+from anabranch.parallel.partial import LOWEST, Packed, Parts, make_parts, packed_shape
 from anabranch.parallel.tree_schedule import tree_moves
 
 
@@ -29,7 +31,7 @@ class Reduction(Protocol):
         """Merge the ranks' partial results of the same queries over disjoint keys.
 
         Args:
-            out_THD: any floating dtype; finite also where `lse` is -inf.
+            out_THD: any floating dtype; zero where `lse` is -inf.
             lse_TH: float32; -inf where this rank's shard holds no key that the query sees.
 
         Returns:
@@ -39,19 +41,28 @@ class Reduction(Protocol):
 
 
 class _Buffers:
-    """Receive buffers `[P, T, H, 2 + D]` in the exchange's fastest memory, kept while the shape stays."""
+    """Parts in the exchange's fastest memory, kept while the shape of the queries stays."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, num_parts: Sequence[int]) -> None:
         self._exchange = exchange
-        self._kept: dict[int, torch.Tensor] = {}
+        self._num_parts = num_parts
+        self._shape: tuple[torch.device, torch.Size] | None = None
+        self._kept: list[Parts] = []
 
-    def get(self, key: int, num_parts: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        wanted = (num_parts, *shape)
-        buffer = self._kept.get(key)
-        if buffer is None or buffer.shape != wanted:
-            like = torch.empty(wanted, dtype=torch.float32, device=device)
-            buffer = self._kept[key] = self._exchange.buffer_like(like)
-        return buffer
+    def like(self, out_THD: torch.Tensor) -> list[Parts]:
+        """For each of the numbers of parts asked for, room for as many."""
+        shape = (out_THD.device, out_THD.shape)
+        if shape != self._shape:
+            self._kept = [
+                Parts(
+                    self._exchange.buffer_like(
+                        torch.empty((count, *packed_shape(out_THD)), dtype=torch.float32, device=out_THD.device)
+                    )
+                )
+                for count in self._num_parts
+            ]
+            self._shape = shape
+        return self._kept
 
 
 class TreeReduction:
@@ -66,28 +77,26 @@ class TreeReduction:
     def __init__(self, exchange: Exchange, ranks_per_host: int | None = None) -> None:
         self._exchange = exchange
         self._moves = tree_moves(exchange.size, exchange.rank, ranks_per_host)
-        self._buffers = _Buffers(exchange)
+        # The lower rank's part comes first; where this rank's sum lies depends on whom it meets next.
+        self._places = [int(move.peer < exchange.rank) for move in self._moves] + [0]
+        self._buffers = _Buffers(exchange, [2] * len(self._places))
 
     def reduce(self, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Reduction.reduce`."""
-        rank, shape = self._exchange.rank, packed_shape(out_THD)
-        pairs = [self._buffers.get(i, 2, shape, out_THD.device) for i in range(len(self._moves) + 1)]
-        # The lower rank's part comes first; where this rank's sum lies depends on whom it meets next.
-        places = [int(move.peer < rank) for move in self._moves] + [0]
-        total = pairs[0][places[0]]
-        pack(out_THD, lse_TH, total)
+        pairs, places = self._buffers.like(out_THD), self._places
+        total = pairs[0].parts[places[0]]
+        total.pack(out_THD, lse_TH)
         for i, move in enumerate(self._moves):
-            theirs = pairs[i][1 - places[i]]
-            send = [total] if move.kind in ("swap", "give") else []
-            receive = [] if move.kind == "give" else [theirs]
+            theirs, following = pairs[i].parts[1 - places[i]], pairs[i + 1].parts[places[i + 1]]
+            send = [total.whole] if move.kind in ("swap", "give") else []
+            receive = [] if move.kind == "give" else [theirs.whole]
             self._exchange.post(send, move.peer, receive, move.peer).wait()
-            following = pairs[i + 1][places[i + 1]]
             if move.kind in ("swap", "add"):
-                combine(pairs[i], following)
+                pairs[i].combine(following)
             else:
-                following.copy_(theirs if move.kind == "take" else total)
+                following.whole.copy_(theirs.whole if move.kind == "take" else total.whole)
             total = following
-        return unpack(total)
+        return total.unpack()
 
 
 class ScatterReduction:
@@ -98,34 +107,21 @@ class ScatterReduction:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._buffers = _Buffers(exchange)
 
     def reduce(self, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Reduction.reduce`."""
-        exchange, rank, size = self._exchange, self._exchange.rank, self._exchange.size
-        packed = self._buffers.get(0, 1, packed_shape(out_THD), out_THD.device)[0]
-        pack(out_THD, lse_TH, packed)
-        rows = packed.flatten(0, 1)
+        rank, size = self._exchange.rank, self._exchange.size
+        [packed] = make_parts(1, out_THD).parts
+        packed.pack(out_THD, lse_TH)
+        rows = packed.whole.flatten(0, 1).unsqueeze(1)
         cuts = [rows.shape[0] * i // size for i in range(size + 1)]
-        mine = slice(cuts[rank], cuts[rank + 1])
-        shape = (cuts[rank + 1] - cuts[rank], 1, rows.shape[1])
-        parts = self._buffers.get(1, size, shape, rows.device)
-        parts[rank] = rows[mine].unsqueeze(1)
-        others = [(rank + step) % size for step in range(1, size)]
-        handles = [
-            exchange.post(_some(rows[cuts[to] : cuts[to + 1]]), to, _some(parts[source]), source)
-            for to, source in zip(others, reversed(others), strict=True)
-        ]
-        for handle in handles:
-            handle.wait()
-        combine(parts, rows[mine].unsqueeze(1))
-        handles = [
-            exchange.post(_some(rows[mine]), to, _some(rows[cuts[source] : cuts[source + 1]]), source)
-            for to, source in zip(others, reversed(others), strict=True)
-        ]
-        for handle in handles:
-            handle.wait()
-        return unpack(packed)
+        shares = [rows[start:stop] for start, stop in pairwise(cuts)]
+        mine = self._exchange.buffer_like(torch.empty((size, *shares[rank].shape), device=rows.device))
+        mine[rank] = shares[rank]
+        _swap_with_all(self._exchange, shares, list(mine))
+        Parts(mine).combine(Packed(shares[rank]))
+        _swap_with_all(self._exchange, [shares[rank]] * size, shares)
+        return packed.unpack()
 
 
 class RingReduction:
@@ -133,17 +129,19 @@ class RingReduction:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._buffers = _Buffers(exchange)
+        self._buffers = _Buffers(exchange, (exchange.size, 1))
 
     def reduce(self, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Reduction.reduce`."""
         rank, size = self._exchange.rank, self._exchange.size
-        parts = self._buffers.get(0, size, packed_shape(out_THD), out_THD.device)
-        pack(out_THD, lse_TH, parts[rank])
+        all_ranks, total = self._buffers.like(out_THD)
+        parts = all_ranks.parts
+        parts[rank].pack(out_THD, lse_TH)
         for step in range(size - 1):
-            travelling, incoming = (rank - step) % size, (rank - step - 1) % size
-            self._exchange.post([parts[travelling]], (rank + 1) % size, [parts[incoming]], (rank - 1) % size).wait()
-        return _sum(parts)
+            travelling, incoming = parts[(rank - step) % size].whole, parts[(rank - step - 1) % size].whole
+            self._exchange.post([travelling], (rank + 1) % size, [incoming], (rank - 1) % size).wait()
+        all_ranks.combine(total.parts[0])
+        return total.parts[0].unpack()
 
 
 class GatherReduction:
@@ -151,21 +149,17 @@ class GatherReduction:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._buffers = _Buffers(exchange)
+        self._buffers = _Buffers(exchange, (exchange.size, 1))
 
     def reduce(self, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Reduction.reduce`."""
         rank, size = self._exchange.rank, self._exchange.size
-        parts = self._buffers.get(0, size, packed_shape(out_THD), out_THD.device)
-        pack(out_THD, lse_TH, parts[rank])
-        others = [(rank + step) % size for step in range(1, size)]
-        handles = [
-            self._exchange.post([parts[rank]], to, [parts[source]], source)
-            for to, source in zip(others, reversed(others), strict=True)
-        ]
-        for handle in handles:
-            handle.wait()
-        return _sum(parts)
+        all_ranks, total = self._buffers.like(out_THD)
+        parts = all_ranks.parts
+        parts[rank].pack(out_THD, lse_TH)
+        _swap_with_all(self._exchange, [parts[rank].whole] * size, [part.whole for part in parts])
+        all_ranks.combine(total.parts[0])
+        return total.parts[0].unpack()
 
 
 class GroupReduction:
@@ -186,12 +180,13 @@ class GroupReduction:
         return sums[..., 1:] / sum_TH.clamp(min=1.0).unsqueeze(-1), max_TH + sum_TH.log()
 
 
-def _sum(parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.empty_like(parts[0])
-    combine(parts, total)
-    return unpack(total)
-
-
-def _some(rows: torch.Tensor) -> list[torch.Tensor]:
-    """What to post of `rows`: nothing, where both ends know that there is nothing."""
-    return [rows] if rows.numel() else []
+def _swap_with_all(exchange: Exchange, send: Sequence[torch.Tensor], receive: Sequence[torch.Tensor]) -> None:
+    """Send `send[r]` to every other rank r and receive `receive[r]` from it, all at once; empty ones stay."""
+    rank, size = exchange.rank, exchange.size
+    handles = []
+    for step in range(1, size):
+        to, source = (rank + step) % size, (rank - step) % size
+        outgoing, incoming = ([x] if x.numel() else [] for x in (send[to], receive[source]))
+        handles.append(exchange.post(outgoing, to, incoming, source))
+    for handle in handles:
+        handle.wait()

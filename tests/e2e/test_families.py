@@ -6,7 +6,6 @@ pools so small that requests give way to each other.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.model.sources import resolve_model
 from anabranch_client import Client, Completion, Sampling
-from launch.reference import Reference, ReferenceAnswer
-from tests.support.families import RECIPES, VOCAB, save
+from tests.support.families import RECIPES
 from tests.support.in_process import InProcessCluster
+from tests.support.known import Known, Prompt
 from transport.planes import usable_planes
 
 pytestmark = pytest.mark.e2e
@@ -50,32 +48,6 @@ TOPOLOGIES: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
 LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 90, 130, 257, 400)
 CONTEXT = 448
 NUM_TOKENS = 24
-# Closer than this, the best two tokens might change places on another machine.
-MIN_MARGIN = 2e-3
-MAX_DRAWS = 40
-
-Prompt = tuple[int, ...]
-
-
-class Known:
-    """A model folder, and prompts whose greedy answers in transformers are clear."""
-
-    def __init__(self, recipe: str, folder: Path, context: int) -> None:
-        self.folder = save(recipe, folder, max_position_embeddings=context)
-        self.reference = Reference(resolve_model(str(self.folder)))
-        self._rng = random.Random(recipe)
-
-    def answer(self, prompt: Prompt, num_tokens: int) -> ReferenceAnswer:
-        return self.reference.generate(prompt, num_tokens, ignore_eos=True)
-
-    def clear(self, length: int, num_tokens: int, begin: Prompt = ()) -> tuple[Prompt, Prompt]:
-        """A prompt of `length` tokens, the first of them `begin`, and its answer."""
-        for _ in range(MAX_DRAWS):
-            prompt = begin + tuple(self._rng.randrange(VOCAB) for _ in range(length - len(begin)))
-            answer = self.answer(prompt, num_tokens)
-            if min(answer.margins) > MIN_MARGIN:
-                return prompt, answer.token_ids
-        raise AssertionError(f"no prompt of {length} tokens has a clear answer")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,11 +152,8 @@ def test_requests_that_give_way_go_on_where_they_were(
     model = known(recipe)
     expected = dict(model.clear(length, 60) for length in (5, 9, 12, 20, 26, 31, 40, 44))
     roles, options = TOPOLOGIES[topology]
-    config = model.reference.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    block_bytes = 2 * 4 * 8 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     # 16 blocks of 8 tokens hold one of the longer requests whole, and little beside it.
-    small: dict[str, object] = {"kv_cache_bytes": 16 * block_bytes, "block_size": 8, "max_context": 112}
+    small: dict[str, object] = {"kv_cache_bytes": 16 * model.block_bytes(8), "block_size": 8, "max_context": 112}
     with (
         InProcessCluster(
             tmp_path, model.folder, roles, by_role={"decode": small, "colocated": small}, **options

@@ -1,37 +1,120 @@
 """A cluster inside the test's process: the real orchestrator and workers, real sockets, one event loop in a thread.
 
-Starts in a fraction of the time of a cluster of processes, and lets a test look into the workers.
+Starts in a fraction of the time of a cluster of processes, and lets a test look into the workers, hold them up
+between steps and read what they said.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.worker import WorkerConfig
-from anabranch_client import Client
+from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
+from anabranch_client import Client, Unavailable
 from decode.worker import DecodeWorker
 from orchestrator.resolved_model import CheckpointModel
 from orchestrator.service import Orchestrator
 from prefill.worker import PrefillWorker
 from runtime.worker import Worker
+from tests.support.resources import our_threads
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 IDLE_TIMEOUT_S = 20.0
 
+T = TypeVar("T")
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = IDLE_TIMEOUT_S) -> None:
-    """Poll until `condition` holds; fails with `what` where it does not in time."""
+
+def wait_until(
+    condition: Callable[[], bool],
+    what: str,
+    timeout_s: float = IDLE_TIMEOUT_S,
+    describe: Callable[[], object] = lambda: "",
+) -> None:
+    """Poll until `condition` holds; fails with `what` (and what `describe` says) where it does not in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"not in {timeout_s} s: {what}"
-        time.sleep(0.01)
+        assert time.monotonic() < deadline_s, f"not in {timeout_s} s: {what} {describe()}"
+        time.sleep(0.005)
+
+
+class Throttle:
+    """Lets a worker compute one step for each permit; the steps' plans are kept."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.plans: list[StepPlan] = []
+        self._ranks = worker.ranks  # type: ignore[attr-defined]
+        self._step: Callable[[StepPlan], StepResult] = self._ranks.step
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        self._num_begun = 0
+        self._ranks.step = self._run
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step has begun that has no permit yet."""
+        return self._num_begun > len(self.plans)
+
+    def allow(self, num_steps: int) -> None:
+        """Let so many steps go on, and wait until they are done and the next one waits."""
+        wait_until(lambda: self.waiting, "a step to begin")
+        wanted = len(self.plans) + num_steps
+        for _ in range(num_steps):
+            self._permits.release()
+        wait_until(lambda: len(self.plans) == wanted and self.waiting, f"{num_steps} steps")
+
+    def open(self) -> None:
+        """Hold nothing up any more."""
+        self._open = True
+        self._ranks.step = self._step
+        self._permits.release()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        self._num_begun += 1
+        assert self._permits.acquire(timeout=IDLE_TIMEOUT_S) or self._open
+        result = self._step(plan)
+        self.plans.append(plan)
+        return result
+
+
+class Minutes:
+    """What a worker was given and what it said of it, for counting."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.given: Counter[tuple[str, str, int]] = Counter()
+        self.ended: Counter[tuple[str, str, int]] = Counter()
+        self._handle = worker.handle
+        self._post = worker.post
+        worker.handle = self._handled  # type: ignore[method-assign]
+        worker.post = self._posted  # type: ignore[method-assign]
+
+    def check(self) -> None:
+        """Assert that everything given has ended exactly once."""
+        assert self.given == self.ended
+        assert not self.given or max(self.given.values()) == 1
+
+    def _handled(self, message: Message) -> None:
+        if isinstance(message, Reserve | Generate | Prefill):
+            kind = "prefill" if isinstance(message, Prefill) else "decode"
+            self.given[kind, message.request.request_id, message.request.epoch] += 1
+        self._handle(message)
+
+    def _posted(self, message: ToOrchestrator) -> None:
+        if isinstance(message, Ended | PrefillEnded):
+            kind = "prefill" if isinstance(message, PrefillEnded) else "decode"
+            self.ended[kind, message.request_id, message.epoch] += 1
+        self._post(message)
 
 
 class InProcessCluster:
@@ -53,25 +136,30 @@ class InProcessCluster:
         by_role: dict[str, dict[str, object]] | None = None,
         **options: object,
     ) -> None:
-        control = f"ipc://{folder}/control"
+        self._orchestrator_config = OrchestratorConfig(
+            **{
+                "model": str(model),
+                "grpc_bind": "127.0.0.1:0",
+                "control_bind": f"ipc://{folder}/control",
+                **(orchestrator or {}),
+            }
+        )
         defaults: dict[str, object] = {
+            "model": str(model),
             "dtype": "float32",
             "threads": 1,
             "kv_cache_bytes": 16 << 20,
             "block_size": 16,
             "native_kernels": False,
         }
-        self._orchestrator_config = OrchestratorConfig(
-            model=str(model), grpc_bind="127.0.0.1:0", control_bind=control, **(orchestrator or {})
-        )
-        self.configs = [
-            WorkerConfig(
-                role=role,
-                name=f"{role}-{index}",
-                model=str(model),
-                orchestrator=control,
-                **{**defaults, **options, **(by_role or {}).get(role, {})},
-            )
+        self._options = [
+            {
+                "role": role,
+                "name": f"{role}-{index}",
+                **defaults,
+                **options,
+                **(by_role or {}).get(role, {}),
+            }
             for index, role in enumerate(roles)
         ]
         self.workers: list[Worker] = []
@@ -83,25 +171,28 @@ class InProcessCluster:
         self._thread = threading.Thread(target=self._run, name="cluster", daemon=True)
 
     def __enter__(self) -> InProcessCluster:
+        self._threads_before = our_threads()
         self._thread.start()
-        assert self._ready.wait(START_TIMEOUT_S), "the event loop did not start"
-        if self._error is not None:
-            raise self._error
-        with Client(self.endpoint) as client:
-            wait_until(
-                lambda: self._error is not None or self._complete(client), "all workers registered", START_TIMEOUT_S
-            )
-        if self._error is not None:
-            raise self._error
+        try:
+            assert self._ready.wait(START_TIMEOUT_S), "the event loop did not start"
+            if self._error is None:
+                with Client(self.endpoint) as client:
+                    wait_until(
+                        lambda: self._error is not None or self._complete(client),
+                        "all workers to come",
+                        START_TIMEOUT_S,
+                    )
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(STOP_TIMEOUT_S)
-        assert not self._thread.is_alive(), "the cluster did not stop"
+        self._end()
         if kind is None and self._error is not None:
             raise self._error
 
@@ -109,25 +200,82 @@ class InProcessCluster:
     def orchestrator(self) -> Orchestrator:
         return self._orchestrator
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the cluster's event loop and give what it returns or raises."""
+
+        async def run() -> T:
+            return function()
+
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(IDLE_TIMEOUT_S)
+
     def wait_idle(self) -> None:
-        """Wait until every worker has all its blocks and no request, then check the books."""
-
-        def idle() -> bool:
-            return self._orchestrator.num_requests == 0 and all(
-                worker.is_idle() and worker.stats().num_free_blocks == worker.stats().num_total_blocks
-                for worker in self.workers
-            )
-
-        wait_until(idle, "all blocks free")
+        """Wait until nothing is left of any request anywhere, then check the books."""
+        wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
+            self.minutes[worker.config.name].check()
+
+    def _left(self) -> list[str]:
+        """What is left of requests, in words."""
+        left = []
+        try:
+            self.call(self._orchestrator.check_integrity)
+        except AssertionError as error:
+            left.append(f"orchestrator: {error}")
+        for worker in self.workers:
+            stats = worker.stats()
+            rank = worker.ranks._local  # type: ignore[attr-defined]
+            if worker.config.role == "prefill":
+                streams, staging = rank._senders | dict.fromkeys(rank._opening), rank._source.staging_bytes
+            else:
+                streams, staging = rank._receiver._streams, rank._receiver.staging_bytes
+            if not worker.is_idle() or stats.num_free_blocks != stats.num_total_blocks or streams or staging:
+                left.append(f"{worker.config.name}: {stats}, streams {list(streams)}, staging {staging}")
+        return left
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Keep a worker's engine between two steps; its event loop and tensor planes go on."""
+        reached, go_on = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            reached.set()
+            assert go_on.wait(IDLE_TIMEOUT_S)
+
+        self.worker(name).submit(wait)
+        assert reached.wait(IDLE_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+    @contextmanager
+    def throttled(self, name: str) -> Iterator[Throttle]:
+        """Let a worker compute only the steps that are allowed."""
+        throttle = Throttle(self.worker(name))
+        try:
+            yield throttle
+        finally:
+            throttle.open()
 
     def worker(self, name: str) -> Worker:
         return next(worker for worker in self.workers if worker.config.name == name)
 
+    def _end(self) -> None:
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(STOP_TIMEOUT_S)
+        assert not self._thread.is_alive(), "the cluster did not stop"
+        wait_until(lambda: our_threads() == self._threads_before, "all threads to end", describe=our_threads)
+
     def _complete(self, client: Client) -> bool:
-        pools = client.model().pools
-        return sum(pool.num_workers for pool in pools) == len(self.configs) and client.health() == "serving"
+        try:
+            pools = client.model().pools
+        except Unavailable:  # a worker has failed and the orchestrator ends
+            return False
+        return sum(pool.num_workers for pool in pools) == len(self._options) and client.health() == "serving"
 
     def _run(self) -> None:
         try:
@@ -144,7 +292,11 @@ class InProcessCluster:
         await self._orchestrator.start()
         self.endpoint = self._orchestrator.grpc_endpoint
         rooms = {"prefill": PrefillWorker, "decode": DecodeWorker, "colocated": DecodeWorker}
-        self.workers = [rooms[config.role](config) for config in self.configs]
+        configs = [
+            WorkerConfig(orchestrator=self._orchestrator.control_endpoint, **options) for options in self._options
+        ]
+        self.workers = [rooms[config.role](config) for config in configs]
+        self.minutes = {worker.config.name: Minutes(worker) for worker in self.workers}
         tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
         self._ready.set()
         stop = asyncio.create_task(self._stop.wait())

@@ -68,7 +68,7 @@ class ShmGroup:
         self.collective_timeout_s = collective_timeout_s
         self._num_splits = 0
         self._library = library = load_library()
-        self._native: int | None = native
+        self._native = native
         self._all_reduce = library.anabranch_all_reduce
         self._jobs: dict[int, tuple[torch.Tensor, ...]] = {}  # tensors that native code may still touch
         self._arena = Arena(
@@ -163,9 +163,6 @@ class ShmGroup:
         check_post(self, send, to, receive, source)
         if not all(tensor.is_cpu for tensor in (*send, *receive)):
             raise ValueError("send, receive: must be CPU tensors in shared memory")
-        code = self._library.anabranch_failed(self._native)
-        if code:
-            raise self._error(code)
         jobs = [self._start(0, source, tuple(receive))] if receive else []
         if send:
             jobs.append(self._start(1, to, tuple(tensor.contiguous() for tensor in send)))
@@ -202,20 +199,24 @@ class ShmGroup:
 
     def abort(self, reason: str) -> None:
         """End every wait of every rank of this group with PeerLost, now and in future."""
-        if self._native is not None:
-            text = reason.encode("ascii", "replace")[: _REASON_BYTES - 1]
-            self._library.anabranch_abort(self._native, text)
+        self._library.anabranch_abort(self._native, reason.encode("ascii", "replace")[: _REASON_BYTES - 1])
 
     def close(self) -> None:
-        """Leave the group; buffers that are still held stay readable. Idempotent."""
-        self._native = None
+        """Leave the group; buffers that are still held stay readable. Idempotent.
+
+        Another thread's call that is under way ends with PeerLost first, and the whole group with it.
+        """
         self._finalizer()
 
     def _start(self, sends: int, peer: int, tensors: tuple[torch.Tensor, ...]) -> int:
         parts = (Part * len(tensors))(*(Part(tensor.data_ptr(), tensor.nbytes) for tensor in tensors))
-        job: int = self._library.anabranch_post(self._native, sends, peer, parts, len(tensors))
-        self._jobs[job] = tensors
-        return job
+        found = ctypes.c_void_p()
+        code = self._library.anabranch_post(self._native, sends, peer, parts, len(tensors), ctypes.byref(found))
+        if code:
+            raise self._error(code)
+        assert found.value is not None
+        self._jobs[found.value] = tensors
+        return found.value
 
     def _finish(self, job: int) -> None:
         code = self._library.anabranch_wait(self._native, job)
@@ -225,10 +226,9 @@ class ShmGroup:
         del self._jobs[job]
 
     def _error(self, code: int) -> AnabranchError:
-        if self._native is None:
-            return PeerLost(f"group {self.name}: this rank has closed it")
         buffer = ctypes.create_string_buffer(_REASON_BYTES)
-        self._library.anabranch_reason(self._native, buffer)
+        if not self._library.anabranch_reason(self._native, buffer):
+            return PeerLost(f"group {self.name}: this rank has closed it")
         reason = buffer.value.decode("ascii", "replace") or "the group failed"
         return _ERRORS.get(code, TransportError)(f"group {self.name}: {reason}")
 

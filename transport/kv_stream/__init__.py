@@ -10,7 +10,7 @@ Decode side (one receiver for each rank; it is the handler of all of the rank's 
     receiver.close(stream_id)                                                # after committed/failed, or to abort
 
 `sink` (a `KvSink`) hears, on a plane's progress thread:
-    place(layer, head_start, token_start, k_TKD, v_TKD)    copy these rows into the pool before returning
+    place(layer, head_start, tokens_T, k_TKD, v_TKD)       copy these rows into the pool before returning
     touch()                                                the stream lives: extend the lease
     then exactly one of committed(Commit) and failed(AnabranchError); nothing after `close` returned.
 When `close` returns, no `place` of that stream is running or will run: its blocks may be given to others.

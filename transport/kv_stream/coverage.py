@@ -1,7 +1,12 @@
-"""Which (layer, head, token) of a stream have arrived: each exactly once, or the stream is refused."""
+"""Which (layer, head, token) of a stream have arrived: each exactly once, or the stream is refused.
+
+Tokens are kept as bits of one integer for each layer and head, so that a slice costs the same however many
+runs of tokens it has.
+"""
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 
 from anabranch.errors import MalformedMessage
@@ -12,7 +17,7 @@ Run = tuple[int, int]
 
 
 class Coverage:
-    """Runs of tokens per layer and head, against the runs that the rank must hold.
+    """Tokens per layer and head, against the runs that the rank must hold.
 
     Args:
         num_cached_tokens: leading tokens that are there already and must not arrive.
@@ -27,7 +32,9 @@ class Coverage:
         clipped = ((max(run.start, num_cached_tokens), run.stop) for run in held)
         self.needed: list[Run] = [(start, stop) for start, stop in clipped if start < stop]
         self._starts = [start for start, _ in self.needed]
-        self._arrived: dict[tuple[int, int], list[Run]] = {}
+        self._needed_bits = _bits(tuple((start, stop - start) for start, stop in self.needed))
+        self._arrived = [dict.fromkeys(self.heads, 0) for _ in range(self.num_layers)]
+        self._last: tuple[tuple[Run, ...], int] = ((), 0)
 
     def check(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
         """Raise MalformedMessage unless the rectangle lies within what the rank must hold."""
@@ -47,42 +54,50 @@ class Coverage:
 
     def add(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
         """Mark a rectangle that `check` has passed. Raises MalformedMessage where some of it has arrived before."""
+        if self._last[0] != tokens:  # the same for many layers
+            self._last = tokens, _bits(tokens)
+        bits = self._last[1]
         for row in range(layer, layer + num_layers):
+            arrived = self._arrived[row]
             for head in range(head_start, head_start + num_heads):
-                runs = self._arrived.setdefault((row, head), [])
-                for start, count in tokens:
-                    _insert(runs, start, start + count, row, head)
+                if arrived[head] & bits:
+                    twice = _words(_runs(arrived[head] & bits))
+                    raise MalformedMessage(f"tokens {twice} of layer {row}, head {head} came twice")
+                arrived[head] |= bits
 
     @property
     def missing(self) -> str:
         """What has not arrived, in words; empty when everything has."""
         gaps = [
             (layer, head)
-            for layer in range(self.num_layers)
-            for head in self.heads
-            if self._arrived.get((layer, head), []) != self.needed
+            for layer, arrived in enumerate(self._arrived)
+            for head, bits in arrived.items()
+            if bits != self._needed_bits
         ]
         if not gaps:
             return ""
         layer, head = gaps[0]
-        runs = self._arrived.get((layer, head), [])
+        runs = _runs(self._arrived[layer][head])
         came = f"only tokens {_words(runs)} of {_words(self.needed)} came" if runs else "nothing came"
         return (
             f"{len(gaps)} of {self.num_layers * len(self.heads)} layers times heads; layer {layer}, head {head}: {came}"
         )
 
 
-def _insert(runs: list[Run], start: int, stop: int, layer: int, head: int) -> None:
-    """Put a run into an ascending list, joined with its neighbours where it touches them."""
-    index = len(runs) if not runs or runs[-1][0] < start else bisect_right(runs, (start, start))
-    if (index and runs[index - 1][1] > start) or (index < len(runs) and runs[index][0] < stop):
-        raise MalformedMessage(f"tokens {start} to {stop - 1} of layer {layer}, head {head} came twice")
-    if index and runs[index - 1][1] == start:
-        index -= 1
-        start = runs.pop(index)[0]
-    if index < len(runs) and runs[index][0] == stop:
-        stop = runs.pop(index)[1]
-    runs.insert(index, (start, stop))
+def _bits(tokens: tuple[Run, ...]) -> int:
+    """Bit t is set for each token t of (first, count) runs."""
+    if not tokens:
+        return 0
+    base = tokens[0][0]
+    bits = 0
+    for start, count in tokens:
+        bits |= ((1 << count) - 1) << (start - base)
+    return bits << base
+
+
+def _runs(bits: int) -> list[Run]:
+    """The runs (first, stop) of bits that are set."""
+    return [found.span() for found in re.finditer("1+", f"{bits:b}"[::-1])]
 
 
 def _words(runs: list[Run]) -> str:

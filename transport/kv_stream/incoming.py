@@ -104,16 +104,10 @@ class IncomingStream:
             .view(self._dtype)
             .view(slice_.num_layers, 2, num_tokens, slice_.num_heads, self.layout.head_dim)
         )
+        tokens_T = torch.cat([torch.arange(start, start + count) for start, count in slice_.tokens])
         for row in range(slice_.num_layers):
             k_TKD, v_TKD = kv_L2TKD[row].unbind(0)
-            if len(slice_.tokens) == 1:
-                self.sink.place(slice_.layer + row, slice_.head_start, slice_.tokens[0][0], k_TKD, v_TKD)
-                continue
-            first = 0
-            for start, count in slice_.tokens:
-                rows = slice(first, first + count)
-                self.sink.place(slice_.layer + row, slice_.head_start, start, k_TKD[rows], v_TKD[rows])
-                first += count
+            self.sink.place(slice_.layer + row, slice_.head_start, tokens_T, k_TKD, v_TKD)
 
     def commit(self, commit: Commit, link: Link) -> bool:
         """Note a source's commit; whether it was the last one and the stream is complete.

@@ -8,56 +8,75 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
 from transport.kv_stream.staging import Staging
 
-SLICE_BYTES = 1 << 20
-COALESCE_BYTES = 256 << 10
+SLICE_BYTES = 2 << 20
+COALESCE_BYTES = 1 << 20
 # Keeps a slice's header far below the plane's limit.
 MAX_RUNS = 256
 
 Run = tuple[int, int]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cut:
+    """What one slice takes of a layer; the same for every layer of a chunk.
+
+    Attributes:
+        runs: (first position, count) of its tokens.
+        rows: where these are in the layer's tensors: a span, or int64 indices.
+        num_rows: how many they are.
+    """
+
+    runs: tuple[Run, ...]
+    rows: slice | torch.Tensor
+    num_rows: int
+
+
 class PackedSlice:
     """Consecutive layers of one rectangle of heads and tokens, packed."""
 
-    __slots__ = ("head_start", "layer", "num_bytes", "num_heads", "num_layers", "runs", "staging")
+    __slots__ = ("cut", "head_start", "layer", "num_bytes", "num_heads", "num_layers", "staging")
 
-    def __init__(self, layer: int, head_start: int, num_heads: int, runs: tuple[Run, ...], staging: Staging) -> None:
+    def __init__(self, layer: int, head_start: int, num_heads: int, cut: Cut, staging: Staging) -> None:
         self.layer = layer
         self.num_layers = 0
         self.head_start = head_start
         self.num_heads = num_heads
-        self.runs = runs
+        self.cut = cut
         self.staging = staging
         self.num_bytes = 0
 
-    def takes(self, layer: int, head_start: int, num_heads: int, runs: tuple[Run, ...], num_bytes: int) -> bool:
+    def takes(self, layer: int, head_start: int, num_heads: int, cut: Cut, num_bytes: int) -> bool:
         """Whether the piece can be appended."""
         return (
             layer == self.layer + self.num_layers
-            and (head_start, num_heads, runs) == (self.head_start, self.num_heads, self.runs)
+            and cut is self.cut
+            and (head_start, num_heads) == (self.head_start, self.num_heads)
             and self.num_bytes + num_bytes <= self.staging.capacity
         )
 
-    def append(self, k_parts: list[torch.Tensor], v_parts: list[torch.Tensor], num_bytes: int) -> None:
+    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, num_bytes: int) -> None:
         """Copy one layer's rows, K then V, behind what is packed."""
-        rows = sum(part.shape[0] for part in k_parts)
-        part = k_parts[0]
+        rows = self.cut.rows
         target_2TKD = (
             self.staging.data[self.num_bytes : self.num_bytes + num_bytes]
-            .view(part.dtype)
-            .view(2, rows, part.shape[1], part.shape[2])
+            .view(k_TKD.dtype)
+            .view(2, self.cut.num_rows, k_TKD.shape[1], k_TKD.shape[2])
         )
-        for target_TKD, parts in zip(target_2TKD.unbind(0), (k_parts, v_parts), strict=True):
-            first = 0
-            for source_TKD in parts:
-                target_TKD[first : first + source_TKD.shape[0]].copy_(source_TKD)
-                first += source_TKD.shape[0]
+        for target_TKD, source_TKD in zip(target_2TKD.unbind(0), (k_TKD, v_TKD), strict=True):
+            if isinstance(rows, slice):
+                target_TKD.copy_(source_TKD[rows])
+            elif source_TKD.is_cpu:
+                # As fast as copying one piece, however many runs there are.
+                torch.index_select(source_TKD, 0, rows, out=target_TKD)
+            else:
+                target_TKD.copy_(source_TKD.index_select(0, rows.to(source_TKD.device)))
         self.num_layers += 1
         self.num_bytes += num_bytes
 
@@ -73,11 +92,22 @@ class RowMap:
         self._starts = [run.start for run in held]
         self._rows = list(accumulate((len(run) for run in held), initial=0))
 
-    def span(self, start: int, count: int) -> slice:
-        """The rows of tokens `start` to `start + count - 1`, which lie in one run."""
+    def cuts(self, runs: list[Run], row_bytes: int) -> list[Cut]:
+        """Cut runs, each of which lies in one that is held, into slices of a good size."""
+        return [self._cut(group) for group in _groups(runs, max(1, SLICE_BYTES // row_bytes))]
+
+    def _cut(self, runs: tuple[Run, ...]) -> Cut:
+        spans = [self._span(start, count) for start, count in runs]
+        num_rows = sum(len(span) for span in spans)
+        # Neighbours in the tensors even where their tokens are not: one piece.
+        if all(left.stop == right.start for left, right in pairwise(spans)):
+            return Cut(runs=runs, rows=slice(spans[0].start, spans[-1].stop), num_rows=num_rows)
+        return Cut(runs=runs, rows=torch.tensor([row for span in spans for row in span]), num_rows=num_rows)
+
+    def _span(self, start: int, count: int) -> range:
         index = bisect_right(self._starts, start) - 1
         row = self._rows[index] + start - self._starts[index]
-        return slice(row, row + count)
+        return range(row, row + count)
 
 
 class Packer:
@@ -100,21 +130,16 @@ class Packer:
         self._send = send
         self._open: PackedSlice | None = None
 
-    def add(
-        self, layer: int, head_start: int, rows: RowMap, k_TKD: torch.Tensor, v_TKD: torch.Tensor, runs: list[Run]
-    ) -> None:
-        """Pack one layer's rows of `runs`; `rows` says in which rows of the tensors a run lies."""
+    def add(self, layer: int, head_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cuts: list[Cut]) -> None:
+        """Pack one layer's rows; cuts of one chunk are the same objects for every layer."""
         num_heads = k_TKD.shape[1]
         row_bytes = 2 * num_heads * k_TKD.shape[2] * k_TKD.element_size()
-        for group in _groups(runs, max(1, SLICE_BYTES // row_bytes)):
-            num_bytes = row_bytes * sum(count for _, count in group)
-            if self._open is None or not self._open.takes(layer, head_start, num_heads, group, num_bytes):
+        for cut in cuts:
+            num_bytes = row_bytes * cut.num_rows
+            if self._open is None or not self._open.takes(layer, head_start, num_heads, cut, num_bytes):
                 self.flush()
-                self._open = PackedSlice(
-                    layer, head_start, num_heads, group, self._take(max(num_bytes, COALESCE_BYTES))
-                )
-            spans = [rows.span(start, count) for start, count in group]
-            self._open.append([k_TKD[span] for span in spans], [v_TKD[span] for span in spans], num_bytes)
+                self._open = PackedSlice(layer, head_start, num_heads, cut, self._take(max(num_bytes, COALESCE_BYTES)))
+            self._open.append(k_TKD, v_TKD, num_bytes)
             if self._open.num_bytes >= COALESCE_BYTES:
                 self.flush()
 

@@ -19,11 +19,12 @@ from anabranch.protocol.requests import TokenLogprob, WireError
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.incoming import DTYPES
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, encode
-from transport.kv_stream.packer import PackedSlice, Packer, RowMap
+from transport.kv_stream.packer import Cut, PackedSlice, Packer, RowMap
 from transport.kv_stream.staging import Staging, StagingPool
 from transport.planes.base import Link
 
-Piece = tuple[range, list[tuple[int, int]]]
+# Heads by their number in the whole model, and what is sent of their rows.
+Piece = tuple[range, list[Cut]]
 
 
 class _Target:
@@ -79,7 +80,7 @@ class KvStreamSender:
         self._done: Future[KvStreamStats] = Future()
         self._first_slice_s = 0.0
         self._commit_s = 0.0
-        self._plan_key: tuple[int, int, range] | None = None
+        self._plan_key: tuple[range, range, range] | None = None
         self._plan: list[list[Piece]] = []
         self._targets = [_Target(link) for link in links]
         for target in self._targets:
@@ -126,16 +127,14 @@ class KvStreamSender:
             held = tokens_of(self._source_layout, cp_rank, chunk)
         assert k_TKD.shape[0] == sum(map(len, held)), "rows and tokens differ in number"
         tokens = range(held[0].start, held[-1].stop) if held else range(0)
-        rows = RowMap(held)
         heads = range(head_start, head_start + k_TKD.shape[1])
         try:
             with self._packing:
-                for target, pieces in zip(self._targets, self._pieces(tokens, chunk or tokens), strict=True):
-                    for wanted, runs in pieces:
-                        first, last = max(wanted.start, heads.start), min(wanted.stop, heads.stop)
-                        if first < last:
-                            span = slice(first - head_start, last - head_start)
-                            target.packer.add(layer, first, rows, k_TKD[:, span], v_TKD[:, span], runs)
+                plan = self._pieces(held, tokens, chunk or tokens, heads)
+                for target, pieces in zip(self._targets, plan, strict=True):
+                    for wanted, cuts in pieces:
+                        span = slice(wanted.start - head_start, wanted.stop - head_start)
+                        target.packer.add(layer, wanted.start, k_TKD[:, span], v_TKD[:, span], cuts)
         except AnabranchError as error:
             self._end(error, tell=True)
             raise
@@ -211,30 +210,45 @@ class KvStreamSender:
 
     # Slices ---------------------------------------------------------------------------------------------
 
-    def _pieces(self, tokens: range, chunk: range) -> list[list[Piece]]:
-        """For each destination rank, the heads and runs of `tokens` that this rank has to send it."""
-        key = (tokens.start, tokens.stop, chunk)
+    def _pieces(self, held: list[range], tokens: range, chunk: range, heads: range) -> list[list[Piece]]:
+        """For each destination rank, the heads of `heads` and the rows of `held` that this rank has to send it."""
+        key = (tokens, chunk, heads)
         if key == self._plan_key:  # the same for every layer
             return self._plan
+        rows = RowMap(held)
+        layout = self.destination.layout
+        plan: list[list[Piece]] = []
+        for asked in self._asked(tokens, chunk):
+            pieces: list[Piece] = []
+            for wanted, runs in asked:
+                sent = range(max(wanted.start, heads.start), min(wanted.stop, heads.stop))
+                if sent:
+                    row_bytes = 2 * len(sent) * layout.head_dim * layout.element_bytes
+                    pieces.append((sent, rows.cuts(runs, row_bytes)))
+            plan.append(pieces)
+        self._plan_key, self._plan = key, plan
+        return plan
+
+    def _asked(self, tokens: range, chunk: range) -> list[list[tuple[range, list[tuple[int, int]]]]]:
+        """For each destination rank, the heads and runs of `tokens` that are this rank's to send."""
         to = self.destination
         wanted = range(to.num_cached_tokens, to.num_tokens)
-        plan: list[list[Piece]] = [[] for _ in self._targets]
+        asked: list[list[tuple[range, list[tuple[int, int]]]]] = [[] for _ in self._targets]
         if self._source_layout.num_ranks == 1 == to.layout.num_ranks:
             start, stop = max(tokens.start, wanted.start), min(tokens.stop, wanted.stop)
             if start < stop:
-                plan[0].append((range(to.layout.num_kv_heads), [(start, stop - start)]))
-        else:
-            for copy in plan_reshard(self._source_layout, to.layout, chunk, wanted=wanted):
-                start, stop = max(tokens.start, copy.tokens.start), min(tokens.stop, copy.tokens.stop)
-                if copy.source != self._source_rank or start >= stop:
-                    continue
-                pieces = plan[copy.destination]
-                if pieces and pieces[-1][0] == copy.heads:
-                    pieces[-1][1].append((start, stop - start))
-                else:
-                    pieces.append((copy.heads, [(start, stop - start)]))
-        self._plan_key, self._plan = key, plan
-        return plan
+                asked[0].append((range(to.layout.num_kv_heads), [(start, stop - start)]))
+            return asked
+        for copy in plan_reshard(self._source_layout, to.layout, chunk, wanted=wanted):
+            start, stop = max(tokens.start, copy.tokens.start), min(tokens.stop, copy.tokens.stop)
+            if copy.source != self._source_rank or start >= stop:
+                continue
+            pieces = asked[copy.destination]
+            if pieces and pieces[-1][0] == copy.heads:
+                pieces[-1][1].append((start, stop - start))
+            else:
+                pieces.append((copy.heads, [(start, stop - start)]))
+        return asked
 
     def _take(self, num_bytes: int) -> Staging:
         """A staging buffer, once the stream's share of bytes in flight allows it."""
@@ -273,7 +287,7 @@ class KvStreamSender:
             num_layers=packed.num_layers,
             head_start=packed.head_start,
             num_heads=packed.num_heads,
-            tokens=packed.runs,
+            tokens=packed.cut.runs,
             checksum=checksum(payload),
         )
         target.num_slices += 1

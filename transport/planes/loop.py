@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import selectors
 import threading
 import time
@@ -14,6 +15,8 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 10.0
+# Selectors sleep in whole milliseconds.
+MIN_SELECT_S = 0.001
 
 
 class ProgressLoop:
@@ -21,7 +24,8 @@ class ProgressLoop:
 
     Args:
         name: of the thread.
-        tick: called once for each turn; returns how many seconds the thread may sleep (0: not at all).
+        tick: called once for each turn; returns how many seconds the thread may sleep (0: not at all). Below
+            `MIN_SELECT_S` the thread dozes: only `wake` ends that early, descriptors are looked at afterwards.
     """
 
     def __init__(self, name: str, tick: Callable[[], float]) -> None:
@@ -29,6 +33,8 @@ class ProgressLoop:
         self._selector = selectors.DefaultSelector()
         self._calls: deque[Callable[[], None]] = deque()
         self._sleeping = False
+        self._dozing = False
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._running = True
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -50,6 +56,9 @@ class ProgressLoop:
 
     def wake(self) -> None:
         """Let the thread take another turn. Cheap where it is awake."""
+        if self._dozing:
+            self._dozing = False
+            self._bell.put(None)
         # The loop sets `_sleeping` before it looks at its queues for the last time, so no wake is missed.
         if self._sleeping:
             self._sleeping = False
@@ -108,7 +117,10 @@ class ProgressLoop:
             except Exception:
                 logger.exception("%s: tick failed", self._thread.name)
                 time.sleep(0.01)  # a fault that repeats must not burn the core
-            if timeout_s > 0.0:
+            if 0.0 < timeout_s < MIN_SELECT_S:
+                self._doze(timeout_s)
+                timeout_s = 0.0
+            elif timeout_s > 0.0:
                 self._sleeping = True
                 if calls or not self._running:
                     self._sleeping = False
@@ -117,6 +129,13 @@ class ProgressLoop:
                 self._sleeping = False
                 self._guard(key.data)
             self._sleeping = False
+
+    def _doze(self, timeout_s: float) -> None:
+        self._dozing = True
+        if not self._calls:
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=timeout_s)
+        self._dozing = False
 
     def _guard(self, call: Callable[[], None]) -> None:
         try:

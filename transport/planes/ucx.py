@@ -13,7 +13,7 @@ import time
 from anabranch.errors import PeerLost, TransportError
 from transport.planes.base import Link, PlaneHandler
 from transport.planes.handshake import Acceptor, Introduction, dial, is_loopback, my_name
-from transport.planes.loop import ProgressLoop
+from transport.planes.loop import MIN_SELECT_S, ProgressLoop
 from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS, UcxWorker, make_context, make_worker
 from transport.planes.ucx_link import UcxLink
 
@@ -21,8 +21,10 @@ KIND = 2
 SCHEME = "ucx"
 
 # How long a link is polled after the last thing that happened on it.
-SPIN_S = 50e-6
+SPIN_S = float(__import__("os").environ.get("SPIN_US","50"))*1e-6
 POLLS_PER_TURN = 16
+LINGER_S = float(__import__("os").environ.get("LINGER_US","1000"))*1e-6
+DOZE_S = float(__import__("os").environ.get("DOZE_US","100"))*1e-6
 
 
 class UcxPlane:
@@ -110,17 +112,22 @@ class UcxPlane:
 
     def _tick(self) -> float:
         hot = self.hot
+        now = time.monotonic()
         for _ in range(POLLS_PER_TURN):
             if not hot:
                 break
             for link in list(hot):
-                now = time.monotonic()
                 if link.poll():
-                    link.quiet_since = now
-                elif link.hot and now - link.quiet_since > SPIN_S and link.rest():
-                    hot.remove(link)
-        now = time.monotonic()
+                    link.quiet_since = time.monotonic()
+            now = time.monotonic()
+            if all(now - link.quiet_since > SPIN_S for link in hot):
+                break
+        for link in list(hot):
+            if link.hot and now - link.quiet_since > LINGER_S and link.rest():
+                hot.remove(link)
+        if hot:
+            return DOZE_S if all(now - link.quiet_since > SPIN_S for link in hot) else 0.0
         left = self._acceptor.expire(now)
         for link in list(self.links):
             left = min(left, link.expire(now))
-        return 0.0 if hot else max(0.001, left)
+        return max(MIN_SELECT_S, left)

@@ -38,45 +38,63 @@ struct Gemm {
         }
     }
 
+    // A product whose result is still to be written: the tiles' own stores are slow to come back, so that one
+    // product is written while the next is computed.
+    struct Pending {
+        float* c = nullptr;
+        long t = 0, count = 0, unit = 0;
+    };
+
     // Rows [t, t + count) of one unit; x is at least 32 rows long.
-    void product(const bf16* x, long x_stride, long t, long count, long unit, const bf16* packed) const {
-        alignas(64) float c[2 * TILE * 2 * TILE];
+    void multiply(const bf16* x, long x_stride, const bf16* packed, const Pending& result) const {
         const bf16* a[2] = {x, x + TILE * x_stride};
         const bf16* b[2] = {packed, packed + panel_elements()};
-        const long first = feature(unit, 0), second = feature(unit, 1);
-        if (second < 0)
-            tile_gemm<2, 1>(a, x_stride, b, steps(), c, 2 * TILE, false);
+        if (feature(result.unit, 1) < 0)
+            tile_gemm<2, 1>(a, x_stride, b, steps(), result.c, 2 * TILE, false);
         else
-            tile_gemm<2, 2>(a, x_stride, b, steps(), c, 2 * TILE, false);
-        const f32 bias[2] = {op.bias ? load(op.bias + first) : f32{}, op.bias && second >= 0 ? load(op.bias + second) : f32{}};
-        for (long i = 0; i < count; i++) {
-            bf16* out = op.out + (t + i) * op.out_stride;
-            const f32 left = load(c + i * 2 * TILE) + bias[0], right = load(c + i * 2 * TILE + TILE) + bias[1];
-            if (op.gated) {
+            tile_gemm<2, 2>(a, x_stride, b, steps(), result.c, 2 * TILE, false);
+    }
+
+    void write(const Pending& result) const {
+        const long first = feature(result.unit, 0), second = feature(result.unit, 1);
+        const bool paired = second >= 0;
+        const f32 bias[2] = {op.bias ? load(op.bias + first) : f32{}, op.bias && paired ? load(op.bias + second) : f32{}};
+        for (long i = 0; i < result.count; i++) {
+            bf16* out = op.out + (result.t + i) * op.out_stride;
+            const f32 left = load(result.c + i * 2 * TILE) + bias[0];
+            const f32 right = load(result.c + i * 2 * TILE + TILE) + bias[1];
+            if (op.gated)
                 store(out + first, rounded(silu(rounded(left, op.x)), op.x) * rounded(right, op.x));
-            } else {
+            else if (paired)
+                _mm512_storeu_si512(out + first, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+            else
                 store(out + first, left);
-                if (second >= 0) store(out + second, right);
-            }
         }
     }
 
     // Units [u0, u1) of rows [t0, t1); `packed` holds BLOCK_BYTES, `padded` 32 rows of x.
     void run(long u0, long u1, long t0, long t1, bf16* packed, long block, bf16* padded) const {
         constexpr long ROWS = 2 * TILE;
-        const long whole = t0 + (t1 - t0) / ROWS * ROWS, c = op.num_channels;
-        for (long i = whole; i < t1; i++) memcpy(padded + (i - whole) * c, op.x + i * op.x_stride, c * sizeof(bf16));
-        memset(padded + (t1 - whole) * c, 0, (ROWS - (t1 - whole)) * c * sizeof(bf16));
+        const long whole = t0 + (t1 - t0) / ROWS * ROWS, channels = op.num_channels;
+        alignas(64) float c[2][ROWS * ROWS];
+        Pending pending;
+        for (long i = whole; i < t1; i++) memcpy(padded + (i - whole) * channels, op.x + i * op.x_stride, channels * sizeof(bf16));
+        memset(padded + (t1 - whole) * channels, 0, (ROWS - (t1 - whole)) * channels * sizeof(bf16));
         for (long from = u0; from < u1; from += block) {
             const long to = std::min(from + block, u1);
             for (long u = from; u < to; u++) pack(u, packed + (u - from) * 2 * panel_elements());
             for (long t = t0; t < t1; t += ROWS) {
                 const bool tail = t == whole;
-                for (long u = from; u < to; u++)
-                    product(tail ? padded : op.x + t * op.x_stride, tail ? c : op.x_stride, t,
-                            std::min(ROWS, t1 - t), u, packed + (u - from) * 2 * panel_elements());
+                for (long u = from; u < to; u++) {
+                    const Pending now{pending.c == c[0] ? c[1] : c[0], t, std::min(ROWS, t1 - t), u};
+                    multiply(tail ? padded : op.x + t * op.x_stride, tail ? channels : op.x_stride,
+                             packed + (u - from) * 2 * panel_elements(), now);
+                    if (pending.c) write(pending);
+                    pending = now;
+                }
             }
         }
+        if (pending.c) write(pending);
     }
 };
 

@@ -110,6 +110,19 @@ def make_many(group: CollectiveGroup, wait: Wait) -> None:
         wait(group, 2)
 
 
+def test_closing_ends_a_call_of_another_thread(ranks: Ranks) -> None:
+    def body(group: CollectiveGroup) -> object:
+        timer = threading.Timer(0.05, group.close)
+        if group.rank == 0:
+            timer.start()
+        with pytest.raises(PeerLost, match="rank 0 closed the group|has closed it"):
+            group.broadcast(None, 1 - group.rank)
+        return None
+
+    for _ in range(5):
+        ranks.run(2, body)
+
+
 @pytest.mark.parametrize("what", WAITS)
 def test_abort_ends_waits_everywhere_and_for_good(ranks: Ranks, what: str) -> None:
     def body(group: CollectiveGroup) -> object:
@@ -131,7 +144,7 @@ def test_abort_ends_waits_everywhere_and_for_good(ranks: Ranks, what: str) -> No
 def test_ranks_that_disagree_are_told(ranks: Ranks) -> None:
     cases: list[tuple[Callable[[CollectiveGroup], object], Callable[[CollectiveGroup], object], str]] = [
         (lambda g: g.all_reduce(torch.ones(4)), lambda g: g.barrier(), "ranks disagree"),
-        (lambda g: g.all_reduce(torch.ones(4)), lambda g: g.all_reduce(torch.ones(5)), "16 bytes"),
+        (lambda g: g.all_reduce(torch.ones(4)), lambda g: g.all_reduce(torch.ones(5)), "all_reduce of 20"),
         (lambda g: g.all_reduce(torch.ones(4)), lambda g: g.all_reduce(torch.ones(4, dtype=torch.int32)), "type"),
         (lambda g: g.all_gather(torch.ones(4), 0), lambda g: g.all_gather(torch.ones(9), 0), "36"),
         (lambda g: ring(g, 4), lambda g: ring(g, 5), "sends"),

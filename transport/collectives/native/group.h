@@ -73,6 +73,8 @@ struct Group {
   uint32_t step = 0;    // collectives done
   uint32_t notice = 0;  // broadcasts done
   Exchange* exchange = nullptr;
+  std::atomic<int> num_inside{0};    // threads in a call
+  std::atomic<bool> closed{false};
 
   Header& header() const { return *reinterpret_cast<Header*>(base); }
   RankState& state(int r) const { return reinterpret_cast<RankState*>(base + layout.ranks)[r]; }
@@ -99,6 +101,16 @@ inline void wake_all(const Group& g) {
     ring(s.bell);
   }
 }
+
+// A call's stay in the group: `close` waits for its end, and calls that come later find the group closed.
+struct Visit {
+  Group& g;
+  explicit Visit(Group& group) : g(group) { g.num_inside.fetch_add(1); }
+  ~Visit() { g.num_inside.fetch_sub(1); }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+  bool late() const { return g.closed.load(); }
+};
 
 // Mark the group as failed, for all ranks and for good; the first reason stays.
 template <class... Args>
@@ -185,6 +197,8 @@ int wait_until(const Group& g, Word& word, int peer, const char* what, int64_t t
 }
 
 inline int wait_word(const Group& g, Word& word, uint32_t target, int peer, const char* what, int64_t timeout_ns) {
+  // A group that failed stays failed, also for a rank whose wait would be over at once.
+  if (const uint32_t code = g.header().failed.load(std::memory_order_acquire)) return static_cast<int>(code);
   if (reached(word.value.load(std::memory_order_acquire), target)) return kOk;
   return wait_until(
       g, word, peer, what, timeout_ns, [&] { return reached(word.value.load(std::memory_order_acquire), target); },

@@ -1,6 +1,6 @@
 // The C interface of the shared-memory group; `shm.py` is its only caller.
 //
-// Every call that can wait gives a Code. A group without an address has been closed.
+// Every call that can wait gives a Code.
 #include <sys/mman.h>
 #include <sys/stat.h>
 
@@ -19,6 +19,8 @@ void populate(void* start, size_t bytes) {
   madvise(start, bytes, MADV_POPULATE_WRITE);  // best effort: else the first use takes the page faults
 #endif
 }
+
+int64_t nanoseconds(double seconds) { return static_cast<int64_t>(seconds * 1e9); }
 
 }  // namespace
 
@@ -53,8 +55,8 @@ Group* anabranch_attach(int fd, int rank, int size, uint64_t arena_bytes, const 
   g->size = size;
   g->base = static_cast<char*>(base);
   g->layout = layout;
-  g->spin_ns = static_cast<int64_t>(spin_s * 1e9);
-  g->timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+  g->spin_ns = nanoseconds(spin_s);
+  g->timeout_ns = nanoseconds(timeout_s);
   for (int& pidfd : g->pidfds) pidfd = -1;
   g->exchange = new (std::nothrow) Exchange(*g);
   g->mine().pid.store(getpid());
@@ -64,9 +66,8 @@ Group* anabranch_attach(int fd, int rank, int size, uint64_t arena_bytes, const 
 
 // Wait until rank `r` has attached too; gives its process id, or minus a Code.
 int anabranch_await_rank(Group* g, int r, double timeout_s) {
-  const int64_t timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
   g->other_limit = "start_timeout_s";
-  if (const int code = wait_word(*g, g->state(r).attached, 1, r, "attaching", timeout_ns)) return -code;
+  if (const int code = wait_word(*g, g->state(r).attached, 1, r, "attaching", nanoseconds(timeout_s))) return -code;
   g->other_limit = "timeout_s";
   return g->state(r).pid.load();
 }
@@ -82,57 +83,82 @@ void anabranch_populate(char* start, uint64_t bytes) {
 }
 
 int anabranch_all_reduce(Group* g, void* x, uint64_t count, int dtype) {
-  return g ? all_reduce(*g, static_cast<char*>(x), count, dtype) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : all_reduce(*g, static_cast<char*>(x), count, dtype);
 }
 
 int anabranch_all_gather(Group* g, const void* in, void* out, uint64_t rows, uint64_t row_bytes) {
-  return g ? all_gather(*g, static_cast<const char*>(in), static_cast<char*>(out), rows, row_bytes) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : all_gather(*g, static_cast<const char*>(in), static_cast<char*>(out), rows, row_bytes);
 }
 
 int anabranch_reduce_scatter(Group* g, const void* in, void* out, uint64_t count, int dtype) {
-  return g ? reduce_scatter(*g, static_cast<const char*>(in), static_cast<char*>(out), count, dtype) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : reduce_scatter(*g, static_cast<const char*>(in), static_cast<char*>(out), count, dtype);
 }
 
-int anabranch_barrier(Group* g) { return g ? barrier(*g) : kClosed; }
+int anabranch_barrier(Group* g) {
+  const Visit visit(*g);
+  return visit.late() ? kClosed : barrier(*g);
+}
 
 int anabranch_notify(Group* g, const char* data, uint64_t bytes, double timeout_s) {
-  return g ? notify(*g, data, bytes, static_cast<int64_t>(timeout_s * 1e9)) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : notify(*g, data, bytes, nanoseconds(timeout_s));
 }
 
 int anabranch_await_notice(Group* g, int root, uint64_t* bytes, double timeout_s) {
-  return g ? await_notice(*g, root, bytes, static_cast<int64_t>(timeout_s * 1e9)) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : await_notice(*g, root, bytes, nanoseconds(timeout_s));
 }
 
 int anabranch_take_notice(Group* g, int root, char* data, uint64_t bytes) {
-  return g ? take_notice(*g, root, data, bytes, g->timeout_ns) : kClosed;
+  const Visit visit(*g);
+  return visit.late() ? kClosed : take_notice(*g, root, data, bytes, g->timeout_ns);
 }
 
-Job* anabranch_post(Group* g, int sends, int peer, const Part* parts, int num_parts) {
-  return g->exchange->post(sends != 0, peer, parts, num_parts);
+// Gives a Code; `job` is the transfer, to be waited for and freed.
+int anabranch_post(Group* g, int sends, int peer, const Part* parts, int num_parts, Job** job) {
+  const Visit visit(*g);
+  if (visit.late()) return kClosed;
+  if (const uint32_t code = g->header().failed.load()) return static_cast<int>(code);
+  *job = g->exchange->post(sends != 0, peer, parts, num_parts);
+  return kOk;
 }
 
-int anabranch_wait(Group* g, Job* job) { return g ? g->exchange->wait(job, g->timeout_ns) : kClosed; }
+int anabranch_wait(Group* g, Job* job) {
+  const Visit visit(*g);
+  return visit.late() ? kClosed : g->exchange->wait(job, g->timeout_ns);
+}
 
 void anabranch_free(Job* job) { delete job; }
 
-int anabranch_failed(Group* g) { return g ? static_cast<int>(g->header().failed.load()) : kClosed; }
+// Gives 0 and no reason for a group that this rank has closed.
+int anabranch_reason(Group* g, char* reason) {
+  const Visit visit(*g);
+  if (visit.late()) return 0;
+  memcpy(reason, g->header().reason, kReasonBytes);
+  return 1;
+}
 
-void anabranch_reason(Group* g, char* reason) { memcpy(reason, g->header().reason, kReasonBytes); }
-
-void anabranch_abort(Group* g, const char* reason) { fail(*g, kPeerLost, "%s", reason); }
+void anabranch_abort(Group* g, const char* reason) {
+  const Visit visit(*g);
+  if (!visit.late()) fail(*g, kPeerLost, "%s", reason);
+}
 
 // Say farewell, end the helper and forget all transfers. The segment stays mapped.
 void anabranch_close(Group* g) {
   g->mine().left.store(1);
+  g->closed.store(true);
+  if (g->num_inside.load()) fail(*g, kPeerLost, "rank %d closed the group while it was in a call", g->rank);
+  while (g->num_inside.load()) sched_yield();
   g->exchange->cancel();
   delete g->exchange;
   g->exchange = nullptr;
   wake_all(*g);
 }
 
-void anabranch_unmap(Group* g) {
-  munmap(g->base, g->layout.total);
-  delete g;
-}
+// The group itself, a few hundred bytes, stays: a thread may be just about to find it closed.
+void anabranch_unmap(Group* g) { munmap(g->base, g->layout.total); }
 
 }  // extern "C"

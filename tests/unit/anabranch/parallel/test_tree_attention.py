@@ -16,7 +16,7 @@ from anabranch.parallel.counting import CountingExchange
 from anabranch.parallel.cp_batch import TreeBatch
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.merge import merge
-from anabranch.parallel.partial import combine, pack, packed_shape, unpack
+from anabranch.parallel.partial import make_parts
 from anabranch.parallel.placement import BlockCyclic
 from anabranch.parallel.reshard import local_slot, tokens_of
 from anabranch.parallel.threads import ThreadGroup, run_ranks
@@ -138,13 +138,13 @@ def test_bytes_and_rounds(size: int) -> None:
 
 def test_packed_parts_of_extreme_scores() -> None:
     out, lse = torch.ones(1, 3, 2), torch.tensor([[3e4, -3e4, -torch.inf]])
-    parts = torch.empty(2, *packed_shape(out))
-    pack(out, lse, parts[0])
-    pack(3 * out, torch.tensor([[3e4, -torch.inf, -torch.inf]]), parts[1])
-    parts[:, 0, 2, 2:] = 0.0
-    total = torch.empty(packed_shape(out))
-    combine(parts, total)
-    got_out, got_lse = unpack(total)
+    out[0, 2] = 0.0
+    pair, [total] = make_parts(2, out), make_parts(1, out).parts
+    pair.parts[0].pack(out, lse)
+    other = torch.tensor([[3e4, -torch.inf, -torch.inf]])
+    pair.parts[1].pack((3 * out).masked_fill((other == -torch.inf).unsqueeze(-1), 0.0), other)
+    pair.combine(total)
+    got_out, got_lse = total.unpack()
     assert got_out[0, :, 0].tolist() == [2.0, 1.0, 0.0]
     assert got_lse[0].tolist() == pytest.approx([3e4 + 0.6931472, -3e4, -torch.inf])
 

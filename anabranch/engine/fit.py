@@ -1,0 +1,136 @@
+"""Whether workers fit the model and the machine: heads, devices, memory. Asked before anything is started."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import psutil
+import torch
+
+from anabranch.config.load import usable_cores
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.device import resolve_device, resolve_dtype
+from anabranch.errors import ConfigError
+from anabranch.model.config import ModelConfig
+from anabranch.model.size import weight_bytes
+from anabranch.model.transformer import smallest_ffn
+from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.mesh import Mesh, check_model, rank_devices
+
+# What a process that has imported torch and the tensor planes keeps to itself.
+PROCESS_BYTES = 160 << 20
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def kv_layout(config: WorkerConfig, model: ModelConfig) -> KvLayout:
+    """How the worker spreads KV over its ranks."""
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    return KvLayout(
+        dtype=str(dtype).removeprefix("torch."),
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        tp=config.tp,
+        cp=config.cp,
+    )
+
+
+def num_kv_blocks(config: WorkerConfig, layout: KvLayout) -> int:
+    """Blocks of every rank's pool: those that fit the rank with the most heads. Raises ConfigError where none does."""
+    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * config.block_size
+    most_heads = max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
+    num_blocks = config.kv_cache_bytes // (head_bytes * most_heads)
+    if num_blocks < 1:
+        raise ConfigError(
+            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {head_bytes * most_heads} bytes"
+        )
+    return num_blocks
+
+
+def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
+    """A worker's configuration as one of its ranks goes by it: on its own device, cores and threads.
+
+    Raises:
+        ConfigError: fewer accelerators than ranks.
+    """
+    mesh = Mesh(tp=config.tp, cp=config.cp)
+    share = len(config.cores) // mesh.world_size
+    # All of them where there are too few to deal out.
+    cores = config.cores[rank * share : (rank + 1) * share] if share else config.cores
+    even = max(1, len(config.cores or usable_cores()) // mesh.world_size)
+    return msgspec.structs.replace(
+        config, device=_devices(config, mesh)[rank], cores=cores, threads=config.threads or even
+    )
+
+
+def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
+    """Raise ConfigError where the model cannot be cut so, a rank has no device, or a pool holds no block."""
+    mesh = Mesh(tp=config.tp, cp=config.cp)
+    check_model(mesh, num_heads=model.num_heads, intermediate_size=smallest_ffn(model))
+    devices = _devices(config, mesh)
+    if not config.rank_processes and devices[0] != "cpu":
+        raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
+    num_kv_blocks(config, kv_layout(config, model))
+
+
+def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
+    """Raise ConfigError, with the numbers, where the workers together need more memory than is free."""
+    needs: dict[str, dict[str, list[_Need]]] = defaultdict(lambda: defaultdict(list))
+    for config in workers:
+        weights = weight_bytes(model, kv_layout(config, model).dtype, config.tp)
+        for device in _devices(config, Mesh(tp=config.tp, cp=config.cp)):
+            process = PROCESS_BYTES if device == "cpu" else 0
+            needs[device][config.name].append(_Need(weights=weights, kv=config.kv_cache_bytes, process=process))
+    for device, by_name in needs.items():
+        needed = sum(sum(need) for ranks in by_name.values() for need in ranks)
+        free = available_bytes(device)
+        if needed > free:
+            who = ", ".join(f"{name} {len(ranks)} x ({ranks[0]})" for name, ranks in by_name.items())
+            raise ConfigError(
+                "memory",
+                _text(needed),
+                f"would be needed on {device}, but {_text(free)} are free: {who}; "
+                "lower kv_cache, or the number of ranks or workers",
+            )
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can still be had on a device: of this machine, or of what this container may use of it."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return int(free)
+    # Cached files count as used, though the kernel takes them back when memory is asked for.
+    return int(min(free, limit - used + int(stat.get("inactive_file", 0))))
+
+
+def _devices(config: WorkerConfig, mesh: Mesh) -> tuple[str, ...]:
+    num_devices = torch.cuda.device_count() if config.device.startswith("cuda") else 0
+    if mesh.world_size == 1:
+        return (config.device,)
+    return rank_devices(mesh, config.device, num_devices)
+
+
+class _Need(NamedTuple):
+    """Bytes of one rank."""
+
+    weights: int
+    kv: int
+    process: int
+
+    def __str__(self) -> str:
+        return f"weights {_text(self.weights)} + KV {_text(self.kv)} + process {_text(self.process)}"
+
+
+def _text(num_bytes: int) -> str:
+    return f"{-(-num_bytes // 2**20):,} MiB"

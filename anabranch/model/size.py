@@ -1,0 +1,51 @@
+"""How many bytes a rank's weights take: counted from the configuration, before anything is loaded."""
+
+from __future__ import annotations
+
+from anabranch.model.config import ModelConfig, MoeConfig
+from anabranch.parallel.layout import DTYPE_BYTES
+from anabranch.parallel.split import kv_heads_of, padded_share, query_heads_of, split_range
+
+_ROTARY_BYTES = 4
+
+
+def weight_bytes(config: ModelConfig, dtype: str, tp: int = 1) -> int:
+    """Bytes of the weights of the tensor-parallel rank that holds most, in float32, bfloat16 or float16."""
+    num_elements = max(_rank_elements(config, tp, rank) for rank in range(tp))
+    return num_elements * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.head_dim
+
+
+def _rank_elements(config: ModelConfig, tp: int, rank: int) -> int:
+    vocabulary = padded_share(config.vocab_size, tp, rank)[0] * config.hidden_size
+    count = vocabulary if config.tie_embeddings else 2 * vocabulary
+    for layer in range(config.num_layers):
+        count += _attention_elements(config, tp, rank)
+        if config.moe is not None and config.is_sparse(layer):
+            count += _experts_elements(config, config.moe, tp, rank)
+        else:
+            count += _dense_elements(config, config.intermediate_size, tp, rank, bias=config.mlp_bias)
+    return count + config.hidden_size
+
+
+def _attention_elements(config: ModelConfig, tp: int, rank: int) -> int:
+    hidden = config.hidden_size
+    q = len(query_heads_of(config.num_heads, config.num_kv_heads, tp, rank)) * config.head_dim
+    qkv = q + 2 * len(kv_heads_of(config.num_kv_heads, tp, rank)) * config.head_dim
+    count = hidden * (qkv + q) + 2 * hidden
+    count += qkv if config.qkv_bias else 0
+    count += hidden if config.o_bias and rank == 0 else 0
+    return count + (2 * config.head_dim if config.qk_norm else 0)
+
+
+def _dense_elements(config: ModelConfig, num_features: int, tp: int, rank: int, *, bias: bool = False) -> int:
+    held = len(split_range(num_features, tp, rank))
+    count = 3 * held * config.hidden_size
+    return count + (2 * held + (config.hidden_size if rank == 0 else 0) if bias else 0)
+
+
+def _experts_elements(config: ModelConfig, moe: MoeConfig, tp: int, rank: int) -> int:
+    gate = moe.num_experts * config.hidden_size
+    experts = moe.num_experts * _dense_elements(config, moe.expert_intermediate, tp, rank)
+    if not moe.shared_expert_intermediate:
+        return gate + experts
+    return gate + experts + _dense_elements(config, moe.shared_expert_intermediate, tp, rank) + config.hidden_size

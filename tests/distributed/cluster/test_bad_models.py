@@ -1,0 +1,135 @@
+"""A model that cannot be served ends the start with an error that names what is wrong, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.errors import CheckpointError, UnsupportedArchitecture, WorkerDied
+from launch.cluster import LocalCluster
+from tests.support.in_process import InProcessCluster
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+WEIGHTS = "model.safetensors"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def relabel(folder: Path) -> None:
+    """Swap two dimensions in what the file says of a tensor."""
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    entry = header["model.layers.0.mlp.up_proj.weight"]
+    entry["shape"].reverse()
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def edit(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def lose_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+# What is done to the folder -> the error and what it says.
+BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
+    "truncated": (truncate, CheckpointError, r"model\.safetensors: not a whole safetensors file"),
+    "mislabelled": (relabel, CheckpointError, r"up_proj\.weight has shape \[48, 40\], the configuration expects \[40"),
+    "more layers than weights": (edit(num_hidden_layers=4), CheckpointError, r"layers\.3\.\S+ \[48\] is missing"),
+    "fewer layers than weights": (edit(num_hidden_layers=2), CheckpointError, "2 layers has no place for it"),
+    "other vocabulary": (
+        edit(vocab_size=99),
+        CheckpointError,
+        r"has shape \[101, 48\], the configuration expects \[99",
+    ),
+    "other architecture": (edit(architectures=["FalconForCausalLM"]), UnsupportedArchitecture, "FalconForCausalLM"),
+    "no tokenizer": (lose_tokenizer, CheckpointError, "the tokenizer cannot be loaded"),
+}
+
+
+@pytest.fixture
+def folder(known, tmp_path) -> Path:
+    return Path(shutil.copytree(known.folder, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("roles", [("colocated",), ("prefill", "decode")], ids=["colocated", "split"])
+def test_a_broken_model_ends_the_start(folder, tmp_path, case, roles) -> None:
+    damage, kind, says = BROKEN[case]
+    damage(folder)
+    with pytest.raises(kind, match=says), InProcessCluster(tmp_path, folder, roles):
+        pass
+
+
+@pytest.mark.parametrize("case", ["truncated", "more layers than weights"])
+def test_processes_pass_the_reason_on(folder, case) -> None:
+    damage, _, says = BROKEN[case]
+    damage(folder)
+    pool = PoolConfig(kv_cache="8MiB", threads=1)
+    cluster = LocalCluster(Topology(model=str(folder), pools=Pools(colocated=pool)), ready_timeout_s=60.0)
+    with pytest.raises(WorkerDied, match=says) as caught:
+        cluster.start()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("colocated-0: ")
+    assert not cluster.folder.exists()
+
+
+def test_workers_of_different_models_are_refused(known, folder, tmp_path) -> None:
+    """Same shapes, other weights: the second worker to come names both fingerprints."""
+    path = folder / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1000:] = bytes(1000)
+    path.write_bytes(data)
+    by_role = {"decode": {"model": str(folder)}}
+    refused = r"refused by the orchestrator: model_fingerprint: .* start all workers with the same model and dtype"
+    with (
+        pytest.raises(WorkerDied, match=refused),
+        InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), by_role=by_role),
+    ):
+        pass
+
+
+def up(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", "up", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("smollm3-9b", "'smollm3-9b' is no model known here (smollm2-135m), and no folder or GGUF file of that name"),
+        ("/nowhere/model.gguf", "'/nowhere/model.gguf' is no model known here"),
+    ],
+)
+def test_up_names_a_model_that_is_unknown(tmp_path, model, says) -> None:
+    topology = tmp_path / "topology.yaml"
+    topology.write_text(f"model: {model}\n")
+    done = up(str(topology))
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
