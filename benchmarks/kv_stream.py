@@ -35,7 +35,8 @@ from transport.planes import Link, create_plane, usable_planes
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (KIB, 8 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB)
-WINDOW = 32
+WINDOW_BYTES = 16 * MIB
+MIN_WINDOW = 32
 TIMEOUT_S = 60.0
 TARGET = 0.8
 TARGET_FROM_BYTES = 64 * KIB
@@ -132,15 +133,16 @@ class Answers:
 
 
 def bandwidth(link: Link, answers: Answers, num_bytes: int, num_messages: int) -> float:
-    """GB/s of messages from one buffer, at most `WINDOW` on their way, until the peer has them all."""
+    """GB/s of messages from one buffer, a window of them on their way, until the peer has them all."""
     payload = memoryview(bytearray(num_bytes))
+    window = max(MIN_WINDOW, WINDOW_BYTES // num_bytes)
     on_their_way: deque[Future[None]] = deque()
     began = time.perf_counter()
     for _ in range(num_messages):
-        if len(on_their_way) == WINDOW:
+        if len(on_their_way) == window:
             # Woken once for half a window: waiting for each message would measure thread switches.
-            on_their_way[WINDOW // 2].result(TIMEOUT_S)
-            for _ in range(WINDOW // 2 + 1):
+            on_their_way[window // 2].result(TIMEOUT_S)
+            for _ in range(window // 2 + 1):
                 on_their_way.popleft().result(TIMEOUT_S)
         on_their_way.append(link.send(b"d", payload))
     link.send(b"f")

@@ -18,6 +18,8 @@ import torch
 
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.errors import AnabranchError
+from anabranch.kernels.base import Kernels
+from anabranch.kernels.native import select_kernels
 from anabranch.parallel.layout import KvLayout
 from transport.kv_stream import Commit, KvStreamReceiver
 from transport.kv_stream.incoming import DTYPES
@@ -51,8 +53,9 @@ class BenchHandler:
 class PoolSink:
     """Places slices into a paged pool, blocks in shuffled order, as a decode worker does."""
 
-    def __init__(self, kv: PagedKv, num_tokens: int) -> None:
+    def __init__(self, kv: PagedKv, kernels: Kernels, num_tokens: int) -> None:
         self._kv = kv
+        self._kernels = kernels
         blocks_N = torch.randperm(kv.num_blocks)[: -(-num_tokens // kv.block_size)]
         self._slots_T = (blocks_N[:, None] * kv.block_size + torch.arange(kv.block_size)).flatten()
 
@@ -60,9 +63,7 @@ class PoolSink:
         self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> None:
         slots_T = self._slots_T[tokens_T]
-        k_SKD, v_SKD = self._kv.layer(layer).slots()
-        k_SKD.index_copy_(0, slots_T, k_TKD)
-        v_SKD.index_copy_(0, slots_T, v_TKD)
+        self._kernels.store_kv(k_TKD, v_TKD, self._kv.layer(layer), slots_T)
 
     def touch(self) -> None: ...
 
@@ -97,6 +98,7 @@ def serve(name: str) -> None:
                     dtype=DTYPES[layout.dtype],
                     device=torch.device("cpu"),
                 )
+                pools[key].data.fill_(0.0)  # a pool's pages are there before the first stream comes
             receiver.open(
                 command["stream_id"],
                 1,
@@ -104,7 +106,9 @@ def serve(name: str) -> None:
                 rank=0,
                 num_cached_tokens=0,
                 num_tokens=command["num_tokens"],
-                sink=PoolSink(pools[key], command["num_tokens"]),
+                sink=PoolSink(
+                    pools[key], select_kernels(torch.device("cpu"), DTYPES[layout.dtype]), command["num_tokens"]
+                ),
             )
         else:
             answer = {"plane": plane.address, "stream": stream_plane.address}

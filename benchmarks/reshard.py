@@ -1,36 +1,37 @@
 """KV streams between meshes: from any (tp, cp) to any other, against the same bytes from one rank to one.
 
-Two processes: all ranks of the prefill side in this one, each with its source and planes; all ranks of the
-decode side in the other, each with its receiver, plane and paged pool. A prompt's KV is sent layer by layer in
-chunks, as prefill does, and the clock runs from the first layer to the last rank's acknowledgement. Each
-pair of meshes takes turns with one rank to one rank, which moves the same bytes with the same block size;
-medians. One thread posts for all source ranks in turn, so on two cores a mesh has no more threads that
-compute than one rank has.
+Every rank is a process with the parts that a worker's rank has: sources, planes and links on one side; planes,
+receivers, the importer and a paged pool on the other. A prompt's KV is sent layer by layer in chunks, as prefill
+does, and the clock runs from the first rank's first layer to the last rank's acknowledgement. Each pair of
+meshes takes turns with one rank to one rank, which moves the same bytes with the same block size; medians.
+
+The ranks of a side share one core, whatever their number: what is compared is the work of both sides, and a mesh
+has no more hands for it than a single rank.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import msgspec
-import torch
 
 from anabranch.parallel.layout import KvLayout
-from anabranch.parallel.reshard import tokens_of
 from anabranch.protocol.kv import KvDestination
 from benchmarks.report import Figure, parse_options, report
-from benchmarks.reshard_peer import Answer, CloseRequest, OpenRequest
-from transport.kv_stream import KvStreamSource
-from transport.kv_stream.incoming import DTYPES
+from benchmarks.reshard_peer import TIMEOUT_S, Answer, Expect, Forget, Go, Prepare
 from transport.planes import usable_planes
 
-TIMEOUT_S = 60.0
 TARGET = 1.25
-CHUNK_TOKENS = 1024
+MAX_RANKS = 4
+
+
+Request = Expect | Forget | Prepare | Go
+# (tp, cp, block size).
+Mesh = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,6 @@ class Shape:
         )
 
 
-# (tp, cp, block size).
-Mesh = tuple[int, int, int]
 SMOLLM2 = Shape(name="SmolLM2-135M", num_layers=30, num_kv_heads=3, head_dim=64, num_tokens=4096)
 LLAMA = Shape(name="Llama-3-8B", num_layers=32, num_kv_heads=8, head_dim=128, num_tokens=1024)
 PAIRS: tuple[tuple[Mesh, Mesh], ...] = (
@@ -76,22 +75,28 @@ QUICK_PAIRS = PAIRS[:5]
 
 
 class Peer:
-    """The receiving process."""
+    """The process of one rank."""
 
-    def __init__(self, plane_name: str) -> None:
+    def __init__(self, plane_name: str, rank: int, core: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.reshard_peer", plane_name],
+            [sys.executable, "-m", "benchmarks.reshard_peer", plane_name, str(rank), str(core)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def ask(self, request: OpenRequest | CloseRequest) -> Answer:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(msgspec.json.encode(request) + b"\n")
-        stdin.flush()
-        return msgspec.json.decode(stdout.readline(), type=Answer)
+    def ask(self, request: Request) -> Answer:
+        self.tell(request)
+        return self.answer()
+
+    def tell(self, request: Request) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Answer:
+        assert self._process.stdout is not None
+        return msgspec.json.decode(self._process.stdout.readline(), type=Answer)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -108,72 +113,50 @@ class Streamed:
     num_slices: int
 
 
-class SourceRank:
-    """One prefill rank's KV: every layer its own memory, as in a pool."""
-
-    def __init__(self, layout: KvLayout, rank: int, num_tokens: int) -> None:
-        self.rank = rank
-        self.heads = layout.heads_of(rank % layout.tp)
-        self.chunks: list[tuple[range, torch.Tensor]] = []
-        for start in range(0, num_tokens, CHUNK_TOKENS):
-            chunk = range(start, min(start + CHUNK_TOKENS, num_tokens))
-            held = sum(map(len, tokens_of(layout, rank // layout.tp, chunk)))
-            shape = (layout.num_layers, 2, held, len(self.heads), layout.head_dim)
-            self.chunks.append((chunk, torch.randn(shape).to(DTYPES[layout.dtype])))
-
-
 class Bench:
-    """Both ends over one plane."""
+    """Both sides over one plane: the source ranks share a core, and so do the destination ranks."""
 
     def __init__(self, plane_name: str) -> None:
         self.plane_name = plane_name
-        self._peer = Peer(plane_name)
-        self._sources: dict[int, KvStreamSource] = {}
+        cores = sorted(os.sched_getaffinity(0))
+        self._sources = [Peer(plane_name, rank, cores[0]) for rank in range(MAX_RANKS)]
+        self._destinations = [Peer(plane_name, rank, cores[-1]) for rank in range(MAX_RANKS)]
         self._stream_id = 0
 
-    def stream(self, source: KvLayout, to: KvLayout, ranks: list[SourceRank], num_tokens: int) -> Streamed:
+    def stream(self, source: KvLayout, to: KvLayout, num_tokens: int) -> Streamed:
         """Send a prompt's KV once."""
         self._stream_id += 1
-        opened = self._peer.ask(OpenRequest(stream_id=self._stream_id, num_tokens=num_tokens, layout=to))
+        senders, receivers = self._sources[: source.num_ranks], self._destinations[: to.num_ranks]
+        expect = Expect(stream_id=self._stream_id, num_tokens=num_tokens, layout=to)
+        addresses = [peer.ask(expect).address for peer in receivers]
         destination = KvDestination(
             worker="peer",
             stream_id=self._stream_id,
             generation=1,
             layout=to,
-            addresses=tuple({self.plane_name: address} for address in opened.addresses[: to.num_ranks]),
+            addresses=tuple({self.plane_name: address} for address in addresses),
             block_ids=(),
             num_cached_tokens=0,
             num_tokens=num_tokens,
             lease_s=TIMEOUT_S,
         )
-        senders = [self._source(r.rank).open(destination, source_layout=source, source_rank=r.rank) for r in ranks]
-        began_s = time.perf_counter()
-        for index, (chunk, _) in enumerate(ranks[0].chunks):
-            for layer in range(source.num_layers):
-                for sender, rank in zip(senders, ranks, strict=True):
-                    k_TKD, v_TKD = rank.chunks[index][1][layer].unbind(0)
-                    sender.send_layer(layer, rank.heads.start, chunk.start, k_TKD, v_TKD, chunk=chunk)
-        for sender in senders:
-            sender.commit(token_id=0)
-        stats = [sender.wait_ack(TIMEOUT_S) for sender in senders]
-        taken_s = time.perf_counter() - began_s
-        closed = self._peer.ask(CloseRequest(stream_id=self._stream_id))
-        assert not closed.error, closed.error
+        for peer in senders:
+            peer.ask(Prepare(layout=source, destination=destination))
+        for peer in senders:
+            peer.tell(Go())
+        sent = [peer.answer() for peer in senders]
+        came = [peer.ask(Forget(stream_id=self._stream_id)) for peer in receivers]
+        errors = [answer.error for answer in came if answer.error]
+        assert not errors, errors
         return Streamed(
-            taken_s=taken_s,
-            payload_bytes=sum(part.payload_bytes for part in stats),
-            num_slices=closed.num_slices,
+            taken_s=max(answer.ended_s for answer in sent) - min(answer.began_s for answer in sent),
+            payload_bytes=sum(answer.payload_bytes for answer in sent),
+            num_slices=sum(answer.num_slices for answer in came),
         )
 
     def close(self) -> None:
-        for source in self._sources.values():
-            source.close()
-        self._peer.close()
-
-    def _source(self, rank: int) -> KvStreamSource:
-        if rank not in self._sources:
-            self._sources[rank] = KvStreamSource(planes=(self.plane_name,), configured=self.plane_name)
-        return self._sources[rank]
+        for peer in (*self._sources, *self._destinations):
+            peer.close()
 
 
 def compare(bench: Bench, shape: Shape, pair: tuple[Mesh, Mesh], rounds: int) -> list[Figure]:
@@ -181,11 +164,9 @@ def compare(bench: Bench, shape: Shape, pair: tuple[Mesh, Mesh], rounds: int) ->
     source, to = (shape.layout(mesh) for mesh in pair)
     single = shape.layout((1, 1, to.block_size))
     num_tokens = shape.num_tokens
-    meshed = [SourceRank(source, rank, num_tokens) for rank in range(source.num_ranks)]
-    alone = [SourceRank(single, 0, num_tokens)]
     ours, theirs = [], []
     for turn in range(rounds + 1):
-        both = bench.stream(single, single, alone, num_tokens), bench.stream(source, to, meshed, num_tokens)
+        both = bench.stream(single, single, num_tokens), bench.stream(source, to, num_tokens)
         if turn:  # the first connects and touches memory
             theirs.append(both[0])
             ours.append(both[1])
@@ -224,7 +205,6 @@ def mesh_text(mesh: Mesh) -> str:
 
 def main() -> int:
     options = parse_options("reshard", __doc__)
-    torch.set_num_threads(1)
     figures: list[Figure] = []
     planes = [name for name in ("ucx", "tcp") if name in usable_planes()]
     for name in planes[:1] if options.quick else planes:

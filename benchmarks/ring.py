@@ -5,7 +5,7 @@ them; one rank runs paged attention as a worker does. Speed-up and memory are of
 bytes, hidden transfers, zigzag and pass-Q are of one layer's attention.
 
 Hidden is the share of the transfer's time alone that no rank waits for once all have computed. Where pass-Q
-overtakes pass-KV is measured over chunks of 16 to 4,096 new tokens behind a cached prefix, and predicted by
+overtakes pass-KV is measured over chunks of 16 to 8,192 new tokens behind a cached prefix, and predicted by
 the rule from this run's rates.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from anabranch.parallel.pass_rule import HeadShape, RingRates, ring_cost
+from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates, ring_cost
 from benchmarks.chart import Series, line_chart
 from benchmarks.random_model import HEAD_DIM, HEADS, KV_HEADS
 from benchmarks.ranks import Figures, run_ranks
@@ -148,6 +148,7 @@ def pass_figures(chunks: list[int], cached: int, picture: Path | None) -> list[F
         attention_flops_per_s=4.0 * HEADS * HEAD_DIM * pairs / alone["alone.ring_s"],
         link_bytes_per_s=hop_bytes / max(1e-9, slowest(ranks, "hop.link_s") - tiny_s),
         message_s=tiny_s,
+        taken_share=min(1.0, max(0.0, slowest(ranks, "hop.taken_s") / slowest(ranks, "hop.link_s"))),
     )
     taken = {variant: {n: slowest(ranks, f"{variant}{n}.ring_s") for n in chunks} for variant in VARIANTS}
     costs = {
@@ -157,6 +158,7 @@ def pass_figures(chunks: list[int], cached: int, picture: Path | None) -> list[F
     figures = [
         Figure(key="attention, measured for the rule", value=rates.attention_flops_per_s / 1e9, unit="GFLOP/s"),
         Figure(key="link, measured for the rule", value=rates.link_bytes_per_s / 1e9, unit="GB/s"),
+        Figure(key="of a transfer's time taken from attention", value=rates.taken_share, unit="share"),
     ]
     figures += [
         Figure(
@@ -169,6 +171,18 @@ def pass_figures(chunks: list[int], cached: int, picture: Path | None) -> list[F
         )
         for n in chunks
     ]
+    rule = PassRule("auto", SHAPE, 2, rates)
+    figures.append(
+        Figure(
+            key="the rule's choice against the faster variant, worst chunk",
+            value=max(
+                taken[rule.choose_chunks([(n, cached)])][n] / min(taken[variant][n] for variant in VARIANTS)
+                for n in chunks
+            ),
+            unit="ratio",
+            higher_is_better=False,
+        )
+    )
     measured = crossover(chunks, lambda n: taken["pass_q"][n] - taken["pass_kv"][n])
     grid = sorted({*range(1, chunks[-1] + 1, 4)})
     predicted = crossover(
@@ -225,7 +239,7 @@ def main() -> int:
     parsed = parser.parse_args()
     options = Options(quick=parsed.quick, json=parsed.json)
     sizes = [2048, SPEED_UP_TOKENS] if options.quick else [2048, 4096, SPEED_UP_TOKENS, 16384]
-    chunks = [16, 128, 1024] if options.quick else [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    chunks = [16, 128, 1024] if options.quick else [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
     figures = prefill_figures(sizes)
     figures += ring_figures(SPEED_UP_TOKENS)
     figures += pass_figures(chunks, 16384, parsed.picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 SCALE = HEAD_DIM**-0.5
 MIN_REPEATS, MAX_REPEATS, REPEAT_S = 3, 50, 1.5
 WATCHED_REPEATS = 8
+LINK_REPEATS, EVICTING_BYTES, COMPUTE_SIZE = 15, 64 << 20, 1024
 
 
 class TimedAttention:
@@ -200,15 +202,36 @@ def ring(group: ShmGroup, num_new: int, cached: int, variant: Variant, sharding:
 
 
 def link(group: ShmGroup, num_bytes: int) -> Figures:
-    """One transfer to the next rank and from the one before, with nothing to compute."""
+    """A transfer to the next rank and from the one before: alone, and what it takes from computing beside it.
+
+    Caches are emptied before each, as attention would have done.
+    """
     send = torch.zeros(num_bytes, dtype=torch.uint8)
     receive = group.buffer_like(send)
     following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    return {"link_s": repeat_s(lambda: group.post([send], following, [receive], before).wait(), group)}
+    evicting = torch.zeros(EVICTING_BYTES, dtype=torch.uint8)
+    factor = torch.randn(COMPUTE_SIZE, COMPUTE_SIZE).to(DTYPE)
+    alone: list[float] = []
+    with_link: list[float] = []
+    without: list[float] = []
+    for i in range(3 * LINK_REPEATS):
+        evicting.fill_(i % 7)
+        group.barrier()
+        start = time.perf_counter()
+        handle = None if i % 3 == 2 else group.post([send], following, [receive], before)
+        if i % 3 > 0:
+            torch.mm(factor, factor)
+            (with_link if i % 3 == 1 else without).append(time.perf_counter() - start)
+        if handle is not None:
+            handle.wait()
+        if i % 3 == 0:
+            alone.append(time.perf_counter() - start)
+    return {"link_s": median(alone), "taken_s": median(with_link) - median(without)}
 
 
 def reset_peak_bytes() -> int:
-    """Let the kernel's high-water mark start from the memory that is held now; gives that."""
+    """Let the kernel's high-water mark start from the memory that is in use now; gives that."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return read_peak_bytes()
 

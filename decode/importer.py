@@ -46,22 +46,25 @@ class KvImport:
         token_T = torch.arange(stream.num_tokens)
         blocks = torch.tensor(stream.block_ids, dtype=torch.int64)
         self._slots_T = blocks[token_T // span] * kv.block_size + token_T % kv.block_size
+        self._device = kv.data.device
+        self._tokens_T: torch.Tensor | None = None
+        self._slots_of = self._slots_T
+        self._pools: dict[tuple[int, range], LayerKv] = {}
 
     def place(
         self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> None:
         """Copy rows into the pool. See `KvSink.place`."""
-        pool = self.kv.layer(layer)
-        first = head_start - self._head_start
-        heads = slice(first, first + k_TKD.shape[1])
-        slots_T = self._slots_T[tokens_T]
-        device = self.kv.data.device
-        self.kernels.store_kv(
-            k_TKD.to(device),
-            v_TKD.to(device),
-            LayerKv(pool.k[:, :, heads], pool.v[:, :, heads]),
-            slots_T.to(device),
-        )
+        # Consecutive layers bring the same tokens: what is the same for them is made once.
+        if tokens_T is not self._tokens_T:
+            self._tokens_T, self._slots_of = tokens_T, self._slots_T.index_select(0, tokens_T).to(self._device)
+        heads = range(head_start, head_start + k_TKD.shape[1])
+        pool = self._pools.get((layer, heads))
+        if pool is None:
+            whole = self.kv.layer(layer)
+            span = slice(heads.start - self._head_start, heads.stop - self._head_start)
+            pool = self._pools[layer, heads] = LayerKv(whole.k[:, :, span], whole.v[:, :, span])
+        self.kernels.store_kv(k_TKD.to(self._device), v_TKD.to(self._device), pool, self._slots_of)
 
     def touch(self) -> None:
         now = time.monotonic()

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import msgspec
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.build import Engine
 from anabranch.engine.plan import StepPlan, StepResult
-from anabranch.parallel.context import RankContext
 from decode.commands import CloseStream, DecodeCommand, DecodeEvent, OpenStream, RankListens, Step, StreamOpened
 from decode.importer import KvImport
+from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
 from transport.kv_stream import KvStreamReceiver
 from transport.planes import Plane, create_plane, usable_planes
@@ -81,10 +81,12 @@ class DecodeRank:
         self._emit(StreamOpened(stream_id=command.stream_id))
 
 
-def build_rank(config: WorkerConfig, context: RankContext, emit: Callable[[DecodeEvent], None]) -> DecodeRank:
-    """Load a rank's part of the model."""
-    return DecodeRank(config, build_engine(config, context), emit)
-
+ROOM = RankRoom[DecodeCommand, DecodeEvent](
+    module="decode.rank",
+    commands=msgspec.msgpack.Decoder(DecodeCommand),
+    events=msgspec.msgpack.Decoder(tuple[int, DecodeEvent]),
+    make_rank=DecodeRank,
+)
 
 if __name__ == "__main__":
-    run_rank(msgspec.msgpack.Decoder(DecodeCommand), build_rank)
+    run_rank(ROOM)

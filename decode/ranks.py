@@ -10,12 +10,13 @@ from decode.commands import (
     CloseStream,
     DecodeCommand,
     DecodeEvent,
+    OpenStream,
     RankListens,
     Step,
     StreamCommitted,
     StreamOpened,
 )
-from decode.rank import DecodeRank
+from decode.rank import ROOM
 from runtime.quorum import Quorum
 from runtime.ranks import Ranks
 
@@ -36,9 +37,7 @@ class DecodeRanks(Ranks[DecodeCommand, DecodeEvent]):
     ) -> None:
         super().__init__(
             config,
-            module="decode.rank",
-            event_type=tuple[int, DecodeEvent],
-            make_rank=DecodeRank,
+            ROOM,
             make_step=lambda plan: Step(plan=plan),
             heard=self._note,
             on_failure=on_failure,
@@ -54,7 +53,10 @@ class DecodeRanks(Ranks[DecodeCommand, DecodeEvent]):
         return tuple(self._listening[rank] for rank in sorted(self._listening))
 
     def send(self, command: DecodeCommand) -> None:
-        if isinstance(command, CloseStream):
+        if isinstance(command, OpenStream):
+            self._opened.expect(command.stream_id)
+            self._committed.expect(command.stream_id)
+        elif isinstance(command, CloseStream):
             self._opened.forget(command.stream_id)
             self._committed.forget(command.stream_id)
         super().send(command)

@@ -151,7 +151,10 @@ class DecodeWorker(Worker):
         try:
             result = self.ranks.step(plan)
         except Exception as error:
-            logger.exception("step %d", plan.step)
+            if isinstance(error, AnabranchError):
+                logger.warning("step %d: %s", plan.step, error)
+            else:
+                logger.exception("step %d", plan.step)
             self._fail_step(plan, error)
             return True
         self._publish(self.scheduler.update(plan, result))

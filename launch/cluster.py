@@ -24,12 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
+from anabranch.config.worker import WorkerConfig
 from anabranch.errors import DeadlineExceeded, WorkerDied
 from anabranch.model.known import cache_folder
 from anabranch.model.sources import resolve_model
 from launch import sweeper
+from launch.fit import check_fit
 from launch.gateway import GatewayProbe
 from launch.plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
 from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
@@ -112,19 +116,28 @@ class LocalCluster:
 
     @property
     def processes(self) -> tuple[ProcessInfo, ...]:
-        """All processes, the orchestrator first."""
-        return tuple(
-            ProcessInfo(
-                name=plan.name,
-                role="+".join(dict.fromkeys(worker.role for worker in plan.workers)) or plan.name,
-                pid=self._children[plan.name].pid,
-                num_threads=plan.num_threads,
-                cores=plan.cores,
-                alive=self._children[plan.name].alive,
+        """All processes, the orchestrator first, every worker's ranks behind it."""
+        processes: list[ProcessInfo] = []
+        for plan in self._plans:
+            child = self._children.get(plan.name)
+            if child is None:
+                continue
+            roles = dict.fromkeys(worker.role for worker in plan.workers)
+            meshes = dict.fromkeys(f" tp {w.tp} x cp {w.cp}" for w in plan.workers if w.num_ranks > 1)
+            processes.append(
+                ProcessInfo(
+                    name=plan.name,
+                    role=("+".join(roles) or plan.name) + ",".join(meshes),
+                    pid=child.pid,
+                    num_threads=plan.num_threads,
+                    cores=plan.cores,
+                    alive=child.alive,
+                )
             )
-            for plan in self._plans
-            if plan.name in self._children
-        )
+            for worker in plan.workers:
+                if worker.num_ranks > 1 and worker.rank_processes:
+                    processes.extend(_ranks(worker, child.pid))
+        return tuple(processes)
 
     @property
     def deaths(self) -> tuple[ProcessExit, ...]:
@@ -163,9 +176,9 @@ class LocalCluster:
         """Start everything and wait until requests are served.
 
         Raises:
-            ConfigError: the model, a size or a degree that a process refused.
+            ConfigError: the meshes do not fit the model or this machine; nothing was started.
             ModelError: the model cannot be found or converted.
-        WorkerDied: a process ended before the cluster was ready; the message has its last lines.
+            WorkerDied: a process ended before the cluster was ready; the message has its last lines.
             DeadlineExceeded: not ready in time; the message says who is missing.
         """
         try:
@@ -205,7 +218,8 @@ class LocalCluster:
         if self._folder is not None:
             raise RuntimeError("a LocalCluster starts once; make a new one")
         deadline = time.monotonic() + self._ready_timeout_s
-        resolve_model(self.topology.model)  # a name that is unknown is refused here; a conversion happens once
+        source = resolve_model(self.topology.model)  # an unknown name is refused here; a conversion happens once
+        check_fit(self.topology, source)
         self._folder = _private_folder()
         self._start_sweeper()
         control = f"ipc://{self._folder}/control.sock"
@@ -225,7 +239,9 @@ class LocalCluster:
         log_folder = self._log_folder or self.folder
         log_folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"}
-        # Otherwise torch leaves a folder in the system's temporary one.
+        # What a child leaves in the system's temporary folder goes with the cluster's.
+        environment["TMPDIR"] = str(self.folder)
+        # ... except this, which is worth keeping.
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
         if plan.num_threads:
             environment["OMP_NUM_THREADS"] = str(plan.num_threads)
@@ -322,6 +338,27 @@ def start_error(death: ProcessExit) -> WorkerDied:
         return WorkerDied(f"{death.name}: {match[1]}")
     lines = "\n".join(f"    {line}" for line in death.log_tail) or "    (it wrote nothing)"
     return WorkerDied(f"{death} before the cluster was ready; its last lines:\n{lines}")
+
+
+def _ranks(worker: WorkerConfig, pid: int) -> list[ProcessInfo]:
+    """The ranks with processes of their own, by the names that they go by; none where the worker has ended."""
+    found: list[ProcessInfo] = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children():
+            name, _, rank = child.name().rpartition(".")
+            # The kernel cuts long names.
+            if rank.isdigit() and worker.name.startswith(name) and 0 < int(rank) < worker.num_ranks:
+                found.append(
+                    ProcessInfo(
+                        name=child.name(),
+                        role=f"rank {rank}",
+                        pid=child.pid,
+                        num_threads=worker.threads,
+                        cores=worker.cores_of(int(rank)),
+                        alive=child.status() != psutil.STATUS_ZOMBIE,
+                    )
+                )
+    return sorted(found, key=lambda rank: int(rank.name.rpartition(".")[2]))
 
 
 def _private_folder() -> Path:

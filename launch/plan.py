@@ -37,11 +37,14 @@ class ProcessPlan:
 
     @property
     def num_threads(self) -> int:
-        return sum(worker.threads for worker in self.workers)
+        """Compute threads of this process, without those of ranks that have their own."""
+        return sum(worker.threads * (1 if worker.rank_processes else worker.num_ranks) for worker in self.workers)
 
     @property
     def cores(self) -> tuple[int, ...]:
-        return tuple(sorted({core for worker in self.workers for core in worker.cores}))
+        """CPU ids that this process is pinned to; none: it is not."""
+        pinned = (w.cores_of(0) if w.rank_processes else w.cores for w in self.workers)
+        return tuple(sorted({core for cores in pinned for core in cores}))
 
 
 def plan_orchestrator(topology: Topology, control: str, endpoints_file: Path) -> ProcessPlan:
@@ -52,12 +55,15 @@ def plan_orchestrator(topology: Topology, control: str, endpoints_file: Path) ->
     return ProcessPlan(name=ORCHESTRATOR_NAME, module="orchestrator", arguments=tuple(to_flags(config)), workers=())
 
 
-def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None = None) -> tuple[WorkerConfig, ...]:
-    """The workers of a checked topology, threads and cores dealt out.
+def plan_workers(
+    topology: Topology, control: str, cores: tuple[int, ...] | None = None, num_devices: int | None = None
+) -> tuple[WorkerConfig, ...]:
+    """The workers of a checked topology, threads, cores and devices dealt out.
 
     Args:
         control: endpoint of the orchestrator's control channel.
         cores: CPU ids that may be used; None: those of this process.
+        num_devices: accelerators that may be used; None: those that are visible.
     """
     usable = usable_cores() if cores is None else cores
     pools: list[tuple[Role, PoolConfig]] = []
@@ -69,12 +75,15 @@ def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None
         pools.append(("colocated", topology.pools.colocated))
     num_ranks = sum(pool.workers * pool.tp * pool.cp for _, pool in pools)
     share, spare = divmod(len(usable), num_ranks)
+    devices = _Devices(topology.device, num_devices)
     workers: list[WorkerConfig] = []
     for role, pool in pools:
+        ranks = pool.tp * pool.cp
         num_cores = len(pool.cores) // pool.workers
         for index in range(pool.workers):
             own = pool.cores[index * num_cores : (index + 1) * num_cores]
-            even = share + (1 if len(workers) < spare else 0)
+            more = 1 if spare >= ranks else 0
+            spare -= more * ranks
             workers.append(
                 WorkerConfig(
                     role=role,
@@ -82,9 +91,9 @@ def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None
                     orchestrator=control,
                     model=topology.model,
                     dtype=topology.dtype,
-                    device=topology.device,
+                    device=devices.take(ranks),
                     kv_transport=topology.kv_transport,
-                    threads=pool.threads or max(1, len(own) // (pool.tp * pool.cp) if own else even),
+                    threads=pool.threads or max(1, len(own) // ranks if own else share + more),
                     cores=own,
                     block_size=topology.block_size,
                     kv_cache_bytes=parse_size(f"pools.{role}.kv_cache", pool.kv_cache),
@@ -96,6 +105,9 @@ def plan_workers(topology: Topology, control: str, cores: tuple[int, ...] | None
                     tp=pool.tp,
                     cp=pool.cp,
                     ring=pool.ring,
+                    collective_timeout_s=topology.collective_timeout_s,
+                    # What shares memory shares a process.
+                    rank_processes=topology.kv_transport != "inproc" or role == "colocated",
                 )
             )
     return tuple(workers)
@@ -118,3 +130,28 @@ def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tup
         if worker not in shared
     )
     return tuple(processes)
+
+
+class _Devices:
+    """Deals accelerators out to workers, a run of them to each; workers share them where there are too few."""
+
+    def __init__(self, device: str, num_devices: int | None) -> None:
+        self._device = device
+        self._next = 0
+        self._count = 0
+        if device == "cuda":
+            self._count = _visible_devices() if num_devices is None else num_devices
+
+    def take(self, num_ranks: int) -> str:
+        """The first of a worker's devices; what was configured where it names one, or there is nothing to deal."""
+        if num_ranks > self._count:
+            return self._device
+        first = self._next if self._next + num_ranks <= self._count else 0
+        self._next = first + num_ranks
+        return f"{self._device}:{first}"
+
+
+def _visible_devices() -> int:
+    import torch  # not needed to start workers on the cpu
+
+    return torch.cuda.device_count()

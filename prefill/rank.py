@@ -12,10 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.build import Engine, build_engine
+from anabranch.engine.build import Engine
 from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.errors import RequestCancelled
-from anabranch.parallel.context import RankContext
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.requests import WireError
 from prefill.commands import (
@@ -31,11 +30,13 @@ from prefill.commands import (
     StreamOpened,
 )
 from prefill.export import KvExporter
+from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
 from transport.kv_stream import KvStreamSender, KvStreamSource
 from transport.planes import usable_planes
 
 NUM_CONNECTORS = 4
+SEND_TIMEOUT_S = 30.0
 
 
 class PrefillRank:
@@ -56,7 +57,11 @@ class PrefillRank:
         self._opening: set[Key] = set()
         self._senders: dict[Key, KvStreamSender] = {}
         self._source = KvStreamSource(
-            planes=usable_planes(), configured=config.kv_transport, listen_host=config.listen_host
+            planes=usable_planes(),
+            configured=config.kv_transport,
+            listen_host=config.listen_host,
+            # While one rank waits for a slow destination, the others wait for it: that must end first.
+            send_timeout_s=min(SEND_TIMEOUT_S, config.collective_timeout_s / 4),
         )
         self._connectors = ThreadPoolExecutor(NUM_CONNECTORS, thread_name_prefix="connect")
 
@@ -72,9 +77,9 @@ class PrefillRank:
             case CommitStream():
                 self._commit(command)
             case EndStream(key=key, error=error):
-                self._exporter.remove(key)
                 with self._lock:
                     self._opening.discard(key)
+                    self._exporter.remove(key)
                     sender = self._senders.pop(key, None)
                 if sender is not None:
                     sender.abort(error.to_error())
@@ -131,10 +136,12 @@ class PrefillRank:
             self._emit(StreamFailed(key=key, error=WireError.of(error)))
 
 
-def build_rank(config: WorkerConfig, context: RankContext, emit: Callable[[PrefillEvent], None]) -> PrefillRank:
-    """Load a rank's part of the model."""
-    return PrefillRank(config, build_engine(config, context), emit)
-
+ROOM = RankRoom[PrefillCommand, PrefillEvent](
+    module="prefill.rank",
+    commands=msgspec.msgpack.Decoder(PrefillCommand),
+    events=msgspec.msgpack.Decoder(tuple[int, PrefillEvent]),
+    make_rank=PrefillRank,
+)
 
 if __name__ == "__main__":
-    run_rank(msgspec.msgpack.Decoder(PrefillCommand), build_rank)
+    run_rank(ROOM)

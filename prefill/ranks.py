@@ -9,6 +9,7 @@ from anabranch.errors import WorkerDied
 from anabranch.protocol.kv import KvStreamStats
 from prefill.commands import (
     EndStream,
+    OpenStream,
     PrefillCommand,
     PrefillEvent,
     Step,
@@ -16,7 +17,7 @@ from prefill.commands import (
     StreamFailed,
     StreamOpened,
 )
-from prefill.rank import PrefillRank
+from prefill.rank import ROOM
 from runtime.quorum import Quorum
 from runtime.ranks import Ranks
 
@@ -37,9 +38,7 @@ class PrefillRanks(Ranks[PrefillCommand, PrefillEvent]):
     ) -> None:
         super().__init__(
             config,
-            module="prefill.rank",
-            event_type=tuple[int, PrefillEvent],
-            make_rank=PrefillRank,
+            ROOM,
             make_step=lambda plan: Step(plan=plan),
             heard=heard,
             on_failure=on_failure,
@@ -48,7 +47,10 @@ class PrefillRanks(Ranks[PrefillCommand, PrefillEvent]):
         self._acknowledged = Quorum[StreamAcknowledged](self.size)
 
     def send(self, command: PrefillCommand) -> None:
-        if isinstance(command, EndStream):
+        if isinstance(command, OpenStream):
+            self._opened.expect(command.key)
+            self._acknowledged.expect(command.key)
+        elif isinstance(command, EndStream):
             self._opened.forget(command.key)
             self._acknowledged.forget(command.key)
         super().send(command)

@@ -135,7 +135,10 @@ class PrefillWorker(Worker):
         try:
             result = self.ranks.step(plan)
         except Exception as error:
-            logger.exception("step %d", plan.step)
+            if isinstance(error, AnabranchError):
+                logger.warning("step %d: %s", plan.step, error)
+            else:
+                logger.exception("step %d", plan.step)
             self._fail_step(plan, error)
             return True
         for sequence, token in self.scheduler.update(plan, result):

@@ -13,6 +13,7 @@ import uvloop
 from anabranch.config.flags import parse_flags
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import pin_process
+from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Role
 from runtime.log import configure_logging
@@ -70,7 +71,8 @@ def worker_main(role: Role, about: str, build: Callable[[WorkerConfig], Worker])
     config = parse_flags(WorkerConfig, sys.argv[1:], prog=f"python -m {role}", about=about, defaults={"role": role})
     configure_logging(config.name)
     try:
-        pin_process(config.cores, config.threads)
+        own = rank_config(config, 0)
+        pin_process(own.cores, own.threads)
     except AnabranchError as error:
         logger.error("%s", error)
         raise SystemExit(2) from None

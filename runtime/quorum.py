@@ -9,7 +9,7 @@ Report = TypeVar("Report")
 
 
 class Quorum(Generic[Report]):
-    """Reports by key; one thread calls.
+    """Reports by key, for as long as they are expected; one thread calls.
 
     Args:
         size: ranks that have to report.
@@ -19,9 +19,19 @@ class Quorum(Generic[Report]):
         self.size = size
         self._reports: dict[Hashable, dict[int, Report]] = {}
 
+    def __len__(self) -> int:
+        """Keys whose reports are not complete."""
+        return len(self._reports)
+
+    def expect(self, key: Hashable) -> None:
+        """Take reports on `key`; those on other keys are late, and dropped."""
+        self._reports[key] = {}
+
     def add(self, key: Hashable, rank: int, report: Report) -> list[Report] | None:
         """All ranks' reports, in rank order, with the last of them; None before that."""
-        reports = self._reports.setdefault(key, {})
+        reports = self._reports.get(key)
+        if reports is None:
+            return None
         reports[rank] = report
         if len(reports) < self.size:
             return None
@@ -29,5 +39,5 @@ class Quorum(Generic[Report]):
         return [reports[rank] for rank in sorted(reports)]
 
     def forget(self, key: Hashable) -> None:
-        """Drop what has been reported; what is not known is left alone."""
+        """Expect no more; what is not known is left alone."""
         self._reports.pop(key, None)

@@ -1,11 +1,10 @@
-"""The ranks of one worker: rank 0 is the worker's own process, the others are its children.
+"""The driver's hold on its worker's other ranks: processes that are its children, or threads beside it.
 
-    rank 0: start -> join the mesh's groups -> send commands (all ranks, in order), hear events -> close
-    rank r: join -> command, command, ... (waits without a deadline while idle) -> ends with its parent
+    start (each rank says that it lives, all join) -> wait_ready (each has loaded) -> send, hear events -> close
 
-Commands go down and events come up over ZeroMQ sockets in a private folder, typed and size-limited like every
-control message; tensors and sums go through the mesh's collectives. A rank that dies or fails aborts the
-collectives of all, so that no rank waits for it, and `on_failure` hears of it once.
+A rank that dies, fails or falls silent fails the group: the collectives of all ranks are aborted, so that none
+waits for it, and `on_failure` hears of it once. The private folder with the sockets is removed as soon as all are
+connected, so that nothing is left of it however the worker ends.
 """
 
 from __future__ import annotations
@@ -22,64 +21,52 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 import msgspec
 import zmq
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.errors import DeadlineExceeded, WorkerDied
+from anabranch.engine.fit import rank_config
+from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
+from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
-from runtime.rank_mesh import RankMesh
+from anabranch.parallel.threads import ThreadGroup, thread_groups
+from runtime.rank import Command, Event, RankRoom
+from runtime.rank_channel import (
+    END,
+    MAX_COMMAND_BYTES,
+    NOTICE,
+    Context,
+    Notice,
+    RankFailed,
+    RankReady,
+    RankStart,
+    RankStarted,
+    command_address,
+    event_address,
+)
+from runtime.rank_mesh import RankMesh, join_world
+from runtime.rank_process import serve_rank
+from runtime.silence import Silence
+from transport.collectives.base import CollectiveGroup
 
 logger = logging.getLogger(__name__)
 
-MAX_COMMAND_BYTES = 64 << 20
 START_TIMEOUT_S = 180.0
-TERM_TIMEOUT_S = 2.0
-_POLL_MS = 200
-
-Command = TypeVar("Command", bound=msgspec.Struct)
-Event = TypeVar("Event", bound=msgspec.Struct)
-
-
-class RankStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child rank is told on its command line, as JSON."""
-
-    config: WorkerConfig
-    rank: int
-    folder: str
-
-
-# First frame of what a rank sends: about itself, or its room's event.
-NOTICE, EVENT = b"n", b"e"
-
-
-class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="rank_failed"):
-    """A rank's last event."""
-
-    message: str
-
-
-class RankReady(msgspec.Struct, frozen=True, kw_only=True, tag="rank_ready"):
-    """A rank has loaded its part and takes commands."""
-
-
-def command_path(folder: Path, rank: int) -> str:
-    return f"ipc://{folder}/commands-{rank}"
-
-
-def event_path(folder: Path) -> str:
-    return f"ipc://{folder}/events"
+END_TIMEOUT_S = 2.0
+# How long an error in a collective waits for the news of the rank that died: it says more.
+NEWS_TIMEOUT_S = 0.5
+_POLL_S = 0.2
+_RETRY_S = 0.02
+_MAX_FOLDER_CHARS = 100
 
 
 class RankGroup(Generic[Command, Event]):
-    """Rank 0's hold on its worker's other ranks; with one rank it starts nothing and sends nothing.
+    """All ranks but the driver's own; with one rank it starts nothing and sends nothing.
 
     Args:
-        module: what `python -m` runs for a rank.
-        event_type: what the room's ranks send: `tuple[int, union of events]`, the rank first.
         on_event: hears `(rank, event)`, on the listener's thread.
         on_failure: hears once that the group cannot go on.
     """
@@ -87,74 +74,88 @@ class RankGroup(Generic[Command, Event]):
     def __init__(
         self,
         config: WorkerConfig,
-        module: str,
-        event_type: type[tuple[int, Event]],
+        room: RankRoom[Command, Event],
         on_event: Callable[[int, Event], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:
         self.config = config
         self.mesh = Mesh(tp=config.tp, cp=config.cp)
-        self._module = module
-        self._events = msgspec.msgpack.Decoder(event_type)
-        self._notices = msgspec.msgpack.Decoder(tuple[int, RankReady | RankFailed])
-        self._encoder = msgspec.msgpack.Encoder()
+        self._room = room
         self._on_event = on_event
         self._on_failure = on_failure
+        self._notices = msgspec.msgpack.Decoder(tuple[int, Notice])
+        self._encoder = msgspec.msgpack.Encoder()
         self._folder: Path | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._where = "inproc://"
+        self._context: Context | None = None
+        self._thread_groups: list[ThreadGroup] = []
+        # Guards the command sockets, which belong to the engine's thread and at the end to whoever closes.
+        self._sending = threading.Lock()
         self._commands: list[zmq.Socket[bytes]] = []
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._ready: set[int] = set()
-        self._changed = threading.Condition()
-        self._failure: WorkerDied | None = None
-        self._closing = False
         self._threads: list[threading.Thread] = []
         self._rank_mesh: RankMesh | None = None
+        # Guards what follows, and tells of changes.
+        self._changed = threading.Condition()
+        self._started: set[int] = set()
+        self._ready: set[int] = set()
+        self._failure: WorkerDied | None = None
+        self._closing = False
 
     @property
     def size(self) -> int:
         return self.mesh.world_size
 
-    def start(self) -> RankContext:
-        """Start the other ranks and join them; returns rank 0's place among them.
+    @property
+    def pids(self) -> dict[int, int]:
+        """Rank -> process id, of the ranks with a process of their own."""
+        return {rank: child.pid for rank, child in sorted(self._children.items())}
+
+    # Start ------------------------------------------------------------------------------------------------
+
+    def start(self, model: ModelConfig) -> RankContext:
+        """Start the other ranks and join them; returns the driver's place among them.
 
         Raises:
             TransportUnavailable, DeadlineExceeded, WorkerDied: a rank did not come up.
         """
         if self.size == 1:
             return RankContext(mesh=self.mesh)
-        self._folder = Path(tempfile.mkdtemp(prefix="anabranch-ranks-"))
-        self._context = zmq.Context()
-        events = self._context.socket(zmq.PULL)
-        events.setsockopt(zmq.MAXMSGSIZE, MAX_COMMAND_BYTES)
-        events.bind(event_path(self._folder))
+        self._context = Context()
+        if self.config.rank_processes:
+            self._folder = _private_folder()
+            self._where = f"ipc://{self._folder}/"
+        else:
+            self._thread_groups = thread_groups(self.size, self.config.collective_timeout_s)
+        self._bind()
+        body = self._keep_process if self.config.rank_processes else self._keep_thread
         for rank in range(1, self.size):
-            socket = self._context.socket(zmq.PUSH)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(command_path(self._folder, rank))
-            self._commands.append(socket)
-        self._spawn(lambda: self._listen(events), "rank-events")
-        for rank in range(1, self.size):
-            self._spawn(lambda rank=rank: self._keep(rank), f"rank-{rank}")  # type: ignore[misc]
-        self._rank_mesh = RankMesh(self.config, self.mesh, 0, self._folder)
+            self._spawn(body, rank)
+        self._await(self._started, "start")
+        self._send(self._encoder.encode(RankStart(config=self.config, model=model)))
+        try:
+            self._rank_mesh = RankMesh(self._join(), self.mesh)
+        except AnabranchError as error:
+            raise self.broken(error) from error
+        if self._failure is not None:
+            self._rank_mesh.abort(str(self._failure))
         return self._rank_mesh.context
 
     def wait_ready(self) -> None:
         """Wait until every rank has loaded. Raises WorkerDied, DeadlineExceeded."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or len(self._ready) == self.size - 1, START_TIMEOUT_S)
-            if self._failure is not None:
-                raise self._failure
-            missing = sorted(set(range(1, self.size)) - self._ready)
-        if missing:
-            raise DeadlineExceeded(f"rank_start_timeout_s: ranks {missing} were not ready in {START_TIMEOUT_S} s")
+        if self.size == 1:
+            return
+        self._await(self._ready, "load")
+        # Gloo and NCCL may come back to their store in the folder; all else in it has been used up.
+        if self._rank_mesh is not None and self._rank_mesh.world.backend == "shm":
+            self._remove_folder()
+
+    # Work -------------------------------------------------------------------------------------------------
 
     def send(self, command: Command) -> None:
-        """Give every other rank a command; one thread only. Says nothing more once the group has failed."""
+        """Give every other rank a command. Does nothing once the group has failed."""
         if self._commands and self._failure is None:
-            data = self._encoder.encode(command)
-            for socket in self._commands:
-                socket.send(data, copy=False)
+            self._send(self._encoder.encode(command))
 
     def fail(self, error: WorkerDied) -> None:
         """End the group: every wait of every rank ends now. The first error counts."""
@@ -163,77 +164,189 @@ class RankGroup(Generic[Command, Event]):
                 return
             self._failure = error
             self._changed.notify_all()
-        if self._rank_mesh is not None:
-            self._rank_mesh.abort(str(error))
+        self._abort(str(error))
         self._on_failure(error)
 
+    def broken(self, error: Exception) -> WorkerDied:
+        """What an error on the driver means: the group's failure, which this is where there was none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None, NEWS_TIMEOUT_S)
+        self.fail(WorkerDied(f"the ranks of {self.config.name} cannot go on: {type(error).__name__}: {error}"))
+        return self._failure or WorkerDied(str(error))
+
+    # End --------------------------------------------------------------------------------------------------
+
     def close(self) -> None:
-        """End the other ranks and remove the folder. Idempotent."""
+        """End the other ranks and remove what is left. Idempotent."""
         with self._changed:
             if self._closing:
                 return
             self._closing = True
-        if self._rank_mesh is not None:
-            self._rank_mesh.abort("the worker ends")
-        for child in self._children.values():
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
-        deadline_s = time.monotonic() + TERM_TIMEOUT_S
-        for child in self._children.values():
-            try:
-                child.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
-        for thread in self._threads:
-            thread.join(TERM_TIMEOUT_S)
+            orderly = self._failure is None and len(self._ready) == self.size - 1
+        if self.size == 1:
+            return
+        if not orderly:
+            # A rank may wait for one that will never come.
+            self._abort("the worker ends")
+            self._kill()
+        self._say_end()
+        self._join_threads()
+        self._kill()
+        self._join_threads()
         for socket in self._commands:
             socket.close()
-        if self._context is not None:
-            self._context.term()
         if self._rank_mesh is not None:
             self._rank_mesh.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._context is not None and not any(thread.is_alive() for thread in self._threads):
+            self._context.term()
+        self._remove_folder()
 
-    def _spawn(self, target: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
+    # Parts ------------------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        assert self._context is not None
+        events = self._context.socket(zmq.PULL)
+        events.setsockopt(zmq.MAXMSGSIZE, MAX_COMMAND_BYTES)
+        events.bind(event_address(self._where))
+        for rank in range(1, self.size):
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(command_address(self._where, rank))
+            self._commands.append(socket)
+        thread = threading.Thread(target=self._listen, args=(events,), name="rank-events", daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _keep(self, rank: int) -> None:
+    def _send(self, data: bytes) -> None:
+        """Put a command into every rank's socket; a rank that is gone or takes nothing fails the group."""
+        limit_s = self.config.collective_timeout_s
+        deadline_s = time.monotonic() + limit_s
+        with self._sending:
+            for rank, socket in enumerate(self._commands, start=1):
+                while self._failure is None:
+                    try:
+                        socket.send(data, zmq.NOBLOCK, copy=False)
+                        break
+                    except zmq.Again:
+                        if time.monotonic() > deadline_s:
+                            self._lose(rank, f"took no command in collective_timeout_s = {limit_s} s")
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._failure is not None, _RETRY_S)
+
+    def _spawn(self, body: Callable[[int], str], rank: int) -> None:
+        def run() -> None:
+            self._lose(rank, body(rank))
+
+        thread = threading.Thread(target=run, name=f"rank-{rank}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _keep_process(self, rank: int) -> str:
         """Start a rank and wait for its end, in one thread: the kernel ends a child with the thread that forked it."""
-        start = RankStart(config=self.config, rank=rank, folder=str(self._folder))
-        environment = dict(os.environ)
-        if self.config.threads:
-            environment["OMP_NUM_THREADS"] = str(self.config.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(rank_config(self.config, rank).threads)}
         child = subprocess.Popen(
             [
                 *(sys.executable, "-m", "runtime.child", str(os.getpid()), f"{self.config.name}.{rank}"),
-                *(self._module, msgspec.json.encode(start).decode()),
+                *(self._room.module, str(self._folder), str(rank)),
             ],
             env=environment,
             stdin=subprocess.DEVNULL,
         )
         self._children[rank] = child
+        if self._closing:
+            child.kill()
         code = child.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        self.fail(WorkerDied(f"rank {rank} of {self.config.name} (pid {child.pid}) {how}"))
+        return f"(pid {child.pid}) {how}"
+
+    def _keep_thread(self, rank: int) -> str:
+        assert self._context is not None
+        serve_rank(self._room, self._context, self._where, rank, lambda start: self._thread_groups[rank])
+        return "ended"
+
+    def _join(self) -> CollectiveGroup:
+        if self._folder is None:
+            return self._thread_groups[0]
+        return join_world(rank_config(self.config, 0), 0, self._folder)
+
+    def _await(self, ranks: set[int], what: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or len(ranks) == self.size - 1, START_TIMEOUT_S)
+            if self._failure is not None:
+                raise self._failure
+            missing = sorted(set(range(1, self.size)) - ranks)
+        if missing:
+            raise DeadlineExceeded(f"rank_start_timeout_s: ranks {missing} did not {what} in {START_TIMEOUT_S} s")
 
     def _listen(self, events: zmq.Socket[bytes]) -> None:
-        with events:
-            while not self._closing:
-                if not events.poll(_POLL_MS):
-                    continue
-                kind, data = events.recv_multipart()
-                if kind == NOTICE:
-                    self._noticed(*self._notices.decode(data))
-                else:
-                    self._on_event(*self._events.decode(data))
+        limit_s = self.config.collective_timeout_s
+        silence = Silence(limit_s, look_every_s=_POLL_S)
+        try:
+            with events:
+                while not self._closing:
+                    events.poll(int(_POLL_S * 1000))
+                    while events.poll(0):
+                        kind, data = events.recv_multipart()
+                        silence.heard(self._noticed(data) if kind == NOTICE else self._told(data))
+                    if (silent := silence.look()) is not None:
+                        self._lose(silent, f"was silent for collective_timeout_s = {limit_s} s")
+        except Exception as error:
+            logger.exception("rank events")
+            self.fail(WorkerDied(f"the ranks of {self.config.name} cannot be understood: {error}"))
 
-    def _noticed(self, rank: int, notice: RankReady | RankFailed) -> None:
-        if isinstance(notice, RankFailed):
-            self.fail(WorkerDied(f"rank {rank} of {self.config.name}: {notice.message}"))
-            return
-        with self._changed:
-            self._ready.add(rank)
-            self._changed.notify_all()
+    def _told(self, data: bytes) -> int:
+        rank, event = self._room.events.decode(data)
+        self._on_event(rank, event)
+        return rank
+
+    def _noticed(self, data: bytes) -> int:
+        rank, notice = self._notices.decode(data)
+        match notice:
+            case RankFailed(message=message):
+                self._lose(rank, f"failed: {message}")
+            case RankStarted() | RankReady():
+                with self._changed:
+                    (self._started if isinstance(notice, RankStarted) else self._ready).add(rank)
+                    self._changed.notify_all()
+        return rank
+
+    def _lose(self, rank: int, how: str) -> None:
+        self.fail(WorkerDied(f"rank {rank} of {self.config.name} {how}"))
+
+    def _abort(self, reason: str) -> None:
+        if self._rank_mesh is not None:
+            self._rank_mesh.abort(reason)
+        for group in self._thread_groups:
+            group.abort(reason)
+
+    def _say_end(self) -> None:
+        # Where the engine is stuck in a send, its ranks are gone anyway.
+        if self._sending.acquire(timeout=END_TIMEOUT_S):
+            for socket in self._commands:
+                with contextlib.suppress(zmq.Again):
+                    socket.send(END, zmq.NOBLOCK)
+            self._sending.release()
+
+    def _kill(self) -> None:
+        for child in self._children.values():
+            if child.returncode is None:
+                child.kill()
+
+    def _join_threads(self) -> None:
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _remove_folder(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A new folder of mode 0700 whose path is short enough for sockets."""
+    folder = tempfile.mkdtemp(prefix="ranks-")
+    if len(folder) > _MAX_FOLDER_CHARS:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="anabranch-ranks-", dir="/tmp")
+    return Path(folder)

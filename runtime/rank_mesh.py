@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from anabranch.config.worker import WorkerConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.group import Group, SingleRank
@@ -12,42 +14,48 @@ from transport.collectives.base import CollectiveGroup
 from transport.collectives.registry import create_group
 
 
-def rank_cores(config: WorkerConfig, rank: int) -> tuple[int, ...]:
-    """The CPU ids of a rank: the worker's, dealt out evenly; all of them where there are too few."""
-    size = config.tp * config.cp
-    share = len(config.cores) // size
-    return config.cores[rank * share : (rank + 1) * share] if share else config.cores
-
-
-class RankMesh:
-    """The world group, and the groups of this rank's axes.
+def join_world(config: WorkerConfig, rank: int, folder: Path) -> CollectiveGroup:
+    """The group of all ranks, each a process.
 
     Args:
+        config: the rank's.
         folder: private, where the ranks meet.
 
     Raises:
         DeadlineExceeded: a rank did not come.
         TransportUnavailable: no collectives can be had here.
     """
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)  # NCCL's groups use the current one
+    return create_group(
+        config.collectives,
+        rank=rank,
+        size=config.tp * config.cp,
+        rendezvous=folder,
+        device=config.device,
+        collective_timeout_s=config.collective_timeout_s,
+    )
 
-    def __init__(self, config: WorkerConfig, mesh: Mesh, rank: int, folder: Path) -> None:
-        self.world: CollectiveGroup = create_group(
-            config.collectives,
-            rank=rank,
-            size=mesh.world_size,
-            rendezvous=folder,
-            device=config.device,
-            collective_timeout_s=config.collective_timeout_s,
-        )
+
+class RankMesh:
+    """The world group, and the groups of this rank's axes; all ranks make theirs at the same time.
+
+    Args:
+        world: all ranks; closed with the mesh.
+    """
+
+    def __init__(self, world: CollectiveGroup, mesh: Mesh) -> None:
+        rank = world.rank
         tp: Group = SingleRank()
         cp: CollectiveGroup | None = None
-        self._groups = [self.world]
+        self.world = world
+        self._groups = [world]
         if mesh.tp > 1:
-            tp_group = self.world.split(mesh.cp_rank(rank)) if mesh.cp > 1 else self.world
+            tp_group = world.split(mesh.cp_rank(rank)) if mesh.cp > 1 else world
             self._groups.append(tp_group)
             tp = tp_group
         if mesh.cp > 1:
-            cp = self.world.split(mesh.tp_rank(rank)) if mesh.tp > 1 else self.world
+            cp = world.split(mesh.tp_rank(rank)) if mesh.tp > 1 else world
             self._groups.append(cp)
         self.context = RankContext(mesh=mesh, rank=rank, tp=tp, cp=cp)
 

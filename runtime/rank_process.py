@@ -1,106 +1,95 @@
-"""The body of a child rank's process: join -> load -> commands until the parent ends it."""
+"""The life of a rank other than the first: started -> join -> load -> commands -> the driver's word to end.
+
+Its process takes no notice of SIGINT and SIGTERM: a signal to the whole group drains the worker, which its first
+rank does, and the others compute until then. The kernel ends it with the driving rank's process.
+"""
 
 from __future__ import annotations
 
 import logging
-import queue
+import os
+import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import msgspec
-import zmq
+import torch
 
-from anabranch.config.worker import WorkerConfig
+from anabranch.engine.build import build_engine
 from anabranch.engine.device import pin_process
+from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
-from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from runtime.log import configure_logging
-from runtime.rank_group import (
-    EVENT,
-    MAX_COMMAND_BYTES,
-    NOTICE,
-    RankFailed,
-    RankReady,
-    RankStart,
-    command_path,
-    event_path,
-)
-from runtime.rank_mesh import RankMesh, rank_cores
+from runtime.rank import Command, Event, Rank, RankRoom
+from runtime.rank_channel import END, Context, RankChannel, RankFailed, RankReady, RankStart, RankStarted
+from runtime.rank_mesh import RankMesh, join_world
+from transport.collectives.base import CollectiveGroup
 
 logger = logging.getLogger(__name__)
 
-Command = TypeVar("Command")
-_Handled = TypeVar("_Handled", contravariant=True)
+JoinWorld = Callable[[RankStart], CollectiveGroup]
 
 
-class RankHandler(Protocol[_Handled]):
-    """What a room runs on a rank."""
+def run_rank(room: RankRoom[Command, Event]) -> None:
+    """The body of `python -m <room>.rank FOLDER RANK`."""
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    def handle(self, command: _Handled) -> None: ...
+    def join(start: RankStart) -> CollectiveGroup:
+        configure_logging(f"{start.config.name}.{rank}")
+        own = rank_config(start.config, rank)
+        pin_process(own.cores, own.threads)
+        return join_world(own, rank, folder)
+
+    context = Context()
+    ended_well = serve_rank(room, context, f"ipc://{folder}/", rank, join)
+    context.term()
+    sys.stderr.flush()
+    # Not the interpreter's own end, which would wait for threads that may hang with a lost peer.
+    os._exit(0 if ended_well else 1)
 
 
-Emit = Callable[[msgspec.Struct], None]
-
-
-def run_rank(
-    decoder: msgspec.msgpack.Decoder[Command], build: Callable[[WorkerConfig, RankContext, Emit], RankHandler[Command]]
-) -> None:
-    """Read the start from the command line and serve commands; the process ends with its parent.
+def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, rank: int, join_: JoinWorld) -> bool:
+    """Be rank `rank` until the driver says that it is over; False where it failed.
 
     A command that fails ends the rank: its peers would wait for it in the next collective.
+
+    Args:
+        where: beginning of the driver's sockets' addresses.
+        join_: meets the other ranks.
     """
-    start = msgspec.json.decode(sys.argv[1], type=RankStart)
-    config, rank, folder = start.config, start.rank, Path(start.folder)
-    configure_logging(f"{config.name}.{rank}")
-    pin_process(rank_cores(config, rank), config.threads)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    outbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
-    sent = threading.Event()
-    threading.Thread(target=_send_events, args=(context, folder, rank, outbox, sent), daemon=True).start()
-    commands = context.socket(zmq.PULL)
-    commands.setsockopt(zmq.MAXMSGSIZE, MAX_COMMAND_BYTES)
-    commands.connect(command_path(folder, rank))
+    channel = RankChannel(context, where, rank)
     mesh: RankMesh | None = None
+    local: Rank[Command] | None = None
     try:
-        mesh = RankMesh(config, Mesh(tp=config.tp, cp=config.cp), rank, folder)
-        handler = build(config, mesh.context, outbox.put)
-        outbox.put(RankReady())
-        while True:
-            handler.handle(decoder.decode(commands.recv()))
+        channel.emit(RankStarted())
+        first = channel.receive()
+        if first == END:
+            return True
+        start = msgspec.msgpack.decode(first, type=RankStart)
+        own = rank_config(start.config, rank)
+        mesh = RankMesh(join_(start), Mesh(tp=own.tp, cp=own.cp))
+        torch.set_num_threads(own.threads)
+        local = room.make_rank(own, build_engine(own, mesh.context, start.model), channel.emit)
+        channel.emit(RankReady())
+        while (command := channel.receive()) != END:
+            local.handle(room.commands.decode(command))
+        return True
     except Exception as error:
         if isinstance(error, AnabranchError):
-            logger.error("%s", error)
+            logger.error("rank %d: %s", rank, error)
         else:
             logger.exception("rank %d", rank)
+        channel.emit(RankFailed(message=f"{type(error).__name__}: {error}"))
         if mesh is not None:
             mesh.abort(f"rank {rank}: {error}")
-        sent.clear()
-        outbox.put(RankFailed(message=f"{type(error).__name__}: {error}"))
-        sent.wait(1.0)
-        raise SystemExit(1) from None
-
-
-def _send_events(
-    context: zmq.Context[zmq.Socket[bytes]],
-    folder: Path,
-    rank: int,
-    outbox: queue.SimpleQueue[msgspec.Struct],
-    sent: threading.Event,
-) -> None:
-    """Own the event socket: ZeroMQ sockets belong to one thread, events come from many."""
-    encoder = msgspec.msgpack.Encoder()
-    socket = context.socket(zmq.PUSH)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(event_path(folder))
-    while True:
-        event = outbox.get()
-        kind = NOTICE if isinstance(event, RankReady | RankFailed) else EVENT
-        socket.send_multipart((kind, encoder.encode((rank, event))))
-        if isinstance(event, RankFailed):
-            socket.close()
-            sent.set()
-            return
+        return False
+    finally:
+        if local is not None:
+            local.close()
+        if mesh is not None:
+            mesh.close()
+        channel.close()

@@ -41,6 +41,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
         collective_timeout_s: longest wait of a rank for the others.
+        rank_processes: give each rank a process of its own; without, all are threads of the worker's (CPU only).
     """
 
     role: Role
@@ -69,6 +70,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ring: Literal["auto", "pass_kv", "pass_q"] = "auto"
     collectives: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     collective_timeout_s: float = 30.0
+    rank_processes: bool = True
 
     def __post_init__(self) -> None:
         for key in ("block_size", "kv_cache_bytes", "max_running", "max_step_tokens", "tp", "cp"):
@@ -82,3 +84,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
         if not self.name or len(self.name) > 100:
             raise ConfigError("name", self.name, "must have 1 to 100 characters")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.cp
+
+    def cores_of(self, rank: int) -> tuple[int, ...]:
+        """The CPU ids of a rank: the worker's, dealt out evenly; all of them where there are too few."""
+        share = len(self.cores) // self.num_ranks
+        return self.cores[rank * share : (rank + 1) * share] if share else self.cores

@@ -11,8 +11,8 @@ from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
+from anabranch.engine.fit import kv_layout, num_kv_blocks
 from anabranch.engine.runner import Runner
-from anabranch.errors import ConfigError
 from anabranch.kernels.native import select_kernels
 from anabranch.model.config import ModelConfig
 from anabranch.model.load import load_model
@@ -48,11 +48,14 @@ class Engine:
     max_context: int
 
 
-def build_engine(config: WorkerConfig, context: RankContext | None = None) -> Engine:
+def build_engine(
+    config: WorkerConfig, context: RankContext | None = None, model_config: ModelConfig | None = None
+) -> Engine:
     """Load this rank's part of the model and allocate its KV pool.
 
     Args:
         context: the rank's place in the worker's mesh; None: the only one.
+        model_config: the model's, where it has been read already.
 
     Raises:
         ConfigError: the pool is too small for a single block, the mesh does not fit, or no such device.
@@ -64,17 +67,15 @@ def build_engine(config: WorkerConfig, context: RankContext | None = None) -> En
     kernels = select_kernels(device, dtype, config.native_kernels)
     with progress_bar(f"loading {config.model}") as progress:
         model_config, model = load_model(
-            config.model, dtype=dtype, device=device, kernels=kernels, group=context.tp, progress=progress
+            config.model,
+            dtype=dtype,
+            device=device,
+            kernels=kernels,
+            group=context.tp,
+            config=model_config,
+            progress=progress,
         )
-    layout = KvLayout(
-        dtype=str(dtype).removeprefix("torch."),
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        block_size=config.block_size,
-        tp=config.tp,
-        cp=config.cp,
-    )
+    layout = kv_layout(config, model_config)
     kv = _allocate(config, layout, context, dtype, device)
     limits = [model_config.max_context, kv.num_blocks * config.block_size * config.cp]
     if config.max_context:
@@ -115,17 +116,10 @@ def build_engine(config: WorkerConfig, context: RankContext | None = None) -> En
 def _allocate(
     config: WorkerConfig, layout: KvLayout, context: RankContext, dtype: torch.dtype, device: torch.device
 ) -> PagedKv:
-    """This rank's pool. All ranks have as many blocks: those that fit the rank with the most heads."""
-    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * config.block_size
-    most_heads = max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
-    num_blocks = config.kv_cache_bytes // (head_bytes * most_heads)
-    if num_blocks < 1:
-        raise ConfigError(
-            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {head_bytes * most_heads} bytes"
-        )
+    """This rank's pool."""
     return PagedKv(
         num_layers=layout.num_layers,
-        num_blocks=num_blocks,
+        num_blocks=num_kv_blocks(config, layout),
         block_size=config.block_size,
         num_kv_heads=len(layout.heads_of(context.tp_rank)),
         head_dim=layout.head_dim,

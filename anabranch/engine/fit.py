@@ -58,13 +58,9 @@ def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
     Raises:
         ConfigError: fewer accelerators than ranks.
     """
-    mesh = Mesh(tp=config.tp, cp=config.cp)
-    share = len(config.cores) // mesh.world_size
-    # All of them where there are too few to deal out.
-    cores = config.cores[rank * share : (rank + 1) * share] if share else config.cores
-    even = max(1, len(config.cores or usable_cores()) // mesh.world_size)
+    even = max(1, len(config.cores or usable_cores()) // config.num_ranks)
     return msgspec.structs.replace(
-        config, device=_devices(config, mesh)[rank], cores=cores, threads=config.threads or even
+        config, device=_devices(config)[rank], cores=config.cores_of(rank), threads=config.threads or even
     )
 
 
@@ -72,7 +68,7 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     """Raise ConfigError where the model cannot be cut so, a rank has no device, or a pool holds no block."""
     mesh = Mesh(tp=config.tp, cp=config.cp)
     check_model(mesh, num_heads=model.num_heads, intermediate_size=smallest_ffn(model))
-    devices = _devices(config, mesh)
+    devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
     num_kv_blocks(config, kv_layout(config, model))
@@ -83,7 +79,7 @@ def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
     needs: dict[str, dict[str, list[_Need]]] = defaultdict(lambda: defaultdict(list))
     for config in workers:
         weights = weight_bytes(model, kv_layout(config, model).dtype, config.tp)
-        for device in _devices(config, Mesh(tp=config.tp, cp=config.cp)):
+        for device in _devices(config):
             process = PROCESS_BYTES if device == "cpu" else 0
             needs[device][config.name].append(_Need(weights=weights, kv=config.kv_cache_bytes, process=process))
     for device, by_name in needs.items():
@@ -114,11 +110,11 @@ def available_bytes(device: str) -> int:
     return int(min(free, limit - used + int(stat.get("inactive_file", 0))))
 
 
-def _devices(config: WorkerConfig, mesh: Mesh) -> tuple[str, ...]:
-    num_devices = torch.cuda.device_count() if config.device.startswith("cuda") else 0
-    if mesh.world_size == 1:
+def _devices(config: WorkerConfig) -> tuple[str, ...]:
+    if config.num_ranks == 1:
         return (config.device,)
-    return rank_devices(mesh, config.device, num_devices)
+    num_devices = torch.cuda.device_count() if config.device.startswith("cuda") else 0
+    return rank_devices(Mesh(tp=config.tp, cp=config.cp), config.device, num_devices)
 
 
 class _Need(NamedTuple):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Rows whose float32 copy exists at once: it stays in the cache, and no second result is held.
+ROWS_AT_ONCE = 256
+
 
 class Accumulator:
     """Attention results of some queries over the keys seen so far, in float32.
@@ -33,6 +36,8 @@ class Accumulator:
         """Merge partial results of `rows` over further keys; where `lse` is -inf, `out` must be finite."""
         lse_a, out_a = self.lse_TH[rows], self.out_THD[rows]
         # The weight of the new part is exp(lse_b) / (exp(lse_a) + exp(lse_b)); NaN only where both are empty.
-        weight = torch.sigmoid(lse_TH - lse_a).nan_to_num_(nan=0.0)
-        out_a.lerp_(out_THD.float(), weight.unsqueeze(-1))
+        weight_TH1 = torch.sigmoid(lse_TH - lse_a).nan_to_num_(nan=0.0).unsqueeze(-1)
+        for first in range(0, out_THD.shape[0], ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
+            out_a[part].lerp_(out_THD[part].float(), weight_TH1[part])
         lse_a.copy_(torch.logaddexp(lse_a, lse_TH))

@@ -36,14 +36,17 @@ class RingRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         attention_flops_per_s: of one rank's attention.
         link_bytes_per_s: from one rank to the next while both compute.
         message_s: the cost of a message of no length.
+        taken_share: how much of a transfer's time attention loses to it: 0 where a DMA engine moves the bytes,
+            up to 1 where the cores that compute do.
 
     Raises:
-        ConfigError: a rate is not above 0, or the latency is negative.
+        ConfigError: a rate is not above 0, the latency is negative, or the share not between 0 and 1.
     """
 
     attention_flops_per_s: float
     link_bytes_per_s: float
     message_s: float = 0.0
+    taken_share: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("attention_flops_per_s", "link_bytes_per_s"):
@@ -51,6 +54,8 @@ class RingRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise ConfigError(f"ring_rates.{key}", getattr(self, key), "must be above 0")
         if not self.message_s >= 0.0:
             raise ConfigError("ring_rates.message_s", self.message_s, "must be at least 0")
+        if not 0.0 <= self.taken_share <= 1.0:
+            raise ConfigError("ring_rates.taken_share", self.taken_share, "must be between 0 and 1")
 
 
 class HeadShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +79,7 @@ class RingCost(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         attention_s: all ring steps' attention.
         sent_bytes: by one rank.
-        exposed_s: transfer time that attention does not hide.
+        exposed_s: transfer time that attention does not hide, or that is taken from it.
     """
 
     attention_s: float
@@ -98,9 +103,14 @@ def ring_cost(variant: Variant, chunks: list[tuple[int, int]], shape: HeadShape,
     def transfer_s(num_bytes: float) -> float:
         return rates.message_s + num_bytes / rates.link_bytes_per_s
 
+    def behind_attention_s(taken_s: float) -> float:
+        """What shows of a transfer that runs beside one ring step's attention."""
+        lost_s = rates.taken_share * taken_s
+        return lost_s + max(0.0, taken_s - lost_s - step_s)
+
     if variant == "pass_kv":
         hop_bytes = 2.0 * shape.num_kv_heads * row_bytes * context / cp
-        exposed_s = (cp - 1) * max(0.0, transfer_s(hop_bytes) - step_s)
+        exposed_s = (cp - 1) * behind_attention_s(transfer_s(hop_bytes))
         return RingCost(attention_s=attention_s, sent_bytes=(cp - 1) * hop_bytes, exposed_s=exposed_s)
     query_bytes = shape.num_heads * row_bytes * new / cp
     # A result travels with its LSE (float32), and with the new KV that its home rank stores.
@@ -110,7 +120,7 @@ def ring_cost(variant: Variant, chunks: list[tuple[int, int]], shape: HeadShape,
         # First only queries travel, then queries and a result at a time, and last a result alone.
         first_s = transfer_s(query_bytes)
         both_s = first_s + transfer_s(home_bytes)
-        exposed_s = max(0.0, first_s - step_s) + (cp - 2) * max(0.0, both_s - step_s) + transfer_s(home_bytes)
+        exposed_s = behind_attention_s(first_s) + (cp - 2) * behind_attention_s(both_s) + transfer_s(home_bytes)
     return RingCost(attention_s=attention_s, sent_bytes=(cp - 1) * (query_bytes + home_bytes), exposed_s=exposed_s)
 
 

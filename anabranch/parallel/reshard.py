@@ -70,13 +70,19 @@ def local_slot(layout: KvLayout, token: int) -> tuple[int, int]:
 
 
 def plan_reshard(
-    source: KvLayout, destination: KvLayout, tokens: range, *, wanted: range | None = None
+    source: KvLayout,
+    destination: KvLayout,
+    tokens: range,
+    *,
+    wanted: range | None = None,
+    source_rank: int | None = None,
 ) -> tuple[Copy, ...]:
     """The copies that bring `tokens` from every source rank to every destination rank.
 
     Args:
         tokens: positions; with zigzag sharding on either side, the whole chunk that was cut.
         wanted: of these, the ones to be sent; None: all. A destination that holds a prefix wants the rest.
+        source_rank: plan what this rank sends alone; None: what all do.
 
     Returns:
         Copies sorted by source, destination, heads and tokens; for each pair of ranks and heads the token
@@ -100,15 +106,20 @@ def plan_reshard(
         if wanted is not None:
             needed = _intersections(needed, [wanted])
         for source_cp, holds in enumerate(held):
+            if source_rank is not None and source_cp != source_rank // source.tp:
+                continue
             runs = _intersections(holds, needed)
             for tp_rank in range(destination.tp):
                 rank = cp_rank * destination.tp + tp_rank
                 for owners, heads in segments[tp_rank]:
+                    if source_rank is not None and source_rank % source.tp not in owners:
+                        continue
                     demands[source_cp, owners, heads].extend((rank, run) for run in runs)
     copies = [
         Copy(source=source_cp * source.tp + owner, destination=rank, heads=heads, tokens=run)
         for (source_cp, owners, heads), asked in demands.items()
         for owner, rank, run in _deal(asked, owners, destination.block_size)
+        if source_rank is None or owner == source_rank % source.tp
     ]
     copies.sort(key=lambda c: (c.source, c.destination, c.heads.start, c.tokens.start))
     return tuple(copies)

@@ -25,10 +25,10 @@ class Holdings:
     descriptors: Counter[str]
     num_threads: int
 
-    def beyond(self, other: Holdings) -> str:
+    def beyond(self, other: Holdings, spare_threads: int = 0) -> str:
         """What is held here and not in `other`, in words; empty when nothing is."""
         more = self.descriptors - other.descriptors
-        threads = self.num_threads - other.num_threads
+        threads = self.num_threads - other.num_threads - spare_threads
         return ", ".join([f"{count} x {kind}" for kind, count in more.items()] + [f"{threads} threads"] * (threads > 0))
 
 

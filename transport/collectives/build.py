@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from ctypes import POINTER, c_char_p, c_double, c_int, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from anabranch.errors import TransportUnavailable
@@ -21,12 +21,6 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fvisibility=default", "-fPIC", "-shared", "-pthread", "-w")
-
-
-class Part(ctypes.Structure):
-    """A buffer of a transfer."""
-
-    _fields_ = (("data", c_void_p), ("bytes", c_uint64))
 
 
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -43,9 +37,10 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "notify": (c_int, (c_void_p, c_char_p, c_uint64, c_double)),
     "await_notice": (c_int, (c_void_p, c_int, POINTER(c_uint64), c_double)),
     "take_notice": (c_int, (c_void_p, c_int, c_void_p, c_uint64)),
-    "post": (c_int, (c_void_p, c_int, c_int, POINTER(Part), c_int, POINTER(c_void_p))),
+    "post": (c_int64, (c_void_p, c_void_p, c_int, c_int, c_int, c_int)),
     "wait": (c_int, (c_void_p, c_void_p)),
     "free": (None, (c_void_p,)),
+    "ping": (c_double, (c_void_p, c_void_p, c_uint64, c_int)),
     "reason": (c_int, (c_void_p, c_char_p)),
     "abort": (None, (c_void_p, c_char_p)),
     "close": (None, (c_void_p,)),

@@ -8,6 +8,7 @@ Collectives copy through slots in the segment and count steps there; transfers a
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import logging
@@ -25,7 +26,7 @@ from anabranch.parallel.exchange import check_post
 from anabranch.parallel.mesh import MAX_RANKS
 from transport.collectives.arena import Arena
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
-from transport.collectives.build import Part, load_library
+from transport.collectives.build import load_library
 from transport.collectives.rendezvous import Patience, check_folder, leave_ticket, read_ticket
 from transport.collectives.segment import TOKEN_BYTES, Ticket, make_segment, open_segment
 
@@ -70,7 +71,8 @@ class ShmGroup:
         self._library = library = load_library()
         self._native = native
         self._all_reduce = library.anabranch_all_reduce
-        self._jobs: dict[int, tuple[torch.Tensor, ...]] = {}  # tensors that native code may still touch
+        # Tensors that native code may still touch.
+        self._transfers: dict[int, tuple[torch.Tensor, ...]] = {}
         self._arena = Arena(
             library.anabranch_arena(native),
             ARENA_BYTES,
@@ -80,7 +82,14 @@ class ShmGroup:
         self._pidfds: list[int] = []
         # Also runs when the interpreter ends: a rank that leaves cleanly is not taken for a dead one.
         self._finalizer = weakref.finalize(
-            self, _close, library.anabranch_close, library.anabranch_free, native, self._pidfds, self._jobs, self._arena
+            self,
+            _close,
+            library.anabranch_close,
+            library.anabranch_free,
+            native,
+            self._pidfds,
+            self._transfers,
+            self._arena,
         )
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -163,10 +172,18 @@ class ShmGroup:
         check_post(self, send, to, receive, source)
         if not all(tensor.is_cpu for tensor in (*send, *receive)):
             raise ValueError("send, receive: must be CPU tensors in shared memory")
-        jobs = [self._start(0, source, tuple(receive))] if receive else []
-        if send:
-            jobs.append(self._start(1, to, tuple(tensor.contiguous() for tensor in send)))
-        return ShmHandle(self, jobs)
+        if not send and not receive:
+            return ShmHandle(self, 0)
+        sent = tuple(tensor.contiguous() for tensor in send)
+        parts = array.array("Q")
+        for tensor in (*sent, *receive):
+            parts.extend((tensor.data_ptr(), tensor.nbytes))
+        address, _ = parts.buffer_info()
+        transfer = self._library.anabranch_post(self._native, address, len(sent), to, len(receive), source)
+        if transfer < 0:
+            raise self._error(-transfer)
+        self._transfers[transfer] = (*sent, *receive)
+        return ShmHandle(self, transfer)
 
     def buffer_like(self, x: torch.Tensor) -> torch.Tensor:
         """An uninitialised tensor like `x` in the segment; in private memory when the segment is full."""
@@ -197,6 +214,13 @@ class ShmGroup:
             _await_all(group, self.collective_timeout_s)
         return group
 
+    def ping(self, x: torch.Tensor, num_rounds: int) -> float:
+        """Seconds that x's bytes take one way through the segment, without Python: the bound of a group of two."""
+        seconds: float = self._library.anabranch_ping(self._native, x.data_ptr(), x.nbytes, num_rounds)
+        if seconds < 0:
+            raise TransportError(f"group {self.name}: no ping of {x.nbytes} bytes between {self.size} ranks")
+        return seconds
+
     def abort(self, reason: str) -> None:
         """End every wait of every rank of this group with PeerLost, now and in future."""
         self._library.anabranch_abort(self._native, reason.encode("ascii", "replace")[: _REASON_BYTES - 1])
@@ -208,22 +232,11 @@ class ShmGroup:
         """
         self._finalizer()
 
-    def _start(self, sends: int, peer: int, tensors: tuple[torch.Tensor, ...]) -> int:
-        parts = (Part * len(tensors))(*(Part(tensor.data_ptr(), tensor.nbytes) for tensor in tensors))
-        found = ctypes.c_void_p()
-        code = self._library.anabranch_post(self._native, sends, peer, parts, len(tensors), ctypes.byref(found))
+    def _finish(self, transfer: int) -> None:
+        code = self._library.anabranch_wait(self._native, transfer)
         if code:
             raise self._error(code)
-        assert found.value is not None
-        self._jobs[found.value] = tensors
-        return found.value
-
-    def _finish(self, job: int) -> None:
-        code = self._library.anabranch_wait(self._native, job)
-        if code:
-            raise self._error(code)
-        self._library.anabranch_free(job)
-        del self._jobs[job]
+        del self._transfers[transfer]
 
     def _error(self, code: int) -> AnabranchError:
         buffer = ctypes.create_string_buffer(_REASON_BYTES)
@@ -236,15 +249,15 @@ class ShmGroup:
 class ShmHandle:
     """A posted transfer in shared memory."""
 
-    def __init__(self, group: ShmGroup, jobs: list[int]) -> None:
+    def __init__(self, group: ShmGroup, transfer: int) -> None:
         self._group = group
-        self._jobs = jobs
+        self._transfer = transfer
 
     def wait(self) -> None:
         """See `Handle.wait`."""
-        while self._jobs:
-            self._group._finish(self._jobs[-1])
-            self._jobs.pop()
+        if self._transfer:
+            self._group._finish(self._transfer)
+            self._transfer = 0
 
 
 def join(
@@ -347,13 +360,13 @@ def _close(
     free: Callable[[int], None],
     native: int,
     pidfds: list[int],
-    jobs: dict[int, tuple[torch.Tensor, ...]],
+    transfers: dict[int, tuple[torch.Tensor, ...]],
     arena: Arena,
 ) -> None:
     close(native)
-    for job in jobs:
-        free(job)
-    jobs.clear()
+    for transfer in transfers:
+        free(transfer)
+    transfers.clear()
     for pidfd in pidfds:
         os.close(pidfd)
     pidfds.clear()

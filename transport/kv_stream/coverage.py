@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
 
 from anabranch.errors import MalformedMessage
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import tokens_of
 
 Run = tuple[int, int]
+# Sets of tokens that are remembered: as many as a chunk has sources and slices of a layer, and then some.
+MAX_KNOWN = 64
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tokens:
+    """Some tokens that a rank must hold; slices of many layers bring the same.
+
+    Attributes:
+        bits: bit t is set for token t.
+        positions_T: int64, ascending.
+    """
+
+    bits: int
+    positions_T: torch.Tensor
 
 
 class Coverage:
@@ -34,36 +52,44 @@ class Coverage:
         self._starts = [start for start, _ in self.needed]
         self._needed_bits = _bits(tuple((start, stop - start) for start, stop in self.needed))
         self._arrived = [dict.fromkeys(self.heads, 0) for _ in range(self.num_layers)]
-        self._last: tuple[tuple[Run, ...], int] = ((), 0)
+        self._known: dict[tuple[Run, ...], Tokens] = {}
 
-    def check(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
-        """Raise MalformedMessage unless the rectangle lies within what the rank must hold."""
+    def tokens(self, runs: tuple[Run, ...]) -> Tokens:
+        """The tokens of (first, count) runs. Raises MalformedMessage unless the rank must hold them all."""
+        known = self._known.get(runs)
+        if known is not None:
+            return known
+        stop = 0
+        for start, count in runs:
+            index = bisect_right(self._starts, start) - 1
+            if count < 1 or start < stop or index < 0 or start + count > self.needed[index][1]:
+                raise MalformedMessage(f"tokens {start} to {start + count - 1} are not expected here")
+            stop = start + count
+        if not runs:
+            raise MalformedMessage("a slice without tokens")
+        if len(self._known) == MAX_KNOWN:
+            self._known.clear()
+        positions_T = torch.cat([torch.arange(start, start + count) for start, count in runs])
+        self._known[runs] = Tokens(bits=_bits(runs), positions_T=positions_T)
+        return self._known[runs]
+
+    def check(self, layer: int, num_layers: int, head_start: int, num_heads: int) -> None:
+        """Raise MalformedMessage unless the layers and heads are among those that the rank must hold."""
         if layer < 0 or num_layers < 1 or layer + num_layers > self.num_layers:
             raise MalformedMessage(f"layers {layer} to {layer + num_layers - 1} of {self.num_layers}")
         if num_heads < 1 or head_start < self.heads.start or head_start + num_heads > self.heads.stop:
             last = head_start + num_heads - 1
             raise MalformedMessage(f"heads {head_start} to {last}; held here: {self.heads.start} to {self.heads[-1]}")
-        last_stop = -1
-        for start, count in tokens:
-            index = bisect_right(self._starts, start) - 1
-            if count < 1 or start <= last_stop or index < 0 or start + count > self.needed[index][1]:
-                raise MalformedMessage(f"tokens {start} to {start + count - 1} are not expected here")
-            last_stop = start
-        if not tokens:
-            raise MalformedMessage("a slice without tokens")
 
-    def add(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: tuple[Run, ...]) -> None:
+    def add(self, layer: int, num_layers: int, head_start: int, num_heads: int, tokens: Tokens) -> None:
         """Mark a rectangle that `check` has passed. Raises MalformedMessage where some of it has arrived before."""
-        if self._last[0] != tokens:  # the same for many layers
-            self._last = tokens, _bits(tokens)
-        bits = self._last[1]
         for row in range(layer, layer + num_layers):
             arrived = self._arrived[row]
             for head in range(head_start, head_start + num_heads):
-                if arrived[head] & bits:
-                    twice = _words(_runs(arrived[head] & bits))
+                if arrived[head] & tokens.bits:
+                    twice = _words(_runs(arrived[head] & tokens.bits))
                     raise MalformedMessage(f"tokens {twice} of layer {row}, head {head} came twice")
-                arrived[head] |= bits
+                arrived[head] |= tokens.bits
 
     @property
     def missing(self) -> str:

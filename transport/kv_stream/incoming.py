@@ -81,8 +81,8 @@ class IncomingStream:
             raise MalformedMessage("a slice after the commit")
         if slice_.seq != source.num_slices:
             raise MalformedMessage(f"slice {slice_.seq}, expected {source.num_slices}")
-        self._coverage.check(slice_.layer, slice_.num_layers, slice_.head_start, slice_.num_heads, slice_.tokens)
-        num_tokens = sum(count for _, count in slice_.tokens)
+        self._coverage.check(slice_.layer, slice_.num_layers, slice_.head_start, slice_.num_heads)
+        num_tokens = self._coverage.tokens(slice_.tokens).positions_T.shape[0]
         expected = 2 * slice_.num_layers * num_tokens * slice_.num_heads * self.layout.head_dim
         expected *= self.layout.element_bytes
         if payload_bytes != expected:
@@ -97,17 +97,16 @@ class IncomingStream:
             raise ChecksumMismatch(
                 f"slice {slice_.seq} of source rank {slice_.source_rank}: {found:016x}, expected {slice_.checksum:016x}"
             )
-        self._coverage.add(slice_.layer, slice_.num_layers, slice_.head_start, slice_.num_heads, slice_.tokens)
-        num_tokens = sum(count for _, count in slice_.tokens)
+        tokens = self._coverage.tokens(slice_.tokens)
+        self._coverage.add(slice_.layer, slice_.num_layers, slice_.head_start, slice_.num_heads, tokens)
+        positions_T = tokens.positions_T
         kv_L2TKD = (
             staging.data[:payload_bytes]
             .view(self._dtype)
-            .view(slice_.num_layers, 2, num_tokens, slice_.num_heads, self.layout.head_dim)
+            .view(slice_.num_layers, 2, positions_T.shape[0], slice_.num_heads, self.layout.head_dim)
         )
-        tokens_T = torch.cat([torch.arange(start, start + count) for start, count in slice_.tokens])
-        for row in range(slice_.num_layers):
-            k_TKD, v_TKD = kv_L2TKD[row].unbind(0)
-            self.sink.place(slice_.layer + row, slice_.head_start, tokens_T, k_TKD, v_TKD)
+        for layer, (k_TKD, v_TKD) in enumerate(kv_L2TKD.unbind(0), slice_.layer):
+            self.sink.place(layer, slice_.head_start, positions_T, k_TKD, v_TKD)
 
     def commit(self, commit: Commit, link: Link) -> bool:
         """Note a source's commit; whether it was the last one and the stream is complete.

@@ -239,9 +239,9 @@ class KvStreamSender:
             if start < stop:
                 asked[0].append((range(to.layout.num_kv_heads), [(start, stop - start)]))
             return asked
-        for copy in plan_reshard(self._source_layout, to.layout, chunk, wanted=wanted):
+        for copy in plan_reshard(self._source_layout, to.layout, chunk, wanted=wanted, source_rank=self._source_rank):
             start, stop = max(tokens.start, copy.tokens.start), min(tokens.stop, copy.tokens.stop)
-            if copy.source != self._source_rank or start >= stop:
+            if start >= stop:
                 continue
             pieces = asked[copy.destination]
             if pieces and pieces[-1][0] == copy.heads:

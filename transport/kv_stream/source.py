@@ -27,7 +27,7 @@ class KvStreamSource:
         listen_host: interface for the planes' own sockets.
         connect_timeout_s: longest wait for a link.
         send_timeout_s: longest wait of `send_layer` for bytes in flight.
-        max_in_flight_bytes: of each stream.
+        max_in_flight_bytes: of each stream. Few enough that buffers are still in the cache when they are used again.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class KvStreamSource:
         listen_host: str = "127.0.0.1",
         connect_timeout_s: float = 5.0,
         send_timeout_s: float = 30.0,
-        max_in_flight_bytes: int = 64 << 20,
+        max_in_flight_bytes: int = 16 << 20,
     ) -> None:
         self._names = planes
         self._configured = configured

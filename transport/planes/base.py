@@ -39,8 +39,10 @@ class PlaneHandler(Protocol):
     def on_header(self, link: Link, header: bytes, payload_bytes: int) -> memoryview | None:
         """Give the buffer (exactly `payload_bytes` long) that the payload goes to, or None to drain it.
 
-        Called also for messages without a payload (`payload_bytes == 0`, the result is not used). Raising
-        TransportError drops the message and closes the link.
+        Called also for messages without a payload (`payload_bytes == 0`, the result is not used): these come
+        after `on_payload` of all messages before them. A message with a payload may be announced while
+        earlier payloads are still on their way; `on_payload` keeps the order. Raising TransportError drops the
+        message and closes the link.
         """
         ...
 
@@ -49,7 +51,10 @@ class PlaneHandler(Protocol):
         ...
 
     def on_lost(self, link: Link, error: Exception) -> None:
-        """The link is gone. Buffers given for unfinished payloads are no longer written."""
+        """The link is gone, also when this end closed it; called once for each link.
+
+        Buffers given for unfinished payloads are no longer written.
+        """
         ...
 
 

@@ -43,8 +43,10 @@ logger = logging.getLogger(__name__)
 ENVELOPE_BYTES = 8000
 INLINE_BYTES = 3000
 NUM_ENVELOPES = 8
-# Payloads asked for at a time, and entries read ahead.
+# Payloads asked for at a time (one more than so many bytes, so that they are still in the cache when the handler
+# looks at them), and entries read ahead.
 MAX_POSTED_PAYLOADS = 8
+MAX_POSTED_BYTES = 1 << 20
 MAX_WAITING = 256
 MAX_POSTED_SENDS = 64
 
@@ -403,6 +405,8 @@ class UcxLink:
         """Ask the handler where the next payloads go. A message without one waits for its turn."""
         announced = False
         while self._waiting and len(self._receiving) < MAX_POSTED_PAYLOADS and self._error is None:
+            if sum(receiving.num_bytes for receiving in self._receiving) > MAX_POSTED_BYTES:
+                break
             header, payload_bytes, inline = self._waiting[0]
             whole = inline is not None or not payload_bytes
             if whole and self._receiving:

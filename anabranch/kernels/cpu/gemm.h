@@ -13,6 +13,9 @@ namespace ab {
 constexpr long BLOCK_BYTES = 704 << 10;  // of packed weights; leaves room for rows of x in the cache
 constexpr long MIN_UNITS = 4;            // column units that a thread should have before rows are shared out as well
 
+// Beyond it a library's product is as fast or faster.
+constexpr long MAX_BLOCKED_ROWS = 1024;
+
 // A unit is the 32 columns of two panels: 32 output features, or 16 gates and their 16 partners.
 struct Gemm {
     const Linear<bf16>& op;

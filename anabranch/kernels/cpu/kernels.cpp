@@ -14,7 +14,7 @@ template <class E>
 long max_linear_rows(long channels) {
 #if defined(AB_TILES)
     if (sizeof(E) == 2 && channels % ab::TILE_K == 0)
-        return ab::amx_allowed() ? std::numeric_limits<long>::max() : ab::MAX_STREAMED_ROWS;
+        return ab::amx_allowed() ? ab::MAX_BLOCKED_ROWS : ab::MAX_STREAMED_ROWS;
 #endif
     return ab::MAX_DOT_ROWS;
 }

@@ -61,79 +61,80 @@ inline void gather_keys(const Attention<bf16>& op, const PrefillSequence& s, lon
     for (long column = 0; column < d; column += 32) transpose32(values, column, v + column * s.padded, s.padded);
 }
 
-// 2^x, to about 3e-6; 0 for -inf.
+// 2^x, to about 4e-6; 0 for -inf.
 inline __m512 exp2(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), 0);
-    const __m512 r = _mm512_sub_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), n);
-    __m512 y = _mm512_set1_ps(1.3333558e-3f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.6181291e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5504109e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4022651e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9314718e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, n);
+    const __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x); 0 for infinities
+    __m512 y = _mm512_set1_ps(1.3534167e-2f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.2011464e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4144275e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9300383e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0000026f));
+    return _mm512_scalef_ps(y, x);  // times 2^floor(x)
 }
 
-// What a thread works in. Rows of scores and outputs are 32 queries.
+// What a thread works in. Rows of scores and outputs are 32 queries. Scores and weights are double: AMX reads
+// and writes memory, and what it has just written, or what has just been written for it, is slow to arrive.
 struct PrefillScratch {
-    alignas(64) float scores[KEYS * QUERIES];
-    alignas(64) bf16 weights[2 * KEYS * TILE];
+    alignas(64) float scores[2][KEYS * QUERIES];
+    alignas(64) bf16 weights[2][2 * KEYS * TILE];
     float* output;  // [D][QUERIES]
     bf16* queries;  // two panels of D / 32 steps
 };
 
-// Scores to weights, for keys [at, at + count) and queries whose first is at position `first`.
-inline void soften(const Attention<bf16>& op, PrefillScratch& work, long at, long count, long first, __m512* m,
-                   __m512* l) {
-    const float log2e = 1.44269504088896341f;
-    const __m512 scale = _mm512_set1_ps(op.scale * log2e);
+// A query's running maximum is left as it is while new scores exceed it by less than 2^8 in weight: weights
+// stay far from overflow, and the output is seldom rescaled. Source: FlashAttention-4 (2025).
+constexpr float MAX_GROWTH = 8.0f;
+
+// Hides from 16 queries, the first at position `first`, the keys that they do not see.
+inline void hide(const Attention<bf16>& op, float* column, long at, long count, long first) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first)));
+    const __m512i oldest =
+        op.window ? _mm512_sub_epi32(position, _mm512_set1_epi32(int(op.window))) : _mm512_set1_epi32(-1);
+    for (long i = 0; i < count; i++) {
+        const __m512i key = _mm512_set1_epi32(int(at + i));
+        const __mmask16 seen = _mm512_cmple_epi32_mask(key, position) & _mm512_cmpgt_epi32_mask(key, oldest);
+        const __m512 score = _mm512_load_ps(column + i * QUERIES);
+        _mm512_store_ps(column + i * QUERIES, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INF), score));
+    }
+}
+
+// Scores of `count` keys with 16 queries to weights, [count / 2][16][2]; m and l are the running maximum of the
+// scaled scores, in powers of two, and the sum of weights.
+inline void soften(float scale_log2, const float* column, long count, bf16* panel, __m512& m, __m512& l, float* output,
+                   long d) {
     alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i zipped = _mm512_load_si512(zip);
-    const bool masked = at + count > first + 1 || (op.window && at <= first + QUERIES - 1 - op.window);
-    for (int n = 0; n < 2; n++) {
-        float* column = work.scores + n * TILE;
-        if (masked) {
-            const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first + n * TILE)));
-            const __m512i oldest =
-                op.window ? _mm512_sub_epi32(position, _mm512_set1_epi32(int(op.window))) : _mm512_set1_epi32(-1);
-            for (long i = 0; i < count; i++) {
-                const __m512i key = _mm512_set1_epi32(int(at + i));
-                const __mmask16 seen = _mm512_cmple_epi32_mask(key, position) & _mm512_cmpgt_epi32_mask(key, oldest);
-                const __m512 score = _mm512_loadu_ps(column + i * QUERIES);
-                _mm512_storeu_ps(column + i * QUERIES, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INF), score));
-            }
-        }
-        __m512 top[2] = {m[n], m[n]};
-        for (long i = 0; i < count; i += 2) {
-            top[0] = _mm512_max_ps(top[0], _mm512_loadu_ps(column + i * QUERIES));
-            top[1] = _mm512_max_ps(top[1], _mm512_loadu_ps(column + (i + 1) * QUERIES));
-        }
-        const __m512 now = _mm512_max_ps(top[0], top[1]), shift = _mm512_mul_ps(now, scale);
-        const __m512 fade = exp2(_mm512_mul_ps(_mm512_sub_ps(m[n], now), scale));
-        __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        bf16* panel = work.weights + n * KEYS * TILE;
-        for (long i = 0; i < count; i += 2) {
-            const __m512 a = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(column + i * QUERIES), scale, shift));
-            const __m512 b = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(column + (i + 1) * QUERIES), scale, shift));
-            total[0] = _mm512_add_ps(total[0], a);
-            total[1] = _mm512_add_ps(total[1], b);
-            const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-            _mm512_storeu_si512(panel + i * TILE, _mm512_permutexvar_epi16(zipped, pair));
-        }
-        l[n] = _mm512_fmadd_ps(l[n], fade, _mm512_add_ps(total[0], total[1]));
-        m[n] = now;
-        if (_mm512_cmpneq_ps_mask(fade, _mm512_set1_ps(1.0f)))
-            for (long i = 0; i < op.head_dim; i++) {
-                float* o = work.output + i * QUERIES + n * TILE;
-                _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), fade));
-            }
+    const __m512 scale = _mm512_set1_ps(scale_log2);
+    __m512 top[4];
+    for (int j = 0; j < 4; j++) top[j] = _mm512_set1_ps(-INF);
+    for (long i = 0; i < count; i += 4)
+        for (int j = 0; j < 4; j++) top[j] = _mm512_max_ps(top[j], _mm512_load_ps(column + (i + j) * QUERIES));
+    const __m512 highest =
+        _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])), scale);
+    if (_mm512_cmp_ps_mask(_mm512_sub_ps(highest, m), _mm512_set1_ps(MAX_GROWTH), _CMP_GT_OQ)) {
+        const __m512 now = _mm512_max_ps(m, highest), fade = exp2(_mm512_sub_ps(m, now));
+        m = now;
+        l = _mm512_mul_ps(l, fade);
+        for (long i = 0; i < d; i++)
+            _mm512_store_ps(output + i * QUERIES, _mm512_mul_ps(_mm512_load_ps(output + i * QUERIES), fade));
     }
+    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (long i = 0; i < count; i += 2) {
+        const __m512 a = exp2(_mm512_fmsub_ps(_mm512_load_ps(column + i * QUERIES), scale, m));
+        const __m512 b = exp2(_mm512_fmsub_ps(_mm512_load_ps(column + (i + 1) * QUERIES), scale, m));
+        total[0] = _mm512_add_ps(total[0], a);
+        total[1] = _mm512_add_ps(total[1], b);
+        const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        _mm512_store_si512(panel + i * TILE, _mm512_permutexvar_epi16(zipped, pair));
+    }
+    l = _mm512_add_ps(l, _mm512_add_ps(total[0], total[1]));
 }
 
 inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, const PrefillItem& item,
                            PrefillScratch& work) {
+    const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945309f;
     const long d = op.head_dim, steps = d / TILE_K, row0 = op.starts[s.sequence] + item.query;
     const long count = std::min(QUERIES, s.num_new - item.query);
     const long first = s.context - s.num_new + item.query, last = first + count - 1;
@@ -146,31 +147,48 @@ inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, 
                       op.q_stride_t, int(std::min<long>(TILE, count - n * TILE)),
                       work.queries + (n * steps + step) * PANEL_STEP);
     const bf16* queries[2] = {work.queries, work.queries + steps * PANEL_STEP};
-    const bf16* weights[2] = {work.weights, work.weights + KEYS * TILE};
     std::fill(work.output, work.output + d * QUERIES, 0.0f);
     // Finite, so that keys hidden from every query so far leave no infinity minus infinity.
     __m512 m[2] = {_mm512_set1_ps(-1e30f), _mm512_set1_ps(-1e30f)}, l[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    long at = op.window ? std::max(0L, first - op.window + 1) / 32 * 32 : 0;
-    at = std::max(at, s.base);
-    for (; at <= last; at += KEYS) {
-        const long keys = std::min(KEYS, ceil_div(last + 1 - at, 32) * 32);
-        for (long i = 0; i < keys; i += 2 * TILE) {
-            const bf16* a[2] = {k + (at - s.base + i) * d, k + (at - s.base + i + TILE) * d};
-            tile_gemm<2, 2>(a, d, queries, steps, work.scores + i * QUERIES, QUERIES, false);
+    const long oldest = op.window ? std::max(0L, first - op.window + 1) / 32 * 32 : 0;
+    const long start = std::max(oldest, s.base), blocks = ceil_div(last + 1 - start, KEYS);
+    auto keys_of = [&](long block) { return std::min(KEYS, ceil_div(last + 1 - start - block * KEYS, 32) * 32); };
+    auto score = [&](long block) {
+        const bf16* rows = k + (start - s.base + block * KEYS) * d;
+        for (long i = 0; i < keys_of(block); i += 2 * TILE) {
+            const bf16* a[2] = {rows + i * d, rows + (i + TILE) * d};
+            tile_gemm<2, 2>(a, d, queries, steps, work.scores[block % 2] + i * QUERIES, QUERIES, false);
         }
-        soften(op, work, at, keys, first, m, l);
+    };
+    auto add = [&](long block) {
+        const bf16* weights[2] = {work.weights[block % 2], work.weights[block % 2] + KEYS * TILE};
+        const bf16* columns = v + start - s.base + block * KEYS;
         for (long i = 0; i < d; i += 2 * TILE) {
-            const bf16* a[2] = {v + i * s.padded + at - s.base, v + (i + TILE) * s.padded + at - s.base};
-            tile_gemm<2, 2>(a, s.padded, weights, keys / TILE_K, work.output + i * QUERIES, QUERIES, true);
+            const bf16* a[2] = {columns + i * s.padded, columns + (i + TILE) * s.padded};
+            tile_gemm<2, 2>(a, s.padded, weights, keys_of(block) / TILE_K, work.output + i * QUERIES, QUERIES, true);
+        }
+    };
+    score(0);
+    for (long block = 0; block < blocks; block++) {
+        if (block + 1 < blocks) score(block + 1);
+        if (block > 0) add(block - 1);
+        const long at = start + block * KEYS, keys = keys_of(block);
+        const bool masked = at + keys > first + 1 || (op.window && at <= first + QUERIES - 1 - op.window);
+        for (long n = 0; n < 2; n++) {
+            float* column = work.scores[block % 2] + n * TILE;
+            if (masked) hide(op, column, at, keys, first + n * TILE);
+            soften(op.scale * log2e, column, keys, work.weights[block % 2] + n * KEYS * TILE, m[n], l[n],
+                   work.output + n * TILE, d);
         }
     }
+    add(blocks - 1);
     for (long n = 0; n < 2; n++) {
         const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), l[n]);
         const long tokens = std::min<long>(TILE, count - n * TILE);
         for (long i = 0; i < d; i += TILE) {
             __m512i r[16];
             for (int j = 0; j < 16; j++)
-                r[j] = (__m512i)_mm512_mul_ps(_mm512_loadu_ps(work.output + (i + j) * QUERIES + n * TILE), inverse);
+                r[j] = (__m512i)_mm512_mul_ps(_mm512_load_ps(work.output + (i + j) * QUERIES + n * TILE), inverse);
             transpose16(r);
             for (long t = 0; t < tokens; t++)
                 store(op.out + ((row0 + n * TILE + t) * op.num_heads + item.head) * d + i, (f32)r[t]);
@@ -179,7 +197,7 @@ inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, 
         _mm512_store_ps(tops, m[n]);
         _mm512_store_ps(totals, l[n]);
         for (long t = 0; t < tokens; t++)
-            op.lse[(row0 + n * TILE + t) * op.num_heads + item.head] = tops[t] * op.scale + std::log(totals[t]);
+            op.lse[(row0 + n * TILE + t) * op.num_heads + item.head] = tops[t] * ln2 + std::log(totals[t]);
     }
 }
 

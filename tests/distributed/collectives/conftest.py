@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -50,6 +51,9 @@ class Ranks:
         def start_one(rank: int) -> int:
             pid = os.fork()
             if pid == 0:
+                # What the parent left uncollected (a closed UCX worker, say) still shares descriptors with it:
+                # its destructor must not run here.
+                gc.disable()
                 self._run(rank, size, body, backend, timeout_s)
             self._pids[pid] = rank
             return pid

@@ -115,7 +115,7 @@ def test_closing_ends_a_call_of_another_thread(ranks: Ranks) -> None:
         timer = threading.Timer(0.05, group.close)
         if group.rank == 0:
             timer.start()
-        with pytest.raises(PeerLost, match="rank 0 closed the group|has closed it"):
+        with pytest.raises(PeerLost, match=r"rank 0 closed the group|has closed it"):
             group.broadcast(None, 1 - group.rank)
         return None
 

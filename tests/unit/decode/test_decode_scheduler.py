@@ -49,9 +49,7 @@ def answer(plan: StepPlan, token_id: int = 7) -> StepResult:
 def join(scheduler: DecodeScheduler, item: Sequence, token_id: int = 7) -> None:
     """Import a sequence as the KV stream does: blocks for the prompt and one token, then its first token."""
     item.hold(scheduler.cache.admit(item.key, item.tokens, item.num_tokens + 1))
-    scheduler.join(
-        item, SampledToken(request_id=item.request.request_id, epoch=0, index=0, token_id=token_id)
-    )
+    scheduler.join(item, SampledToken(request_id=item.request.request_id, epoch=0, index=0, token_id=token_id))
 
 
 def test_a_prompt_is_computed_then_decoded_to_its_length() -> None:

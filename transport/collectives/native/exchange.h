@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <deque>
+#include <initializer_list>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -66,6 +67,16 @@ struct Job {
   bool eager() const { return total_bytes <= kEagerBytes; }
 };
 
+// A send and a receive that were posted together; either may be missing.
+struct Transfer {
+  Job* receive = nullptr;
+  Job* send = nullptr;
+  ~Transfer() {
+    delete receive;
+    delete send;
+  }
+};
+
 struct Exchange {
   explicit Exchange(Group& group) : g(group) {}
 
@@ -76,37 +87,33 @@ struct Exchange {
   }
 
   // Queue a transfer and do what takes no time: announce it, or copy it when it is small.
-  Job* post(bool sends, int peer, const Part* parts, int num_parts) {
-    Job* job = new Job;
-    job->sends = sends;
-    job->peer = peer;
-    job->parts.assign(parts, parts + num_parts);
-    job->cursor.parts = &job->parts;
-    for (const Part& part : job->parts) job->total_bytes += part.bytes;
-    bool needs_helper;
+  Transfer* post(const Part* send, int num_send, int to, const Part* receive, int num_receive, int source) {
+    Transfer* transfer = new Transfer;
+    bool needs_helper = false;
     {
       num_callers.fetch_add(1);
       std::lock_guard<std::mutex> guard(lock);
       num_callers.fetch_sub(1);
-      auto& lane = lanes[sends][peer];
-      job->number = ++lane.num_posted;
-      lane.jobs.push_back(job);
-      if (!sends) choose_landing(*job);
+      if (num_receive) {
+        Job* job = transfer->receive = queue(false, source, receive, num_receive);
+        choose_landing(*job);
+        needs_helper = (job->way == Job::kByChunks && !job->eager()) || lanes[0][source].jobs.size() > 2;
+      }
+      if (num_send) transfer->send = queue(true, to, send, num_send);
       advance(true);
-      needs_helper = !job->done.load() && (sends ? true : job->way == Job::kByChunks && !job->eager());
-      needs_helper = needs_helper || lane.jobs.size() > 2;
+      needs_helper = needs_helper || (num_send && !transfer->send->done.load());
     }
     if (needs_helper) start_helper();
-    return job;
+    return transfer;
   }
 
-  int wait(Job* job, int64_t timeout_ns) {
-    const char* what = job->sends ? "a transfer's sending" : "a transfer's receiving";
-    const int code = wait_until(
-        g, g.mine().bell, job->peer, what, timeout_ns, [&] { return job->done.load(std::memory_order_acquire); },
-        [&] { return try_advance(); });
-    if (code) cancel();
-    return code;
+  int wait(Transfer* transfer, int64_t timeout_ns) {
+    for (Job* job : {transfer->receive, transfer->send}) {
+      if (!job) continue;
+      if (const int code = wait(job, timeout_ns)) return code;
+    }
+    delete transfer;
+    return kOk;
   }
 
   // Forget all transfers: after this, no buffer is touched.
@@ -119,6 +126,15 @@ struct Exchange {
   }
 
  private:
+  int wait(Job* job, int64_t timeout_ns) {
+    const char* what = job->sends ? "a transfer's sending" : "a transfer's receiving";
+    const int code = wait_until(
+        g, g.mine().bell, job->peer, what, timeout_ns, [&] { return job->done.load(std::memory_order_acquire); },
+        [&] { return try_advance(); });
+    if (code) cancel();
+    return code;
+  }
+
   struct Lane {
     std::deque<Job*> jobs;
     uint32_t num_posted = 0;
@@ -134,6 +150,19 @@ struct Exchange {
   std::atomic<bool> idle{false};
   std::atomic<bool> stop{false};
   std::thread helper;
+
+  Job* queue(bool sends, int peer, const Part* parts, int num_parts) {
+    Job* job = new Job;
+    job->sends = sends;
+    job->peer = peer;
+    job->parts.assign(parts, parts + num_parts);
+    job->cursor.parts = &job->parts;
+    for (const Part& part : job->parts) job->total_bytes += part.bytes;
+    auto& lane = lanes[sends][peer];
+    job->number = ++lane.num_posted;
+    lane.jobs.push_back(job);
+    return job;
+  }
 
   bool in_segment(const Part& part) const {
     return part.data >= g.base && part.data + part.bytes <= g.base + g.layout.total;
@@ -317,7 +346,7 @@ struct Exchange {
     sigset_t all;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals are for the threads of Python
-    ask_for_short_slices();
+    wait_for_a_turn();
     Word& bell = g.mine().bell;
     while (!stop.load()) {
       if (g.header().failed.load()) cancel();
@@ -348,16 +377,11 @@ struct Exchange {
     return advance(false);
   }
 
-  // Where every core computes, a thread that asks for a short slice is let in at once (Linux 6.12 and later).
-  static void ask_for_short_slices() {
-    struct {
-      uint32_t size, policy;
-      uint64_t flags;
-      int32_t nice;
-      uint32_t priority;
-      uint64_t runtime_ns, deadline_ns, period_ns;
-    } wish{48, 0, 0, 0, 0, 100'000, 0, 0};
-    syscall(SYS_sched_setattr, 0, &wish, 0);
+  // Where the rank computes on every core that it has, the helper takes its turn when the scheduler gives it one:
+  // it does not push the rank off the core at the moment of the post.
+  static void wait_for_a_turn() {
+    const sched_param none{0};
+    sched_setscheduler(0, SCHED_BATCH, &none);
   }
 };
 

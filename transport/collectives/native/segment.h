@@ -48,6 +48,7 @@ struct alignas(64) RankState {
   alignas(64) Word acked;     // broadcasts read
   alignas(64) Word bell;      // something moved for this rank's transfers
   alignas(64) Word attached;  // 1 when mapped
+  alignas(64) Word ping;      // of benchmarks
   std::atomic<int32_t> pid;
   std::atomic<uint32_t> left;  // 1 after a clean close
 };

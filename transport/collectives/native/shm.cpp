@@ -117,21 +117,50 @@ int anabranch_take_notice(Group* g, int root, char* data, uint64_t bytes) {
   return visit.late() ? kClosed : take_notice(*g, root, data, bytes, g->timeout_ns);
 }
 
-// Gives a Code; `job` is the transfer, to be waited for and freed.
-int anabranch_post(Group* g, int sends, int peer, const Part* parts, int num_parts, Job** job) {
+// `parts` are those to send, then those to receive. Gives the transfer, or minus a Code.
+int64_t anabranch_post(Group* g, const Part* parts, int num_send, int to, int num_receive, int source) {
   const Visit visit(*g);
-  if (visit.late()) return kClosed;
-  if (const uint32_t code = g->header().failed.load()) return static_cast<int>(code);
-  *job = g->exchange->post(sends != 0, peer, parts, num_parts);
-  return kOk;
+  if (visit.late()) return -kClosed;
+  if (const uint32_t code = g->header().failed.load()) return -static_cast<int64_t>(code);
+  return reinterpret_cast<int64_t>(g->exchange->post(parts, num_send, to, parts + num_send, num_receive, source));
 }
 
-int anabranch_wait(Group* g, Job* job) {
+// Wait for the whole transfer and free it; when that fails, it is to be freed after `close`.
+int anabranch_wait(Group* g, Transfer* transfer) {
   const Visit visit(*g);
-  return visit.late() ? kClosed : g->exchange->wait(job, g->timeout_ns);
+  return visit.late() ? kClosed : g->exchange->wait(transfer, g->timeout_ns);
 }
 
-void anabranch_free(Job* job) { delete job; }
+void anabranch_free(Transfer* transfer) { delete transfer; }
+
+// The bound that benchmarks compare with: seconds that `bytes`, at most a slot, take one way from one rank to
+// another through the segment, in and out, with both spinning and no Python. Both ranks of a group of two call it.
+double anabranch_ping(Group* g, char* data, uint64_t bytes, int rounds) {
+  const Visit visit(*g);
+  if (visit.late() || g->size != 2 || bytes > kSlotBytes) return -1;
+  if (barrier(*g)) return -1;
+  std::atomic<uint32_t>& mine = g->mine().ping.value;
+  std::atomic<uint32_t>& theirs = g->state(1 - g->rank).ping.value;
+  const uint32_t begun = mine.load();
+  const int64_t start = now_ns();
+  for (int i = 1; i <= rounds; ++i) {
+    if (g->rank == 0) {
+      memcpy(g->slot(0, 0), data, bytes);
+      mine.store(begun + i, std::memory_order_release);
+    }
+    while (!reached(theirs.load(std::memory_order_acquire), begun + i)) {
+      if (g->header().failed.load(std::memory_order_relaxed)) return -1;
+      pause_core();
+    }
+    memcpy(data, g->slot(1 - g->rank, 0), bytes);
+    if (g->rank == 1) {
+      memcpy(g->slot(1, 0), data, bytes);
+      mine.store(begun + i, std::memory_order_release);
+    }
+  }
+  const double seconds = (now_ns() - start) * 1e-9 / (2.0 * rounds);
+  return barrier(*g) ? -1 : seconds;
+}
 
 // Gives 0 and no reason for a group that this rank has closed.
 int anabranch_reason(Group* g, char* reason) {

@@ -44,6 +44,17 @@ def test_exposed_is_what_attention_does_not_hide() -> None:
     assert ring_cost("pass_kv", [(512, 0)], MHA, 2, FAST_LINK).exposed_s == 0.0
 
 
+def test_what_a_transfer_takes_from_attention_shows() -> None:
+    """Where the computing cores copy, nothing hides, and the variant that sends less wins."""
+    copying = RingRates(attention_flops_per_s=100e9, link_bytes_per_s=1e10, taken_share=1.0)
+    cost = ring_cost("pass_kv", [(512, 512)], MHA, 2, copying)
+    assert cost.exposed_s == pytest.approx(cost.sent_bytes / 1e10)
+    half = RingRates(attention_flops_per_s=100e9, link_bytes_per_s=1e10, taken_share=0.5)
+    assert ring_cost("pass_kv", [(512, 512)], MHA, 2, half).exposed_s == pytest.approx(cost.exposed_s / 2)
+    assert PassRule("auto", GQA3, 2, copying).choose(plan((1000, 16_000))) == "pass_q"
+    assert PassRule("auto", GQA3, 2, FAST_LINK).choose(plan((1000, 16_000))) == "pass_kv"
+
+
 def test_a_long_cache_and_few_new_tokens_pass_q() -> None:
     rule = PassRule("auto", GQA3, 4, SLOW_LINK)
     assert rule.choose(plan((16, 50_000))) == "pass_q"
@@ -109,5 +120,7 @@ def test_the_choice_exposes_less(new: int, cached: int, cp: int, link: float) ->
 def test_a_rate_that_cannot_be_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         RingRates(**{"attention_flops_per_s": 1.0, "link_bytes_per_s": 1.0, key: 0.0})
+    with pytest.raises(ConfigError, match="taken_share"):
+        RingRates(attention_flops_per_s=1.0, link_bytes_per_s=1.0, taken_share=1.5)
     with pytest.raises(ConfigError, match="message_s"):
         RingRates(attention_flops_per_s=1.0, link_bytes_per_s=1.0, message_s=float("nan"))

@@ -1,0 +1,32 @@
+"""Whether a topology's meshes fit the model and this machine, before anything is started."""
+
+from __future__ import annotations
+
+from anabranch.config.topology import Topology
+from anabranch.errors import ConfigError
+from anabranch.model.sources import ModelSource
+from launch.plan import plan_workers
+
+
+def check_fit(topology: Topology, source: ModelSource) -> None:
+    """Check workers of several ranks; those of one rank check themselves, as quickly as they start.
+
+    Raises:
+        ConfigError: names the key, the value, what the machine or the model has, and the remedy.
+        ModelError: the model's configuration cannot be read.
+    """
+    pools = (topology.pools.prefill, topology.pools.decode, topology.pools.colocated)
+    if all(pool is None or pool.tp * pool.cp == 1 for pool in pools):
+        return
+    # These need torch, which a launcher of single ranks can do without.
+    from anabranch.engine.fit import check_memory, check_worker
+
+    model = source.config()
+    workers = plan_workers(topology, control="")
+    for worker in workers:
+        try:
+            check_worker(worker, model)
+        except ConfigError as error:
+            key = error.key if error.key == "device" else f"pools.{worker.role}.{error.key}"
+            raise ConfigError(key.replace("kv_cache_bytes", "kv_cache"), error.value, error.remedy) from None
+    check_memory(workers, model)

@@ -1,0 +1,46 @@
+"""What a room runs on each of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.build import Engine
+from anabranch.engine.plan import StepPlan, StepResult
+
+Command = TypeVar("Command", bound=msgspec.Struct)
+Event = TypeVar("Event", bound=msgspec.Struct)
+_Handled = TypeVar("_Handled", contravariant=True)
+
+
+class Rank(Protocol[_Handled]):
+    """One rank; one thread calls."""
+
+    def handle(self, command: _Handled) -> None:
+        """Obey a command."""
+        ...
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Compute this rank's part of a step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RankRoom(msgspec.Struct, Generic[Command, Event], frozen=True, kw_only=True):
+    """What ranks of a room have in common.
+
+    Attributes:
+        module: what `python -m` runs for a rank other than the first.
+        commands: decodes the room's commands.
+        events: decodes `(rank, event)`.
+        make_rank: makes the rank of a loaded engine; it reports through the given callable, from any thread.
+    """
+
+    module: str
+    commands: msgspec.msgpack.Decoder[Command]
+    events: msgspec.msgpack.Decoder[tuple[int, Event]]
+    make_rank: Callable[[WorkerConfig, Engine, Callable[[Event], None]], Rank[Command]]

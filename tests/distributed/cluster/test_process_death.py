@@ -1,0 +1,237 @@
+"""Processes that are killed or hang with requests in flight: these end within 5 s by name, the others go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch_client import Admin, Client, ClientError, Finished, Sampling, Tokens, Worker
+from launch.cluster import LocalCluster
+from tests.support.in_process import wait_until
+from tests.support.resources import holdings
+from transport.planes import usable_planes
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+
+DEADLINE_S = 5.0
+READY_TIMEOUT_S = 120.0
+LONG_ANSWER = ([tuple((number * 31 + index) % 97 + 3 for index in range(60)) for number in range(8)], 800)
+LONG_PROMPT = ([tuple((number * 31 + index) % 97 + 3 for index in range(1900)) for number in range(12)], 20)
+
+Prompt = tuple[int, ...]
+
+
+def pool(workers: int) -> PoolConfig:
+    return PoolConfig(workers=workers, kv_cache="16MiB", threads=1, max_step_tokens=64)
+
+
+@contextmanager
+def running(model: object, transport: str, num_prefill: int, num_decode: int) -> Iterator[tuple[LocalCluster, Admin]]:
+    if transport not in usable_planes():
+        pytest.skip(f"the {transport} plane cannot be used here")
+    topology = Topology(
+        model=str(model),
+        dtype="float32",
+        kv_transport=transport,  # type: ignore[arg-type]
+        native_kernels=False,
+        prefix_cache=False,
+        pools=Pools(prefill=pool(num_prefill), decode=pool(num_decode)),
+    )
+    with LocalCluster(topology, ready_timeout_s=READY_TIMEOUT_S) as cluster, Admin(cluster.endpoint) as admin:
+        yield cluster, admin
+
+
+class Load:
+    """Requests in flight, each read by a thread that checks its tokens' indexes."""
+
+    def __init__(self, client: Client, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self._client = client
+        self._max_tokens = max_tokens
+        self._pool = ThreadPoolExecutor(len(prompts))
+        self.ends: list[Future[str]] = [
+            self._pool.submit(self._follow, prompt, seen) for prompt, seen in zip(prompts, self.tokens, strict=True)
+        ]
+
+    def results(self) -> list[str]:
+        """How each ended: its route, or an error's code and message."""
+        found = [end.result(60) for end in self.ends]
+        self._pool.shutdown()
+        return found
+
+    def failed(self) -> list[str]:
+        return [end.result() for end in self.ends if end.done() and ": " in end.result()]
+
+    def _follow(self, prompt: Prompt, seen: list[int]) -> str:
+        sampling = Sampling(max_tokens=self._max_tokens, ignore_eos=True)
+        try:
+            for event in self._client.generate(prompt, sampling):
+                if isinstance(event, Tokens):
+                    assert event.first_index == len(seen)
+                    seen.extend(event.token_ids)
+                elif isinstance(event, Finished):
+                    assert len(seen) == self._max_tokens
+                    return "+".join(event.route)
+        except ClientError as error:
+            return f"{error.code}: {error}"
+        raise AssertionError("the stream ended without an end")
+
+
+def find(admin: Admin, name: str) -> Worker | None:
+    return next((worker for worker in admin.cluster().workers if worker.name == name), None)
+
+
+def busy(admin: Admin, name: str) -> bool:
+    worker = find(admin, name)
+    return worker is not None and worker.num_requests > 0
+
+
+def idle(admin: Admin) -> bool:
+    state = admin.cluster()
+    return state.num_requests == 0 and all(
+        (worker.num_free_blocks, worker.num_leases, worker.num_running) == (worker.num_total_blocks, 0, 0)
+        for worker in state.workers
+    )
+
+
+def check_answers(client: Client, good: dict[Prompt, Prompt]) -> None:
+    def ask(item: tuple[Prompt, Prompt]) -> Prompt:
+        sampling = Sampling(max_tokens=len(item[1]), temperature=0.0, ignore_eos=True)
+        return client.complete(item[0], sampling).token_ids
+
+    with ThreadPoolExecutor(len(good)) as threads:
+        assert list(threads.map(ask, good.items())) == list(good.values())
+
+
+def strike(cluster: LocalCluster, admin: Admin, load: Load, victim: str) -> list[str]:
+    """Kill `victim` under load; how the requests ended, those that needed it within the deadline."""
+    pid = cluster.process(victim).pid
+    num_deaths = len(cluster.deaths)
+    wait_until(lambda: busy(admin, victim), f"requests at {victim}")
+    if victim.startswith("decode"):
+        wait_until(lambda: any(load.tokens), "tokens")
+    os.kill(pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    death = cluster.wait_for_death(DEADLINE_S, after=num_deaths)
+    assert death is not None
+    assert (death.name, death.reason) == (victim, "was killed by SIGKILL")
+    wait_until(lambda: find(admin, victim) is None, f"{victim} to be gone", DEADLINE_S)
+    wait_until(lambda: bool(load.failed()), "its requests to end", DEADLINE_S)
+    assert time.monotonic() - killed_s < DEADLINE_S
+    results = load.results()
+    for result in results:
+        if ": " in result:
+            # Its parent's report and the broken connection race.
+            assert result.startswith(f"worker_died: worker {victim} (pid {pid}) died: "), result
+            assert result.endswith(("was killed by SIGKILL", "its control connection is gone")), result
+    departures = [gone for gone in admin.cluster().departures if gone.name == victim]
+    assert [(gone.pid, gone.expected) for gone in departures] == [(pid, False)]
+    wait_until(lambda: idle(admin), "idle")
+    return results
+
+
+def test_one_of_two_is_killed(known, good) -> None:
+    with running(known.folder, "tcp", 2, 2) as (cluster, admin):
+        with Client(cluster.endpoint, timeout_s=60.0) as client:
+            check_answers(client, good)
+            for victim, work, others in (
+                ("decode-0", LONG_ANSWER, {"prefill-0+decode-1", "prefill-1+decode-1"}),
+                ("prefill-0", LONG_PROMPT, {"prefill-1+decode-1"}),
+            ):
+                results = strike(cluster, admin, Load(client, *work), victim)
+                routes = {result for result in results if ": " not in result}
+                assert routes & others, results
+                assert victim not in "+".join(routes) or victim == "prefill-0"
+                check_answers(client, good)
+        assert [death.name for death in cluster.deaths] == ["decode-0", "prefill-0"]
+        table = {process.name: process.alive for process in cluster.processes}
+        assert [name for name, alive in table.items() if not alive] == ["prefill-0", "decode-0"]
+        # What is left goes on without losing a descriptor or thread to clients that come and leave.
+        pids = {name: cluster.process(name).pid for name in ("orchestrator", "prefill-1", "decode-1")}
+
+        def come_and_leave() -> None:
+            with Client(cluster.endpoint) as client:
+                streams = [client.generate(prompt, Sampling(max_tokens=1500)) for prompt in LONG_ANSWER[0]]
+                for number, stream in enumerate(streams):
+                    for _ in range(number % 3):
+                        next(stream)
+                    stream.close()
+                check_answers(client, good)
+            wait_until(lambda: idle(admin), "idle")
+
+        come_and_leave()
+        before = {name: holdings(pid) for name, pid in pids.items()}
+        for _ in range(3):
+            come_and_leave()
+
+        def more() -> str:
+            # Pools of threads grow to their size when all of them are busy.
+            beyond = {name: holdings(pid).beyond(before[name], spare_threads=4) for name, pid in pids.items()}
+            return "; ".join(f"{name}: {held}" for name, held in beyond.items() if held)
+
+        wait_until(lambda: not more(), "descriptors and threads to return:", describe=more)
+
+
+def test_a_worker_hangs_then_the_last_of_a_role_is_killed_then_the_orchestrator(known, good) -> None:
+    with running(known.folder, "ucx", 1, 2) as (cluster, admin), Client(cluster.endpoint, timeout_s=60.0) as client:
+        check_answers(client, good)
+        # Hangs: noticed by its silence. Woken again it learns that it counts as dead, and ends.
+        load = Load(client, *LONG_ANSWER)
+        hung = cluster.process("decode-0").pid
+        wait_until(lambda: busy(admin, "decode-0") and any(load.tokens), "tokens")
+        os.kill(hung, signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        wait_until(lambda: bool(load.failed()), "its requests to end", DEADLINE_S)
+        assert time.monotonic() - stopped_s < DEADLINE_S
+        results = load.results()
+        failed = [result for result in results if ": " in result]
+        assert all(
+            result.startswith(f"worker_died: worker decode-0 (pid {hung}) died: it was silent") for result in failed
+        )
+        assert "prefill-0+decode-1" in results
+        check_answers(client, good)
+        assert cluster.deaths == ()
+        os.kill(hung, signal.SIGCONT)
+        death = cluster.wait_for_death(DEADLINE_S)
+        assert death is not None
+        assert (death.name, death.reason) == ("decode-0", "exited with code 1")
+        assert "counts as dead" in death.log_tail[-1]
+        check_answers(client, good)
+        # The only prefill worker: nothing can be served any more.
+        results = strike(cluster, admin, Load(client, LONG_PROMPT[0][:2], 20), "prefill-0")
+        assert all(": " in result for result in results)
+        assert client.health() == "not_serving"
+        waiting = Load(client, LONG_PROMPT[0][:2], 4)
+        wait_until(lambda: admin.cluster().num_queued == 2, "requests that wait for a worker")
+        os.kill(cluster.process("orchestrator").pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        assert all(result.startswith("unavailable: ") for result in waiting.results())
+        assert time.monotonic() - killed_s < DEADLINE_S
+        death = cluster.wait_for_death(DEADLINE_S, after=2)
+        assert death is not None
+        assert death.name == "orchestrator"
+    assert [death.name for death in cluster.deaths] == ["decode-0", "prefill-0", "orchestrator"]
+    assert not cluster.folder.exists()
+
+
+def test_a_shared_process_is_killed(known, good) -> None:
+    with running(known.folder, "inproc", 1, 1) as (cluster, admin), Client(cluster.endpoint, timeout_s=60.0) as client:
+        check_answers(client, good)
+        load = Load(client, *LONG_ANSWER)
+        wait_until(lambda: any(load.tokens), "tokens")
+        pid = cluster.process("inproc").pid
+        os.kill(pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        results = load.results()
+        assert time.monotonic() - killed_s < DEADLINE_S
+        assert all(result.startswith("worker_died: ") and f"(pid {pid})" in result for result in results), results
+        assert {gone.name for gone in admin.cluster().departures} == {"prefill-0", "decode-0"}
+        assert [death.name for death in cluster.deaths] == ["inproc"]
+        wait_until(lambda: idle(admin), "idle")

@@ -1,0 +1,151 @@
+"""The engine's thread: commands go before steps, idleness waits, and a failure ends nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from anabranch.engine.loop import EngineLoop
+
+pytestmark = pytest.mark.unit
+
+DEADLINE_S = 10.0
+
+
+class Engine:
+    """Steps while there is work; what happened, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.work = 0
+        self.idle = threading.Event()
+        self.threads: set[str] = set()
+
+    def step(self) -> bool:
+        self.threads.add(threading.current_thread().name)
+        if not self.work:
+            self.idle.set()
+            return False
+        self.work -= 1
+        self.events.append("step")
+        return True
+
+
+Start = Callable[[Engine], EngineLoop]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    loops: list[EngineLoop] = []
+
+    def run(engine: Engine) -> EngineLoop:
+        loop = EngineLoop("engine-under-test", engine.step, num_threads=1)
+        loops.append(loop)
+        loop.start()
+        return loop
+
+    yield run
+    for loop in loops:
+        assert loop.stop(DEADLINE_S)
+
+
+def do(loop: EngineLoop, action: Callable[[], object] = lambda: None) -> None:
+    """Run an action on the engine's thread and wait for it."""
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            action()
+        finally:
+            done.set()
+
+    loop.submit(run)
+    assert done.wait(DEADLINE_S)
+
+
+def test_commands_that_wait_run_before_the_next_step(start: Start) -> None:
+    engine = Engine()
+    engine.work = 3
+    loop = EngineLoop("engine-under-test", engine.step, num_threads=1)
+    for name in "abc":
+        loop.submit(lambda name=name: engine.events.append(name))
+    loop.start()
+    assert engine.idle.wait(DEADLINE_S)
+    assert engine.events == ["a", "b", "c", "step", "step", "step"]
+    assert engine.threads == {"engine-under-test"}
+    assert loop.stop(DEADLINE_S)
+
+
+def test_an_idle_engine_sleeps_until_a_command_comes(start: Start) -> None:
+    engine = Engine()
+    loop = start(engine)
+    assert engine.idle.wait(DEADLINE_S)
+
+    def bring_work() -> None:
+        engine.idle.clear()
+        engine.work = 2
+
+    do(loop, bring_work)
+    assert engine.idle.wait(DEADLINE_S)
+    assert engine.events == ["step", "step"]
+
+
+def test_what_fails_is_logged_and_ends_nothing(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine()
+    loop = start(engine)
+
+    def fail() -> None:
+        raise RuntimeError("the command is wrong")
+
+    do(loop, fail)
+    engine.work = 1
+    do(loop)
+    engine.idle.clear()
+    do(loop)
+    assert engine.idle.wait(DEADLINE_S)
+    assert engine.events == ["step"]
+    assert "the command is wrong" in caplog.text
+
+
+def test_a_step_that_fails_is_tried_again_after_the_commands(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    failures = 2
+    engine = Engine()
+
+    def step() -> bool:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise RuntimeError("the step is wrong")
+        return engine.step()
+
+    loop = EngineLoop("engine-under-test", step, num_threads=1)
+    loop.start()
+    assert engine.idle.wait(DEADLINE_S)
+    assert caplog.text.count("the step is wrong") >= 2
+    assert loop.stop(DEADLINE_S)
+
+
+def test_stop_waits_for_the_step_in_progress_and_no_longer_than_it_may() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def step() -> bool:
+        begun.set()
+        assert go_on.wait(DEADLINE_S)
+        return False
+
+    loop = EngineLoop("engine-under-test", step, num_threads=1)
+    loop.start()
+    assert begun.wait(DEADLINE_S)
+    assert not loop.stop(0.05)
+    go_on.set()
+    assert loop.stop(DEADLINE_S)
+
+
+def test_the_thread_computes_with_its_own_number_of_threads(start: Start) -> None:
+    engine = Engine()
+    found: list[int] = []
+    do(start(engine), lambda: found.append(torch.get_num_threads()))
+    assert found == [1]
