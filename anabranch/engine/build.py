@@ -26,7 +26,7 @@ from anabranch.parallel.tree_reduce import Reduction, TreeReduction
 logger = logging.getLogger(__name__)
 
 # Order of magnitude of a CPU core and of shared memory: what the ring's cost rule starts from.
-CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5)
+CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5, taken_share=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from anabranch.kernels.base import Kernels
 from anabranch.kernels.compiler import NativeUnavailable, load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
+from anabranch.parallel.block_attention import flash_block
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class AttentionShape(ctypes.Structure):
                 "block_size",
                 "window",
                 "max_short",
+                "whole",
             )
         ],
         ("scale", c_float),
@@ -306,6 +308,54 @@ class NativeKernels:
                 out_THD[rows], lse_TH[rows] = attend_flash(q_THD[rows], k_CKD, v_CKD, scale, window)
         return out_THD, lse_TH
 
+    def block_attention(
+        self, q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `BlockKernels.block_attention`."""
+        num_tokens, num_heads, head_dim = q_THD.shape
+        num_keys, num_kv_heads = k_CKD.shape[:2]
+        tensors = (q_THD, k_CKD, v_CKD)
+        if (
+            any(x.dtype is not self._dtype for x in tensors)
+            or not (k_CKD.is_contiguous() and v_CKD.is_contiguous() and q_THD.stride(2) == 1)
+            or head_dim % HEAD_DIM_STEP
+            or scale <= 0
+            or (num_tokens > MAX_SHORT_TOKENS and (self._attention_long is None or head_dim % 32))
+        ):
+            return flash_block(q_THD, k_CKD, v_CKD, scale)
+        # The keys are one block of a pool of one block.
+        table, starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0], [0, num_tokens], [num_keys]))
+        shape = AttentionShape(
+            *q_THD.stride()[:2],
+            1,
+            1,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            num_keys,
+            0,
+            MAX_SHORT_TOKENS,
+            1,
+            scale,
+        )
+        out_THD = torch.empty(q_THD.shape, dtype=self._dtype)
+        lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32)
+        run = self._attention_short if num_tokens <= MAX_SHORT_TOKENS else self._attention_long
+        assert run is not None
+        code = run(
+            q_THD.data_ptr(),
+            k_CKD.data_ptr(),
+            v_CKD.data_ptr(),
+            table.data_ptr(),
+            starts.data_ptr(),
+            lens.data_ptr(),
+            out_THD.data_ptr(),
+            lse_TH.data_ptr(),
+            shape,
+            get_num_threads(),
+        )
+        return flash_block(q_THD, k_CKD, v_CKD, scale) if code else (out_THD, lse_TH)
+
     def _plan_attention(
         self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, key: tuple[object, ...]
     ) -> _AttentionCall:
@@ -320,6 +370,7 @@ class NativeKernels:
             kv.k.shape[1],
             window or 0,
             MAX_SHORT_TOKENS,
+            0,
             scale,
         )
         return _AttentionCall(

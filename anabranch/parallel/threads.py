@@ -40,6 +40,7 @@ class _Hub:
     def meet(self, what: str, round_: int, rank: int, part: T) -> list[T]:
         """Lay down `part` and take every rank's, in rank order."""
         with self.changed:
+            self._check()
             parts = self._rounds[round_]
             parts[rank] = (what, part)
             self.changed.notify_all()
@@ -62,6 +63,7 @@ class _Hub:
     def take(self, source: int, to: int, number: int) -> bytes:
         key = (source, to, number)
         with self.changed:
+            self._check()
             self._wait(lambda: key in self._mail, f"a transfer from rank {source} to rank {to}")
             return self._mail.pop(key)
 

@@ -12,7 +12,7 @@ from tests.support.known import Known
 
 pytestmark = pytest.mark.e2e
 
-CONTEXT = 2304
+CONTEXT = 2560
 BLOCK = 8
 # Divisible by every degree below.
 NUM_BLOCKS = 120

@@ -41,10 +41,18 @@ class ScriptedOrchestrator:
 
     Args:
         folder: for the control channel's socket.
+        make: makes the worker; None: as `role` says.
         options: of the worker.
     """
 
-    def __init__(self, folder: Path, model: Path, role: str, **options: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path | str,
+        role: str,
+        make: Callable[[WorkerConfig], Worker] | None = None,
+        **options: object,
+    ) -> None:
         defaults: dict[str, object] = {
             "dtype": "float32",
             "threads": 1,
@@ -60,7 +68,8 @@ class ScriptedOrchestrator:
             orchestrator=self._server.endpoint,
             **{**defaults, **options},
         )
-        self.worker: Worker = (PrefillWorker if role == "prefill" else DecodeWorker)(self.config)
+        make = make or (PrefillWorker if role == "prefill" else DecodeWorker)
+        self.worker: Worker = make(self.config)
         self.peer = b""
         self.beats: list[Beat] = []
 

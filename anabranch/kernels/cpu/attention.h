@@ -18,6 +18,7 @@ struct Attention {
     float scale;
     long window;     // 0: none
     long max_short;  // sequences with more new tokens are for the prefill kernel
+    bool whole;      // every query sees all of its sequence's context; no window
     E* out;          // [T, H, D]
     float* lse;      // [T, H]
 

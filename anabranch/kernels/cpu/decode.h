@@ -105,7 +105,7 @@ void attention_short(const Attention<E>& op, int threads) {
         const long num_new = op.num_new(b);
         if (num_new > op.max_short) continue;
         for (long i = 0; i < num_new; i++) {
-            const long to = op.lens[b] - num_new + i + 1;
+            const long to = op.whole ? op.lens[b] : op.lens[b] - num_new + i + 1;
             const long from = op.window ? std::max(0L, to - op.window) : 0;
             rows.push_back({op.starts[b] + i, b, from, to});
             work += to - from;

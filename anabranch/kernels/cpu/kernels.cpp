@@ -33,7 +33,7 @@ void run_linear(const ab::Linear<E>& op, int threads) {
 // The fields of Attention that a batch, a layer or a model fixes; laid out as in native.py.
 struct AttentionShape {
     int64_t q_stride_t, q_stride_h, table_width, num_sequences, num_heads, num_kv_heads, head_dim, block_size, window,
-        max_short;
+        max_short, whole;
     float scale;
 };
 
@@ -41,7 +41,7 @@ template <class E>
 ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t* tables, const int32_t* starts,
                               const int32_t* lens, E* out, float* lse, const AttentionShape& s) {
     return {q, s.q_stride_t, s.q_stride_h, k, v, tables, s.table_width, starts, lens, s.num_sequences, s.num_heads,
-            s.num_kv_heads, s.head_dim, s.block_size, s.scale, s.window, s.max_short, out, lse};
+            s.num_kv_heads, s.head_dim, s.block_size, s.scale, s.window, s.max_short, s.whole != 0, out, lse};
 }
 
 }  // namespace

@@ -88,7 +88,8 @@ constexpr float MAX_GROWTH = 8.0f;
 // Hides from 16 queries, the first at position `first`, the keys that they do not see.
 inline void hide(const Attention<bf16>& op, float* column, long at, long count, long first) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first)));
+    const __m512i position =
+        op.whole ? _mm512_set1_epi32(int(first)) : _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first)));
     const __m512i oldest =
         op.window ? _mm512_sub_epi32(position, _mm512_set1_epi32(int(op.window))) : _mm512_set1_epi32(-1);
     for (long i = 0; i < count; i++) {
@@ -137,7 +138,8 @@ inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, 
     const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945309f;
     const long d = op.head_dim, steps = d / TILE_K, row0 = op.starts[s.sequence] + item.query;
     const long count = std::min(QUERIES, s.num_new - item.query);
-    const long first = s.context - s.num_new + item.query, last = first + count - 1;
+    const long first = op.whole ? s.context - 1 : s.context - s.num_new + item.query;
+    const long last = op.whole ? first : first + count - 1;
     const long kv_head = item.head / op.group();
     const bf16* k = s.k + kv_head * s.padded * d;
     const bf16* v = s.v + kv_head * d * s.padded;
@@ -176,7 +178,7 @@ inline void attend_queries(const Attention<bf16>& op, const PrefillSequence& s, 
         const bool masked = at + keys > first + 1 || (op.window && at <= first + QUERIES - 1 - op.window);
         for (long n = 0; n < 2; n++) {
             float* column = work.scores[block % 2] + n * TILE;
-            if (masked) hide(op, column, at, keys, first + n * TILE);
+            if (masked) hide(op, column, at, keys, op.whole ? first : first + n * TILE);
             soften(op.scale * log2e, column, keys, work.weights[block % 2] + n * KEYS * TILE, m[n], l[n],
                    work.output + n * TILE, d);
         }

@@ -250,7 +250,7 @@ class Sink:
         self.ended = threading.Event()
         self.placed = 0
 
-    def place(self, layer, head_start, token_start, k_TKD, v_TKD) -> None:
+    def place(self, layer, head_start, tokens_T, k_TKD, v_TKD) -> None:
         self.placed += k_TKD.shape[0]
 
     def touch(self) -> None: ...
@@ -342,8 +342,8 @@ def test_a_destination_that_cannot_be_reached(known, tmp_path) -> None:
 
 def test_a_destination_that_refuses_in_the_middle(known, tmp_path, plane) -> None:
     class Refuses(Sink):
-        def place(self, layer, head_start, token_start, k_TKD, v_TKD) -> None:
-            super().place(layer, head_start, token_start, k_TKD, v_TKD)
+        def place(self, layer, head_start, tokens_T, k_TKD, v_TKD) -> None:
+            super().place(layer, head_start, tokens_T, k_TKD, v_TKD)
             if layer == 1:
                 raise RuntimeError("the pool is on fire")
 

@@ -80,7 +80,7 @@ def test_generate_refuses_what_makes_no_prompt(arguments: list[str], said: str) 
     [
         ("modle: x", "modle: 'x': unknown key; did you mean model?"),
         ("pools: {prefill: {workers: 0}, decode: {}}", "pools.prefill.workers: 0: must be at least 1"),
-        ("pools: {prefill: {tp: 2}, decode: {}}", "pools.prefill.tp: 2: must be 1"),
+        ("pools: {prefill: {tp: 0}, decode: {}}", "pools.prefill.tp: 0: must be at least 1"),
         ("model: no-such-model", "'no-such-model' is no model known here"),
         ("model: [", "is not valid YAML"),
     ],

@@ -1,0 +1,291 @@
+"""The ranks of a worker: they obey in order, and when one dies, fails or stalls, all end, by name and in time."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.warm_up import warm_up_plans
+from anabranch.errors import AnabranchError, ConfigError, WorkerDied
+from runtime.ranks import Ranks
+from tests.distributed.ranks.room import ROOM, Command, Event, Fail, Said, Say, Step, Sum, Summed
+from tests.support.families import save
+from tests.support.in_process import wait_until
+from tests.support.resources import our_threads
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+
+TIMEOUT_S = 20.0
+# Of collectives: what a stall may cost.
+LIMIT_S = 3.0
+
+
+class Group:
+    """Ranks, and what was heard of them."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        self.failures: queue.SimpleQueue[WorkerDied] = queue.SimpleQueue()
+        self.ranks = Ranks[Command, Event](
+            config,
+            ROOM,
+            make_step=lambda plan: Step(plan=plan),
+            heard=lambda rank, event: self.events.put((rank, event)),
+            on_failure=self.failures.put,
+        )
+
+    @property
+    def pids(self) -> dict[int, int]:
+        return self.ranks._group.pids
+
+    def heard(self, num_events: int) -> list[tuple[int, Event]]:
+        """The next events, by rank; those of one rank as they came."""
+        return sorted((self.events.get(timeout=TIMEOUT_S) for _ in range(num_events)), key=lambda item: item[0])
+
+    def failure(self, within_s: float) -> str:
+        start_s = time.monotonic()
+        error = self.failures.get(timeout=TIMEOUT_S)
+        assert time.monotonic() - start_s < within_s, error
+        return str(error)
+
+
+Start = Callable[..., Group]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("llama-gqa-tied", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that everything temporary lies in."""
+    path = tmp_path / "t"
+    path.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(path))
+    monkeypatch.setenv("TMPDIR", str(path))
+    return path
+
+
+@pytest.fixture
+def make(folder: Path, temporary: Path) -> Iterator[Start]:
+    """`make(tp=..., **options) -> Group`, not started; nothing of it is left at the end."""
+    shm = set(os.listdir("/dev/shm"))
+    threads = our_threads()
+    with ExitStack() as stack:
+
+        def build(**options: object) -> Group:
+            defaults: dict[str, object] = {
+                "tp": 2,
+                "threads": 1,
+                "kv_cache_bytes": 1 << 20,
+                "dtype": "float32",
+                "native_kernels": False,
+                "collective_timeout_s": LIMIT_S,
+            }
+            config = WorkerConfig(
+                role="decode", name="talk-0", orchestrator="", model=str(folder), **{**defaults, **options}
+            )
+            group = Group(config)
+            stack.callback(group.ranks.close)
+            return group
+
+        yield build
+    assert list(temporary.iterdir()) == []
+    assert set(os.listdir("/dev/shm")) <= shm
+    wait_until(lambda: our_threads() <= threads, "the group's threads to end", describe=our_threads)
+    assert not [child for child in psutil.Process().children() if child.name().startswith("talk-0")]
+
+
+@pytest.fixture
+def start(make: Start) -> Start:
+    def run(**options: object) -> Group:
+        group = make(**options)
+        group.ranks.start()
+        return group
+
+    return run
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("processes", [True, False])
+def test_ranks_obey_in_order_and_compute_together(processes: bool, start: Start, temporary: Path) -> None:
+    group = start(tp=3, rank_processes=processes)
+    # Once all are connected nothing needs the folder, and nobody has to remove it.
+    assert list(temporary.iterdir()) == []
+    for text in ("one", "two"):
+        group.ranks.send(Say(text=text))
+    group.ranks.send(Sum())
+    heard = group.heard(9)
+    for rank in range(3):
+        mine = [event for other, event in heard if other == rank]
+        assert [event.text for event in mine if isinstance(event, Said)] == ["one", "two"]
+        assert mine[-1] == Summed(total=6.0)
+    pids = {rank: event.pid for rank, event in heard if isinstance(event, Said)}
+    assert pids[0] == os.getpid()
+    assert len(set(pids.values())) == (3 if processes else 1)
+    assert group.pids == ({1: pids[1], 2: pids[2]} if processes else {})
+    start_s = time.monotonic()
+    group.ranks.close()
+    group.ranks.close()
+    assert time.monotonic() - start_s < 2.0
+    assert all(gone(pid) for pid in pids.values() if pid != os.getpid())
+    assert group.failures.empty()
+
+
+def test_processes_are_named_pinned_and_threaded(start: Start) -> None:
+    cores = tuple(sorted(os.sched_getaffinity(0)))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores to tell one from the other")
+    group = start(cores=cores, threads=0)
+    group.ranks.send(Say(text="?"))
+    (said,) = [event for rank, event in group.heard(2) if rank == 1]
+    assert isinstance(said, Said)
+    assert (said.process_name, said.cores, said.num_threads) == ("talk-0.1", (cores[1],), 1)
+
+
+def test_a_signal_to_the_whole_group_leaves_ranks_to_the_first(start: Start) -> None:
+    group = start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(group.pids[1], number)
+    group.ranks.send(Sum())
+    assert [event for _, event in group.heard(2)] == [Summed(total=3.0)] * 2
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_a_killed_rank_ends_the_others(backend: str, start: Start) -> None:
+    group = start(tp=3, collectives=backend)
+    pid = group.pids[2]
+    ended: list[AnabranchError] = []
+
+    def wait() -> None:
+        try:
+            while True:
+                group.ranks.send(Sum())
+        except AnabranchError as error:
+            ended.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    group.heard(6)
+    os.kill(pid, signal.SIGKILL)
+    failure = group.failure(within_s=2.0)
+    # Its own end and the news of it from the others race.
+    assert "rank 2" in failure or f"pid {pid}" in failure or backend == "gloo", failure
+    waiting.join(TIMEOUT_S)
+    assert len(ended) == 1
+    with pytest.raises(WorkerDied, match="talk-0"):
+        raise group.ranks._group.broken(ended[0])
+    start_s = time.monotonic()
+    group.ranks.close()
+    assert time.monotonic() - start_s < 2.0
+
+
+def test_an_idle_rank_that_is_killed_is_noticed(start: Start) -> None:
+    group = start()
+    pid = group.pids[1]
+    os.kill(pid, signal.SIGKILL)
+    assert group.failure(within_s=1.0) == f"rank 1 of talk-0 (pid {pid}) was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("processes", [True, False])
+def test_a_rank_that_raises_says_why(processes: bool, start: Start) -> None:
+    group = start(tp=3, rank_processes=processes)
+    group.ranks.send(Fail(rank=1))
+    with pytest.raises(AnabranchError):
+        group.ranks.send(Sum())
+    assert group.failure(within_s=2.0) == "rank 1 of talk-0 failed: InvalidRequest: order: was told to fail"
+
+
+def test_a_driver_that_fails_in_a_step_ends_all(start: Start) -> None:
+    group = start()
+    (plan, *_) = warm_up_plans(group.ranks._local.engine, "decode")  # type: ignore[union-attr]
+
+    def fail(plan: StepPlan) -> StepResult:
+        raise ZeroDivisionError("of the driver")
+
+    group.ranks._local.step = fail  # type: ignore[union-attr]
+    # The other rank waits in the step's first sum.
+    with pytest.raises(WorkerDied, match="the ranks of talk-0 cannot go on: ZeroDivisionError: of the driver"):
+        group.ranks.step(plan)
+    assert "ZeroDivisionError" in group.failure(within_s=1.0)
+
+
+def test_a_stalled_rank_is_missed_in_a_collective(start: Start) -> None:
+    group = start()
+    os.kill(group.pids[1], signal.SIGSTOP)
+    start_s = time.monotonic()
+    with pytest.raises(AnabranchError, match=r"rank 1"):
+        group.ranks.send(Sum())
+    assert LIMIT_S * 0.8 < time.monotonic() - start_s < LIMIT_S + 2.0
+    group.ranks._group.broken(AnabranchError("the sum failed"))
+    assert "talk-0" in group.failure(within_s=1.0)
+
+
+def test_a_stalled_rank_is_missed_when_idle(start: Start) -> None:
+    group = start()
+    os.kill(group.pids[1], signal.SIGSTOP)
+    assert group.failure(within_s=LIMIT_S + 3.0) == (
+        f"rank 1 of talk-0 was silent for collective_timeout_s = {LIMIT_S} s"
+    )
+
+
+def test_a_rank_that_is_late_is_waited_for(start: Start) -> None:
+    group = start()
+    os.kill(group.pids[1], signal.SIGSTOP)
+    late = threading.Timer(1.0, os.kill, (group.pids[1], signal.SIGCONT))
+    late.start()
+    group.ranks.send(Sum())
+    assert [event for _, event in group.heard(2)] == [Summed(total=3.0)] * 2
+    assert group.failures.empty()
+    late.join()
+
+
+def test_a_rank_that_fails_at_the_start_is_named(make: Start) -> None:
+    group = make(max_running=13)
+    with pytest.raises(
+        WorkerDied, match=r"^rank 1 of talk-0 failed: InvalidRequest: max_running: rank 1 does not like"
+    ):
+        group.ranks.start()
+
+
+def test_what_does_not_fit_starts_nothing(make: Start) -> None:
+    group = make(tp=7)
+    with pytest.raises(ConfigError, match=r"^tp: 7: must be at most the model's 6 query heads"):
+        group.ranks.start()
+    assert group.pids == {}
+
+
+def test_ranks_of_a_killed_driver_die_with_it(folder: Path, temporary: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.ranks.driver", str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert driver.stdout is not None
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(pids) == 2
+        assert not any(gone(pid) for pid in pids)
+    finally:
+        driver.kill()
+        driver.communicate(timeout=TIMEOUT_S)
+    wait_until(lambda: all(gone(pid) for pid in pids), "the ranks to end", 2.0)
+    assert list(temporary.iterdir()) == []

@@ -1,0 +1,100 @@
+"""Meshes that do not fit are refused with the key, the value, the numbers and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.engine import fit
+from anabranch.errors import ConfigError
+from anabranch.model.config import ModelConfig
+from anabranch.model.size import weight_bytes
+from anabranch.model.sources import resolve_model
+from tests.support.families import build
+
+pytestmark = pytest.mark.unit
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder: Path = tmp_path_factory.mktemp("model")
+    build("llama-gqa-tied").save_pretrained(folder)  # 6 query heads, 2 KV heads, 3 layers, 40 FFN features
+    return resolve_model(str(folder)).config()
+
+
+def worker(**options: object) -> WorkerConfig:
+    given = {"role": "decode", "name": "decode-0", "orchestrator": "", "model": "m", "dtype": "float32", **options}
+    return msgspec.convert(given, WorkerConfig)
+
+
+def test_more_ranks_than_heads(model: ModelConfig) -> None:
+    fit.check_worker(worker(tp=6), model)
+    with pytest.raises(ConfigError, match=r"^tp: 7: must be at most the model's 6 query heads") as caught:
+        fit.check_worker(worker(tp=7), model)
+    assert caught.value.key == "tp"
+
+
+def test_a_pool_without_a_block(model: ModelConfig) -> None:
+    # With two TP ranks each has one of the two KV heads: half of the bytes.
+    block_bytes = 2 * 3 * 2 * 8 * 4 * 16
+    fit.check_worker(worker(kv_cache_bytes=block_bytes), model)
+    fit.check_worker(worker(kv_cache_bytes=block_bytes // 2, tp=2), model)
+    with pytest.raises(ConfigError, match=f"must hold one block of {block_bytes} bytes"):
+        fit.check_worker(worker(kv_cache_bytes=block_bytes - 1), model)
+
+
+def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    fit.check_worker(worker(tp=2, cp=2, device="cuda"), model)
+    assert [fit.rank_config(worker(tp=2, device="cuda:1"), rank).device for rank in range(2)] == ["cuda:1", "cuda:2"]
+    with pytest.raises(ConfigError, match=r"tp x cp: '2 x 2': needs 4 devices from cuda:1 on, but 4 are visible"):
+        fit.check_worker(worker(tp=2, cp=2, device="cuda:1"), model)
+    with pytest.raises(ConfigError, match="threads of one process compute on the cpu"):
+        fit.check_worker(worker(tp=2, device="cuda", rank_processes=False), model)
+
+
+def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [worker(tp=2, cp=2, kv_cache_bytes=100 * MIB), worker(name="prefill-0", kv_cache_bytes=300 * MIB)]
+    needed = (
+        4 * (weight_bytes(model, "float32", 2) + 100 * MIB + fit.PROCESS_BYTES)
+        + weight_bytes(model, "float32")
+        + 300 * MIB
+        + fit.PROCESS_BYTES
+    )
+    monkeypatch.setattr(fit, "available_bytes", lambda device: needed)
+    fit.check_memory(workers, model)
+    monkeypatch.setattr(fit, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(ConfigError) as caught:
+        fit.check_memory(workers, model)
+    assert str(caught.value) == (
+        "memory: '1,501 MiB': would be needed on cpu, but 1,501 MiB are free: "
+        "decode-0 4 x (weights 1 MiB + KV 100 MiB + process 160 MiB), "
+        "prefill-0 1 x (weights 1 MiB + KV 300 MiB + process 160 MiB); "
+        "lower kv_cache, or the number of ranks or workers"
+    )
+
+
+def test_memory_that_is_free_is_positive_and_less_than_all() -> None:
+    assert 0 < fit.available_bytes("cpu") < 1 << 50
+
+
+def test_each_rank_has_its_share_of_cores() -> None:
+    config = worker(tp=2, cores=(4, 5, 6, 7, 8))
+    assert [(c.cores, c.threads) for c in (fit.rank_config(config, 0), fit.rank_config(config, 1))] == [
+        ((4, 5), 2),
+        ((6, 7), 2),
+    ]
+    # Too few to deal out: all ranks share them, and say how many threads themselves where they know better.
+    crowded = worker(tp=2, cp=2, cores=(4, 5))
+    assert [(c.cores, c.threads) for c in (fit.rank_config(crowded, 0), fit.rank_config(crowded, 3))] == [
+        ((4, 5), 1),
+        ((4, 5), 1),
+    ]
+    assert fit.rank_config(worker(tp=2, cores=(4, 5), threads=3), 1).threads == 3

@@ -1,0 +1,292 @@
+"""A worker's life, with a room that computes nothing: registration, beats, silence, failure, drain, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from anabranch.config.worker import WorkerConfig
+from anabranch.errors import (
+    AnabranchError,
+    CheckpointError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    WorkerDied,
+)
+from anabranch.protocol.requests import WireError
+from anabranch.protocol.workers import (
+    Beat,
+    Cancel,
+    Drain,
+    Ended,
+    Generate,
+    Message,
+    Registered,
+    Reserve,
+    Shutdown,
+    WorkerInfo,
+    WorkerStats,
+)
+from runtime.worker import Worker, unexpected
+from tests.support.resources import our_threads
+from tests.support.scripted import DEADLINE_S, ScriptedOrchestrator, eventually, play, request
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+
+
+class Room(Worker):
+    """Holds requests until they are cancelled."""
+
+    build_error: Exception | None = None
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self.held: set[tuple[str, int]] = set()
+        self.num_ticks = 0
+        self.num_closes = 0
+        self.built_on = ""
+
+    def build(self) -> WorkerInfo:
+        self.built_on = threading.current_thread().name
+        if self.build_error is not None:
+            raise self.build_error
+        self.start_engine(lambda: False, 1)
+        return WorkerInfo(
+            name=self.config.name,
+            role="colocated",
+            pid=1,
+            host="here",
+            model="m",
+            model_fingerprint="f",
+            vocab_size=10,
+            kv_dtype="float32",
+            max_context=10,
+            num_blocks=7,
+            block_size=1,
+            planes=(),
+            device="cpu",
+            num_threads=1,
+        )
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case Generate(request=item):
+                if item.prompt_ids == (9,):
+                    raise InvalidRequest("is nine", "prompt_ids")
+                self.submit(lambda: self.held.add(item.key))
+            case Cancel(request_id=request_id, epoch=epoch):
+                self.submit(lambda: self._end((request_id, epoch)))
+            case _:
+                raise unexpected(message, "colocated")
+
+    def _end(self, key: tuple[str, int], error: AnabranchError | None = None) -> None:
+        self.held.discard(key)
+        wire = None if error is None else WireError.of(error)
+        self.post(Ended(request_id=key[0], epoch=key[1], reason="failed" if error else "cancelled", error=wire))
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(
+            num_free_blocks=7,
+            num_total_blocks=7,
+            num_running=len(self.held),
+            num_waiting=0,
+            num_leases=0,
+            queued_tokens=0,
+        )
+
+    def is_idle(self) -> bool:
+        return not self.held
+
+    def tick(self) -> None:
+        self.num_ticks += 1
+
+    def close(self) -> None:
+        self.num_closes += 1
+        self.stop_engine()
+
+    def abandon(self, error: AnabranchError) -> None:
+        for key in tuple(self.held):
+            self._end(key, error)
+
+
+Act = Callable[[ScriptedOrchestrator, Room], Awaitable[None]]
+
+
+@pytest.fixture
+def with_room(tmp_path: Path) -> Callable[..., None]:
+    """`with_room(act, **options)`: a room that has sent Register; afterwards it is closed once, without a thread."""
+
+    def run(act: Act, **options: object) -> None:
+        async def scenario() -> None:
+            async with ScriptedOrchestrator(tmp_path, "m", "colocated", Room, **options) as orchestrator:
+                room = orchestrator.worker
+                assert isinstance(room, Room)
+                await act(orchestrator, room)
+            assert room.num_closes == 1
+            assert not our_threads()
+
+        play(scenario)
+
+    return run
+
+
+async def ended(orchestrator: ScriptedOrchestrator) -> None:
+    """Wait for the worker's end, and pass on what it raised."""
+    async with asyncio.timeout(DEADLINE_S):
+        await orchestrator.run
+
+
+def test_it_serves_and_beats_with_its_load(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        assert orchestrator.info.num_blocks == 7
+        assert room.built_on != threading.main_thread().name
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually(lambda: room.held == {("a", 0)})
+        await orchestrator.send(Cancel(request_id="a", epoch=0))
+        message = await orchestrator.expect(Ended)
+        assert (message.request_id, message.reason) == ("a", "cancelled")
+        assert orchestrator.beats
+        assert orchestrator.beats[-1].stats is not None
+        assert orchestrator.beats[-1].stats.num_total_blocks == 7
+
+    with_room(act)
+
+
+def test_what_a_room_refuses_ends_nothing(with_room, caplog) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((9,), 2)))
+        await orchestrator.send(Reserve(request=request((1,), 2)))
+        await orchestrator.send(Generate(request=request((1,), 2, "b")))
+        await eventually(lambda: room.held == {("b", 0)})
+        assert "Generate: prompt_ids: is nine" in caplog.text
+        assert "Reserve: a colocated worker takes no Reserve" in caplog.text
+
+    with_room(act)
+
+
+def test_posts_leave_in_their_order_from_every_thread(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+
+        def post(thread: int) -> None:
+            for number in range(200):
+                room.post(Ended(request_id=str(thread), epoch=number, reason="stop"))
+
+        await asyncio.gather(*(asyncio.to_thread(post, thread) for thread in range(4)))
+        seen: dict[str, list[int]] = {}
+        for _ in range(800):
+            message = await orchestrator.expect(Ended)
+            seen.setdefault(message.request_id, []).append(message.epoch)
+        assert seen == {str(thread): list(range(200)) for thread in range(4)}
+
+    with_room(act)
+
+
+def test_a_refusal_ends_it(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        error = ConfigError("name", "x", "is taken")
+        await orchestrator.send(Registered(error=WireError.of(error)))
+        with pytest.raises(WorkerDied, match="refused by the orchestrator: name: 'x': is taken"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_being_fenced_later_ends_it(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.accept()  # a second answer without an error changes nothing
+        await eventually(lambda: orchestrator.beats or room.num_ticks)
+        await orchestrator.send(Registered(error=WireError.of(WorkerDied("it counts as dead"))))
+        with pytest.raises(WorkerDied, match="it counts as dead"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_no_answer_to_the_registration(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        with pytest.raises(DeadlineExceeded, match=r"orchestrator_timeout_s: .* not answer the registration in 0\.3"):
+            await ended(orchestrator)
+
+    with_room(act, orchestrator_timeout_s=0.3)
+
+
+def test_an_orchestrator_that_falls_silent(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        for _ in range(6):  # beats keep it alive beyond its timeout
+            await asyncio.sleep(0.1)
+            await orchestrator.send(Beat())
+        assert not orchestrator.run.done()
+        with pytest.raises(WorkerDied, match=r"orchestrator_timeout_s: silence for \d\.\d s from ipc://"):
+            await ended(orchestrator)
+        assert room.num_ticks > 0
+
+    with_room(act, orchestrator_timeout_s=0.4)
+
+
+def test_shutdown_ends_it_at_once(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually(lambda: room.held)
+        await orchestrator.send(Shutdown())
+        await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_drain_waits_for_what_is_held(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually(lambda: room.held)
+        await orchestrator.send(Drain())
+        await eventually(lambda: room.draining)
+        ticks = room.num_ticks
+        await eventually(lambda: room.num_ticks > ticks + 1)
+        assert not orchestrator.run.done()
+        await orchestrator.send(Cancel(request_id="a", epoch=0))
+        assert (await orchestrator.expect(Ended)).reason == "cancelled"
+        await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_a_failure_ends_its_requests_and_then_the_worker(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        for name in "ab":
+            await orchestrator.send(Generate(request=request((1,), 2, name)))
+        await eventually(lambda: len(room.held) == 2)
+        await asyncio.to_thread(room.fail, WorkerDied("rank 1 was killed"))
+        await asyncio.to_thread(room.fail, WorkerDied("rank 2 was killed"))
+        for _ in range(2):
+            message = await orchestrator.expect(Ended)
+            assert message.error == WireError(code="worker_died", message="rank 1 was killed")
+        with pytest.raises(WorkerDied, match="rank 1 was killed"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_a_build_that_fails_is_closed_and_never_registers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        orchestrator = ScriptedOrchestrator(tmp_path, "m", "colocated", Room)
+        room = orchestrator.worker
+        assert isinstance(room, Room)
+        room.build_error = CheckpointError("model.safetensors: cut short")
+        with pytest.raises(CheckpointError, match="cut short"):
+            await room.run()
+        assert room.num_closes == 1
+        orchestrator._server.close()
+
+    play(scenario)
