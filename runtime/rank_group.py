@@ -146,8 +146,8 @@ class RankGroup(Generic[Command, Event]):
         if self.size == 1:
             return
         self._await(self._ready, "load")
-        # Gloo and NCCL may come back to their store in the folder; all else in it has been used up.
-        if self._rank_mesh is not None and self._rank_mesh.world.backend == "shm":
+        # NCCL comes back to its store in the folder when it first speaks to a peer; all else has been used up.
+        if self._rank_mesh is not None and self._rank_mesh.world.backend != "nccl":
             self._remove_folder()
 
     # Work -------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class _Hub:
             parts = self._rounds[round_]
             parts[rank] = (what, part)
             self.changed.notify_all()
-            self._wait(lambda: len(parts) == self.size, f"{what} of ranks {self._absent(parts)}")
+            self._wait(lambda: len(parts) == self.size, lambda: f"{what} of ranks {self._absent(parts)}")
             left = self._num_left[round_] = self._num_left.get(round_, self.size) - 1
             if left == 0:
                 del self._rounds[round_], self._num_left[round_]
@@ -64,7 +64,7 @@ class _Hub:
         key = (source, to, number)
         with self.changed:
             self._check()
-            self._wait(lambda: key in self._mail, f"a transfer from rank {source} to rank {to}")
+            self._wait(lambda: key in self._mail, lambda: f"a transfer from rank {source} to rank {to}")
             return self._mail.pop(key)
 
     def subgroup(self, round_: int, color: int, size: int) -> _Hub:
@@ -90,12 +90,12 @@ class _Hub:
         if self.failure is not None:
             raise PeerLost(self.failure)
 
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         done = self.changed.wait_for(lambda: ready() or self.failure is not None, self.timeout_s)
         if not done:
-            self.failure = f"a rank gave up waiting for {what}"
+            self.failure = f"a rank gave up waiting for {what()}"
             self.changed.notify_all()
-            raise DeadlineExceeded(f"{what} did not come within collective_timeout_s = {self.timeout_s} s")
+            raise DeadlineExceeded(f"{what()} did not come within collective_timeout_s = {self.timeout_s} s")
         if not ready():
             self._check()
 

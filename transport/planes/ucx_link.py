@@ -245,6 +245,11 @@ class UcxLink:
         requests += [request for request, _, _ in self._envelopes]
         requests += [posted.request for posted in self._posted]
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        # Messages that nobody asked for are taken into one byte each: ucxx would receive them as a whole, into
+        # memory of its own, when it frees the worker.
+        for tag in (self._envelope_tag, self._payload_tag):
+            while self._worker.tag_probe(tag).matched and time.monotonic() < deadline:
+                requests.append(self._worker.tag_recv(self._scratch, tag))
         while not all(request.completed for request in requests):
             self._worker.progress()
             if time.monotonic() > deadline:

@@ -215,8 +215,12 @@ def test_a_peer_that_is_frozen_is_given_up_in_time(
 
 
 def test_peers_that_are_killed_leave_no_descriptor_behind(
-    plane: Plane, recorder: Recorder, start: Callable[[], Peer]
+    plane: Plane, recorder: Recorder, start: Callable[[], Peer], request: pytest.FixtureRequest
 ) -> None:
+    if plane.name == "ucx":
+        reason = "UCX sometimes keeps descriptors of a killed peer on the same host until its worker is closed"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+
     def die_once() -> None:
         peer = start()
         peer.ask(do="connect", address=plane.address)
