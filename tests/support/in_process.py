@@ -214,7 +214,9 @@ class InProcessCluster:
         wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
-            self.minutes[worker.config.name].check()
+            minutes = self.minutes[worker.config.name]
+            wait_until(lambda minutes=minutes: minutes.given == minutes.ended, "an end for everything given")
+            minutes.check()
 
     def _left(self) -> list[str]:
         """What is left of requests, in words."""
