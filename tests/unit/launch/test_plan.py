@@ -102,3 +102,45 @@ def test_the_orchestrator_listens_where_the_topology_says() -> None:
     assert config.grpc_bind == "127.0.0.1:50051"
     assert config.control_bind == CONTROL
     assert config.endpoints_file == "/tmp/x/endpoints.json"
+
+
+def test_ranks_get_no_more_threads_than_there_are_cores() -> None:
+    topology = split(PoolConfig(tp=2), PoolConfig(cp=2))
+    assert [w.threads for w in plan_workers(topology, CONTROL, cores=tuple(range(5)))] == [1, 1]
+    assert [w.threads for w in plan_workers(topology, CONTROL, cores=tuple(range(6)))] == [2, 1]
+    assert [w.threads for w in plan_workers(topology, CONTROL, cores=(0, 1))] == [1, 1]
+
+
+def test_ranks_share_a_process_where_their_workers_do() -> None:
+    topology = split(PoolConfig(tp=2, threads=1), PoolConfig(cp=3, threads=2), kv_transport="inproc")
+    workers = plan_workers(topology, CONTROL)
+    assert [w.rank_processes for w in workers] == [False, False]
+    (process,) = plan_processes(topology, workers)
+    assert process.num_threads == 2 * 1 + 3 * 2
+    apart = plan_workers(split(PoolConfig(tp=2, threads=1), PoolConfig(cp=3, threads=2)), CONTROL)
+    assert [w.rank_processes for w in apart] == [True, True]
+    assert [p.num_threads for p in plan_processes(Topology(), apart)] == [1, 2]
+
+
+def test_pinned_ranks_have_their_share_of_the_workers_cores() -> None:
+    topology = split(PoolConfig(tp=2, cores=(0, 1, 2, 3)), PoolConfig())
+    worker, _ = plan_workers(topology, CONTROL, cores=tuple(range(8)))
+    assert (worker.threads, worker.cores_of(0), worker.cores_of(1)) == (2, (0, 1), (2, 3))
+    assert plan_processes(topology, (worker,))[0].cores == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "devices"),
+    [
+        (8, ["cuda:0", "cuda:2", "cuda:4", "cuda:5"]),
+        (4, ["cuda:0", "cuda:2", "cuda:0", "cuda:1"]),
+        # Too few for a worker's ranks: said with the numbers when the mesh is checked.
+        (1, ["cuda", "cuda", "cuda:0", "cuda:0"]),
+        (0, ["cuda"] * 4),
+    ],
+)
+def test_devices_are_dealt_out(num_devices: int, devices: list[str]) -> None:
+    topology = split(PoolConfig(workers=2, tp=2), PoolConfig(workers=2), device="cuda")
+    assert [w.device for w in plan_workers(topology, CONTROL, num_devices=num_devices)] == devices
+    fixed = split(PoolConfig(), PoolConfig(), device="cuda:1")
+    assert [w.device for w in plan_workers(fixed, CONTROL, num_devices=4)] == ["cuda:1", "cuda:1"]
