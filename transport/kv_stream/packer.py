@@ -16,7 +16,7 @@ import torch
 from transport.kv_stream.staging import Staging
 
 SLICE_BYTES = 2 << 20
-COALESCE_BYTES = 1 << 20
+COALESCE_BYTES = 256 << 10
 # Keeps a slice's header far below the plane's limit.
 MAX_RUNS = 256
 
