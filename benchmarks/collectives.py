@@ -107,14 +107,22 @@ def _measure(group: CollectiveGroup, operation: str, size: int, effort: float) -
         "point to point": lambda: group.post([x], to, [received], source).wait(),
     }
     call = calls[operation]
-    num_calls = max(10, int(effort * (3000 if size <= 64 << 10 else 100_000_000 / size)))
-    times = []
-    for _ in range(num_calls + num_calls // 10 + 2):
-        group.barrier()
-        start = time.perf_counter()
+    wanted = max(10, int(effort * (3000 if size <= 64 << 10 else 100_000_000 / size)))
+    for _ in range(3):
         call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return times[-num_calls:]
+    times: list[float] = []
+    end = time.perf_counter() + 3.0 * effort
+    more = True
+    while more:
+        for _ in range(max(5, wanted // 20)):
+            group.barrier()
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+        # One rank's clock decides for all, for they must make the same calls.
+        more = len(times) < wanted and time.perf_counter() < end
+        more = group.broadcast((b"more" if more else b"") if group.rank == 0 else None) == b"more"
+    return times
 
 
 def _bound(group: ShmGroup, size: int) -> float:
