@@ -61,9 +61,12 @@ def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyP
 
 
 def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = [worker(tp=2, cp=2, kv_cache_bytes=100 * MIB), worker(name="prefill-0", kv_cache_bytes=300 * MIB)]
+    workers = [
+        worker(tp=2, cp=2, kv_cache_bytes=100 * MIB, offload_bytes=50 * MIB),
+        worker(role="prefill", name="prefill-0", kv_cache_bytes=300 * MIB, offload_bytes=50 * MIB),
+    ]
     needed = (
-        4 * (weight_bytes(model, "float32", 2) + 100 * MIB + fit.PROCESS_BYTES)
+        4 * (weight_bytes(model, "float32", 2) + 150 * MIB + fit.PROCESS_BYTES)
         + weight_bytes(model, "float32")
         + 300 * MIB
         + fit.PROCESS_BYTES
@@ -74,10 +77,10 @@ def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as caught:
         fit.check_memory(workers, model)
     assert str(caught.value) == (
-        "memory: '1,501 MiB': would be needed on cpu, but 1,501 MiB are free: "
-        "decode-0 4 x (weights 1 MiB + KV 100 MiB + process 160 MiB), "
+        "memory: '1,701 MiB': would be needed on cpu, but 1,701 MiB are free: "
+        "decode-0 4 x (weights 1 MiB + KV 100 MiB + offloaded KV 50 MiB + process 160 MiB), "
         "prefill-0 1 x (weights 1 MiB + KV 300 MiB + process 160 MiB); "
-        "lower kv_cache, or the number of ranks or workers"
+        "lower kv_cache or offload, or the number of ranks or workers"
     )
 
 
