@@ -49,6 +49,19 @@ def test_a_pool_without_a_block(model: ModelConfig) -> None:
         fit.check_worker(worker(kv_cache_bytes=block_bytes - 1), model)
 
 
+def test_host_memory_holds_whole_blocks_or_none(model: ModelConfig) -> None:
+    block_bytes = 2 * 3 * 2 * 8 * 4 * 16
+    layout = fit.kv_layout(worker(), model)
+    assert fit.num_host_blocks(worker(offload_bytes=3 * block_bytes + 1), layout) == 3
+    assert fit.num_host_blocks(worker(offload_bytes=0), layout) == 0
+    assert fit.num_host_blocks(worker(preemption="recompute"), layout) == 0
+    assert fit.num_host_blocks(worker(role="prefill"), layout) == 0
+    with pytest.raises(ConfigError, match=rf"^offload_bytes: 7: must hold one block of {block_bytes} bytes, or be 0"):
+        fit.check_worker(worker(offload_bytes=7), model)
+    with pytest.raises(msgspec.ValidationError, match=r"^preemption: 'offload': needs host memory; give offload_bytes"):
+        worker(preemption="offload", offload_bytes=0)
+
+
 def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
