@@ -97,6 +97,8 @@ def plan_workers(
                     cores=own,
                     block_size=topology.block_size,
                     kv_cache_bytes=parse_size(f"pools.{role}.kv_cache", pool.kv_cache),
+                    offload_bytes=parse_size(f"pools.{role}.offload", pool.offload, least_bytes=0),
+                    preemption=pool.preemption,
                     max_context=topology.max_context,
                     max_running=pool.max_running,
                     max_step_tokens=pool.max_step_tokens,

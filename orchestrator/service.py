@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
-from anabranch.protocol.workers import Beat, Ended, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
+from anabranch.protocol.workers import Beat, Ended, Paused, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
 from orchestrator import admin, gateway
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
@@ -151,7 +151,7 @@ class Orchestrator:
                 await self.membership.register(peer, message.worker)
             elif isinstance(message, Beat):
                 await self.membership.heard(peer, message.stats)
-            elif isinstance(message, Reserved | Tokens | PrefillEnded | Ended):
+            elif isinstance(message, Reserved | Tokens | Paused | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self._dispatcher.deliver(member, message)

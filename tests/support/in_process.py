@@ -149,6 +149,7 @@ class InProcessCluster:
             "dtype": "float32",
             "threads": 1,
             "kv_cache_bytes": 16 << 20,
+            "offload_bytes": 1 << 20,
             "block_size": 16,
             "native_kernels": False,
         }
@@ -214,6 +215,8 @@ class InProcessCluster:
         wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
+            if worker.config.role != "prefill" and worker.scheduler.parking is not None:  # type: ignore[attr-defined]
+                worker.scheduler.parking.check_integrity()  # type: ignore[attr-defined]
             minutes = self.minutes[worker.config.name]
             wait_until(lambda minutes=minutes: minutes.given == minutes.ended, "an end for everything given")
             minutes.check()
@@ -232,7 +235,9 @@ class InProcessCluster:
                 streams, staging = rank._senders | dict.fromkeys(rank._opening), rank._source.staging_bytes
             else:
                 streams, staging = rank._receiver._streams, rank._receiver.staging_bytes
-            if not worker.is_idle() or stats.num_free_blocks != stats.num_total_blocks or streams or staging:
+            held = stats.num_total_blocks - stats.num_free_blocks
+            held += stats.num_total_host_blocks - stats.num_free_host_blocks
+            if not worker.is_idle() or held or streams or staging:
                 left.append(f"{worker.config.name}: {stats}, streams {list(streams)}, staging {staging}")
         return left
 
