@@ -28,6 +28,7 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from orchestrator.context_limit import ContextLimit
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +140,23 @@ class Membership:
     def by_peer(self, peer: bytes) -> Member | None:
         return self._by_peer.get(peer)
 
+    def context_limit(self) -> ContextLimit | None:
+        """How long a request may be on the widest usable path; None where there is none."""
+
+        def widest(role: Role) -> WorkerInfo | None:
+            ready = (m.info for m in self._by_name.values() if m.ready and m.role == role)
+            return max(ready, key=_context_of, default=None)
+
+        prefill, decode, colocated = widest("prefill"), widest("decode"), widest("colocated")
+        paths = [colocated] if colocated is not None else []
+        if prefill is not None and decode is not None:
+            paths.append(min(prefill, decode, key=_context_of))
+        return ContextLimit.of_worker(max(paths, key=_context_of)) if paths else None
+
     def max_context(self) -> int:
         """Most tokens that one request may hold on some usable path; 0 where there is none."""
-
-        def widest(role: Role) -> int:
-            return max((m.info.max_context for m in self._by_name.values() if m.ready and m.role == role), default=0)
-
-        return max(min(widest("prefill"), widest("decode")), widest("colocated"))
+        limit = self.context_limit()
+        return 0 if limit is None else limit.num_tokens
 
     @property
     def serving(self) -> bool:
@@ -283,6 +294,10 @@ class Membership:
                 await self.send(member, Shutdown())
             except AnabranchError as error:
                 logger.info("could not shut %s down: %s", member.name, error)
+
+
+def _context_of(info: WorkerInfo) -> int:
+    return info.max_context
 
 
 def _check_alike(info: WorkerInfo, other: ModelIdentity, who: str, fields: tuple[str, ...]) -> None:

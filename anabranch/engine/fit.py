@@ -42,14 +42,17 @@ def kv_layout(config: WorkerConfig, model: ModelConfig) -> KvLayout:
 
 def num_kv_blocks(config: WorkerConfig, layout: KvLayout) -> int:
     """Blocks of every rank's pool: those that fit the rank with the most heads. Raises ConfigError where none does."""
-    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * config.block_size
-    most_heads = max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
-    num_blocks = config.kv_cache_bytes // (head_bytes * most_heads)
+    block_bytes = _block_bytes(layout)
+    num_blocks = config.kv_cache_bytes // block_bytes
     if num_blocks < 1:
-        raise ConfigError(
-            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {head_bytes * most_heads} bytes"
-        )
+        raise ConfigError("kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {block_bytes} bytes")
     return num_blocks
+
+
+def _block_bytes(layout: KvLayout) -> int:
+    """Bytes of one block on the rank with the most heads."""
+    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * layout.block_size
+    return head_bytes * max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
 
 
 def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
@@ -71,7 +74,22 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
-    num_kv_blocks(config, kv_layout(config, model))
+    _check_context(config, kv_layout(config, model))
+
+
+def _check_context(config: WorkerConfig, layout: KvLayout) -> None:
+    """Raise ConfigError where the pool holds no block, or not the context that was asked for."""
+    num_blocks = num_kv_blocks(config, layout)
+    num_tokens = num_blocks * config.block_size * config.cp
+    if config.max_context > num_tokens:
+        needed = -(-config.max_context // (config.block_size * config.cp)) * _block_bytes(layout)
+        cp = -(-config.max_context // (num_blocks * config.block_size))
+        raise ConfigError(
+            "max_context",
+            config.max_context,
+            f"does not fit the KV pool: {num_blocks} blocks of {config.block_size} tokens on each of {config.cp} CP "
+            f"ranks hold {num_tokens}; raise kv_cache to {_text(needed)}, or cp to {cp}, or lower it",
+        )
 
 
 def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
