@@ -71,6 +71,7 @@ class Orchestrator:
         self._dispatcher = Dispatcher(config, self._model, self._router)
         self.membership = Membership(
             self._control,
+            self._model.identity,
             worker_timeout_s=config.worker_timeout_s,
             heartbeat_s=config.heartbeat_s,
             on_change=self._cluster_changed,

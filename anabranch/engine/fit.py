@@ -85,9 +85,23 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
-    layout = kv_layout(config, model)
-    num_kv_blocks(config, layout)
-    num_host_blocks(config, layout)
+    _check_context(config, kv_layout(config, model))
+    num_host_blocks(config, kv_layout(config, model))
+
+
+def _check_context(config: WorkerConfig, layout: KvLayout) -> None:
+    """Raise ConfigError where the pool holds no block, or not the context that was asked for."""
+    num_blocks = num_kv_blocks(config, layout)
+    num_tokens = num_blocks * config.block_size * config.cp
+    if config.max_context > num_tokens:
+        needed = -(-config.max_context // (config.block_size * config.cp)) * block_bytes(layout)
+        cp = -(-config.max_context // (num_blocks * config.block_size))
+        raise ConfigError(
+            "max_context",
+            config.max_context,
+            f"does not fit the KV pool: {num_blocks} blocks of {config.block_size} tokens on each of {config.cp} CP "
+            f"ranks hold {num_tokens}; raise kv_cache to {_text(needed)}, or cp to {cp}, or lower it",
+        )
 
 
 def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:

@@ -24,8 +24,26 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all control messages; `type` on the wire is the class's name."""
 
 
-class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a worker is. Pools whose `model_fingerprint` or `kv_dtype` differ are refused.
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model a process serves; the orchestrator's and all workers' must be alike in all but `model`.
+
+    Attributes:
+        model: what its user called it.
+        model_fingerprint: of the whole configuration and the weights; empty: the weights are not here.
+    """
+
+    model: str
+    model_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
+    """Who a worker is. Pools whose model or `kv_dtype` differ are refused.
 
     Attributes:
         max_context: most tokens (prompt and answer) that one request may hold here.
@@ -37,9 +55,6 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     role: Role
     pid: int
     host: str
-    model: str
-    model_fingerprint: str
-    vocab_size: int
     kv_dtype: str
     max_context: int
     num_blocks: int

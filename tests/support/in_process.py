@@ -21,7 +21,7 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
-from anabranch_client import Client, Unavailable
+from anabranch_client import CallCancelled, Client, Unavailable
 from decode.worker import DecodeWorker
 from orchestrator.resolved_model import CheckpointModel
 from orchestrator.service import Orchestrator
@@ -280,7 +280,7 @@ class InProcessCluster:
     def _complete(self, client: Client) -> bool:
         try:
             pools = client.model().pools
-        except Unavailable:  # a worker has failed and the orchestrator ends
+        except (Unavailable, CallCancelled):  # a worker has failed and the orchestrator ends
             return False
         return sum(pool.num_workers for pool in pools) == len(self._options) and client.health() == "serving"
 

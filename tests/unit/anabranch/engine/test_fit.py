@@ -62,6 +62,18 @@ def test_host_memory_holds_whole_blocks_or_none(model: ModelConfig) -> None:
         worker(preemption="offload", offload_bytes=0)
 
 
+def test_a_context_that_the_pool_does_not_hold(model: ModelConfig) -> None:
+    pool = 10 * 2 * 3 * 2 * 8 * 4 * 16
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=160), model)
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=640, cp=4), model)
+    with pytest.raises(ConfigError) as caught:
+        fit.check_worker(worker(kv_cache_bytes=pool, max_context=32768, cp=2), model)
+    assert str(caught.value) == (
+        "max_context: 32768: does not fit the KV pool: 10 blocks of 16 tokens on each of 2 CP ranks hold 320; "
+        "raise kv_cache to 6 MiB, or cp to 205, or lower it"
+    )
+
+
 def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
