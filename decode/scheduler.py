@@ -5,10 +5,19 @@ imported (KV came from a prefill worker) --+
 prompt (colocated) --> chunks -------------+       |
         ^                                          v blocks ran out
         +--- computed again (colocated) --- preempted ---> back to the orchestrator (split)
+
+One step is scheduled ahead: while a step is in flight, the next one is planned, and goes on with tokens that are not
+known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
+
+    the token in flight will be the last by its number        the sequence is left out
+    choosing the token needs the one in flight (penalties)    nothing is planned before the result
+    a prompt's chunk is in flight, which is long              nothing; who comes meanwhile joins the next step
+    blocks have run out                                       nothing; then preemption sees every token
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from anabranch.cache.kv_manager import KvCacheManager
@@ -37,8 +46,29 @@ class StepOutcome:
     ended: list[tuple[Sequence, EndReason]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that is being computed.
+
+    Attributes:
+        sequences: of each part of the plan.
+        places: of the sequences that sample: which of the step's tokens is theirs.
+        chunks: whether it computes prompts.
+    """
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    places: dict[Sequence, int]
+    chunks: bool
+
+
 class DecodeScheduler:
-    """`schedule() -> StepPlan -> update(plan, result)`, one cycle per step.
+    """`schedule() -> StepPlan -> update(plan, result)` for each step, in this order; the next `schedule` may go before.
+
+    What a step in flight uses may be freed at any time (a sequence ended, was cancelled or sent away): ranks obey
+    in order, so a step, stream or copy that is sent later and uses these blocks again comes after it. Nor can it spoil
+    what the prefix cache keeps of them: it writes behind the tokens that are known, and only full blocks of known
+    and computed tokens are published.
 
     Args:
         stop: says when a sequence is over.
@@ -46,6 +76,7 @@ class DecodeScheduler:
             otherwise preempted sequences end here as `preempted`.
         max_running: most sequences in one step.
         max_step_tokens: most new tokens in one step.
+        ahead: plan a step while one is in flight.
     """
 
     def __init__(
@@ -56,16 +87,19 @@ class DecodeScheduler:
         computes_prompts: bool,
         max_running: int,
         max_step_tokens: int,
+        ahead: bool = True,
     ) -> None:
         self.cache = cache
         self.stop = stop
         self.computes_prompts = computes_prompts
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
+        self.max_in_flight = 2 if ahead else 1
         self.prompts = PromptQueue(cache)
         self.running: list[Sequence] = []
         self.num_preempted = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._in_flight: deque[_Flight] = deque()
         self._step = 0
 
     def __len__(self) -> int:
@@ -102,34 +136,53 @@ class DecodeScheduler:
         return sequence
 
     def schedule(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """The next step (None: nothing can be computed), and the sequences that were sent away for lack of blocks."""
+        """The next step (None: nothing can be computed), and the sequences that were sent away for lack of blocks.
+
+        With a step in flight, None may also mean that its result has to come first.
+        """
+        before = self._in_flight[-1] if self._in_flight else None
+        if before is not None and not self._may_plan_behind(before):
+            return None, []
         sent_away: list[Sequence] = []
         rows: list[SequencePlan] = []
+        sequences: list[Sequence] = []
         budget = self.max_step_tokens
         for sequence in sorted(self.running, key=_age):
             if len(rows) >= self.max_running or budget <= 0:
                 break
             if sequence not in self.running:
                 continue  # preempted for an older one in this very loop
-            if self._make_room(sequence, sent_away):
-                rows.append(sequence.plan(1))
-                budget -= 1
+            place = None if before is None else before.places.get(sequence)
+            if place is not None and self._ends_next(sequence):
+                continue
+            assert sequence.table is not None
+            if before is None:
+                if not self._make_room(sequence, sent_away):
+                    continue
+            elif not self.cache.grow(sequence.table, sequence.num_tokens + (place is not None)):
+                return None, []
+            rows.append(sequence.plan(1) if place is None else sequence.follow(place))
+            sequences.append(sequence)
+            budget -= 1
+        chunks: list[tuple[Sequence, int]] = []
         if self.computes_prompts:
             chunks = self.prompts.next_chunks(budget, self.max_running - len(rows))
             rows.extend(sequence.plan(num_new) for sequence, num_new in chunks)
+            sequences.extend(sequence for sequence, _ in chunks)
         if not rows:
             return None, sent_away
         self._step += 1
-        return StepPlan(step=self._step, sequences=tuple(rows)), sent_away
+        plan = StepPlan(step=self._step, sequences=tuple(rows))
+        sampling = (sequence for sequence, row in zip(sequences, rows, strict=True) if row.sample is not None)
+        places = {sequence: place for place, sequence in enumerate(sampling)}
+        self._in_flight.append(_Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
+        return plan, sent_away
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        """Take a step's result in."""
+        """Take the result of the oldest step in flight in; tokens of sequences that have left are dropped."""
         outcome = StepOutcome()
         sampled = {(token.request_id, token.epoch): token for token in result.tokens}
-        for planned in plan.sequences:
-            sequence = self._sequences.get((planned.request_id, planned.epoch))
-            if sequence is None:
-                continue
+        for sequence, planned in self._land(plan):
             if sequence in self.prompts.computing:
                 if self.prompts.computed(sequence, planned.num_new_tokens):
                     self.running.append(sequence)
@@ -140,6 +193,31 @@ class DecodeScheduler:
             if sequence.key in sampled:
                 self._take(sequence, sampled[sequence.key], outcome)
         return outcome
+
+    def withdraw(self, plan: StepPlan) -> list[Sequence]:
+        """Forget the oldest step in flight, for it failed; returns its sequences that are still here."""
+        return [sequence for sequence, _ in self._land(plan)]
+
+    def _land(self, plan: StepPlan) -> list[tuple[Sequence, SequencePlan]]:
+        flight = self._in_flight.popleft()
+        assert flight.plan is plan, f"step {plan.step} landed before step {flight.plan.step}"
+        pairs = zip(flight.sequences, plan.sequences, strict=True)
+        return [pair for pair in pairs if self._sequences.get(pair[0].key) is pair[0]]
+
+    def _may_plan_behind(self, flight: _Flight) -> bool:
+        if len(self._in_flight) == self.max_in_flight or flight.chunks:
+            return False
+        return not any(
+            sequence.request.sampling.needs_history and not self._ends_next(sequence)
+            for sequence in flight.places
+            if sequence in self.running
+        )
+
+    def _ends_next(self, sequence: Sequence) -> bool:
+        """Whether one more token is the last, whatever it is."""
+        return self.stop.is_full(
+            sequence.request.sampling, num_output=sequence.num_output + 1, num_tokens=sequence.num_tokens + 1
+        )
 
     def _take(self, sequence: Sequence, token: SampledToken, outcome: StepOutcome) -> None:
         sequence.append(token.token_id)

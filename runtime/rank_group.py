@@ -261,7 +261,9 @@ class RankGroup(Generic[Command, Event]):
 
     def _keep_thread(self, rank: int) -> str:
         assert self._context is not None
-        serve_rank(self._room, self._context, self._where, rank, lambda start: self._thread_groups[rank])
+        if not serve_rank(self._room, self._context, self._where, rank, lambda start: self._thread_groups[rank]):
+            with self._changed:  # its last words are on their way, and say more
+                self._changed.wait_for(lambda: self._failure is not None, NEWS_TIMEOUT_S)
         return "ended"
 
     def _join(self) -> CollectiveGroup:

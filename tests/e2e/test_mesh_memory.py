@@ -49,7 +49,9 @@ def test_a_rank_holds_its_share_to_the_block(cp: int, model: Known, tmp_path: Pa
                 stats = worker.stats()
                 (sequence,) = worker.scheduler.running  # type: ignore[attr-defined]
                 num_used = stats.num_total_blocks - stats.num_free_blocks
-                assert num_used == -(-sequence.num_computed // (BLOCK * cp))
+                # Two steps may be in flight beside what has been computed.
+                most = -(-(sequence.num_computed + 2) // (BLOCK * cp))
+                assert -(-sequence.num_computed // (BLOCK * cp)) <= num_used <= most
         cluster.wait_idle()
 
 
