@@ -11,7 +11,8 @@ import msgspec
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
-from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
 from decode.commands import (
     CloseStream,
     DecodeCommand,
@@ -67,9 +68,9 @@ class DecodeRank:
                 assert self.engine.host is not None
                 self.engine.host.load(pairs)
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute a step."""
-        return self.engine.runner.execute(plan)
+    def step(self, plan: StepPlan) -> PendingResult:
+        """Compute a step; see `Rank.step`."""
+        return self.engine.runner.launch(plan)
 
     def close(self) -> None:
         for plane in self._planes.values():

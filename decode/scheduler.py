@@ -11,11 +11,20 @@ prompt (colocated) --> chunks -------------+     |  ^
 First come, first served: the youngest gives way, the oldest that was parked comes back first, and nobody new is let
 in before it. At most `max_running` run, compute their prompts, are parked or hold a lease at a time, and no more than
 a step has tokens: so every running sequence has its place in every step.
+
+One step is scheduled ahead: while a step is in flight, the next one is planned, and goes on with tokens that are not
+known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
+
+    the token in flight will be the last by its number        the sequence is left out
+    choosing the token needs the one in flight (penalties)    nothing is planned before the result
+    a prompt's chunk is in flight, which is long              nothing; who comes meanwhile joins the next step
+    blocks have run out                                       nothing; then preemption sees every token
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,8 +55,29 @@ class StepOutcome:
     ended: list[tuple[Sequence, EndReason]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that is being computed.
+
+    Attributes:
+        sequences: of each part of the plan.
+        places: of the sequences that sample: which of the step's tokens is theirs.
+        chunks: whether it computes prompts.
+    """
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    places: dict[Sequence, int]
+    chunks: bool
+
+
 class DecodeScheduler:
-    """`schedule() -> StepPlan -> update(plan, result)`, one cycle per step.
+    """`schedule() -> StepPlan -> update(plan, result)` for each step, in this order; the next `schedule` may go before.
+
+    What a step in flight uses may be freed at any time (a sequence ended, was cancelled or sent away): ranks obey
+    in order, so a step, stream or copy that is sent later and uses these blocks again comes after it. Nor can it spoil
+    what the prefix cache keeps of them: it writes behind the tokens that are known, and only full blocks of known
+    and computed tokens are published.
 
     Args:
         stop: says when a sequence is over.
@@ -56,6 +86,7 @@ class DecodeScheduler:
         max_running: most sequences that hold blocks or are parked; never more than a step has tokens.
         max_step_tokens: most new tokens in one step.
         parking: where sequences that give way are kept with their KV; None: nowhere.
+        ahead: plan a step while one is in flight.
         clock: gives seconds; only differences matter.
 
     Attributes:
@@ -72,6 +103,7 @@ class DecodeScheduler:
         max_running: int,
         max_step_tokens: int,
         parking: Parking | None = None,
+        ahead: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
@@ -79,12 +111,14 @@ class DecodeScheduler:
         self.computes_prompts = computes_prompts
         self.max_running = min(max_running, max_step_tokens)
         self.max_step_tokens = max_step_tokens
+        self.max_in_flight = 2 if ahead else 1
         self.prompts = PromptQueue(cache)
         self.running: list[Sequence] = []
         self.parking = parking
         self.num_preempted = 0
         self.num_parked = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._in_flight: deque[_Flight] = deque()
         self._step = 0
         self._clock = clock
         # When the steps that have not ended were planned, and when the last one ended.
@@ -145,9 +179,16 @@ class DecodeScheduler:
         return sequence
 
     def schedule(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """The next step (None: nothing can be computed), and the sequences that were sent away for lack of blocks."""
+        """The next step (None: nothing can be computed), and the sequences that were sent away for lack of blocks.
+
+        With a step in flight, None may also mean that its result has to come first.
+        """
+        before = self._in_flight[-1] if self._in_flight else None
+        if before is not None and not self._may_plan_behind(before):
+            return None, []
         sent_away: list[Sequence] = []
         rows: list[SequencePlan] = []
+        sequences: list[Sequence] = []
         budget = self.max_step_tokens
         num_preempted = self.num_preempted
         for sequence in sorted(self.running, key=_age):
@@ -155,32 +196,45 @@ class DecodeScheduler:
                 break
             if sequence not in self.running:
                 continue  # preempted for an older one in this very loop
-            if self._make_room(sequence, sent_away):
-                rows.append(sequence.plan(1))
-                budget -= 1
+            place = None if before is None else before.places.get(sequence)
+            if place is not None and self._ends_next(sequence):
+                continue
+            assert sequence.table is not None
+            if before is None:
+                if not self._make_room(sequence, sent_away):
+                    continue
+            elif not self.cache.grow(sequence.table, sequence.num_tokens + (place is not None)):
+                return None, []
+            rows.append(sequence.plan(1) if place is None else sequence.follow(place))
+            sequences.append(sequence)
+            budget -= 1
         # Not in the step that took blocks away: what was parked just now would come back at once, to no end.
         if self.num_preempted == num_preempted or not rows:
             for sequence in self._bring_back():
                 rows.append(sequence.plan(1))
+                sequences.append(sequence)
                 budget -= 1
+        chunks: list[tuple[Sequence, int]] = []
         if self.computes_prompts:
             chunks = self.prompts.next_chunks(budget, self.max_running - len(rows), max_admitted=self.num_places)
             rows.extend(sequence.plan(num_new) for sequence, num_new in chunks)
+            sequences.extend(sequence for sequence, _ in chunks)
         if not rows:
             return None, sent_away
         self._step += 1
+        plan = StepPlan(step=self._step, sequences=tuple(rows))
+        sampling = (sequence for sequence, row in zip(sequences, rows, strict=True) if row.sample is not None)
+        places = {sequence: place for place, sequence in enumerate(sampling)}
+        self._in_flight.append(_Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
         self._planned_s[self._step] = self._clock()
-        return StepPlan(step=self._step, sequences=tuple(rows)), sent_away
+        return plan, sent_away
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        """Take a step's result in."""
+        """Take the result of the oldest step in flight in; tokens of sequences that have left are dropped."""
         outcome = StepOutcome()
         self._measure(plan)
         sampled = {(token.request_id, token.epoch): token for token in result.tokens}
-        for planned in plan.sequences:
-            sequence = self._sequences.get((planned.request_id, planned.epoch))
-            if sequence is None:
-                continue
+        for sequence, planned in self._land(plan):
             if sequence in self.prompts.computing:
                 if self.prompts.computed(sequence, planned.num_new_tokens):
                     self.running.append(sequence)
@@ -193,6 +247,31 @@ class DecodeScheduler:
             if sequence.key in sampled:
                 self._take(sequence, sampled[sequence.key], outcome)
         return outcome
+
+    def withdraw(self, plan: StepPlan) -> list[Sequence]:
+        """Forget the oldest step in flight, for it failed; returns its sequences that are still here."""
+        return [sequence for sequence, _ in self._land(plan)]
+
+    def _land(self, plan: StepPlan) -> list[tuple[Sequence, SequencePlan]]:
+        flight = self._in_flight.popleft()
+        assert flight.plan is plan, f"step {plan.step} landed before step {flight.plan.step}"
+        pairs = zip(flight.sequences, plan.sequences, strict=True)
+        return [pair for pair in pairs if self._sequences.get(pair[0].key) is pair[0]]
+
+    def _may_plan_behind(self, flight: _Flight) -> bool:
+        if len(self._in_flight) == self.max_in_flight or flight.chunks:
+            return False
+        return not any(
+            sequence.request.sampling.needs_history and not self._ends_next(sequence)
+            for sequence in flight.places
+            if sequence in self.running
+        )
+
+    def _ends_next(self, sequence: Sequence) -> bool:
+        """Whether one more token is the last, whatever it is."""
+        return self.stop.is_full(
+            sequence.request.sampling, num_output=sequence.num_output + 1, num_tokens=sequence.num_tokens + 1
+        )
 
     def _take(self, sequence: Sequence, token: SampledToken, outcome: StepOutcome) -> None:
         sequence.append(token.token_id)

@@ -5,6 +5,10 @@
                                              ^     |
                                              +-- parked: blocks ran out, the KV waits in host memory
 
+Steps are launched and their results taken in when they come; the ranks compute one while the next one is scheduled.
+
+    commands -> take in the oldest step's result -> admit, schedule, launch -> (two in flight: wait for the inbox)
+
 A lease that hears nothing for `lease_s`, a refused slice, a cancel or a lost peer ends the attempt with Ended;
 its blocks are free before Ended is sent.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 
 from anabranch.cache.lease import LeaseBook
 from anabranch.config.worker import WorkerConfig
@@ -50,7 +55,9 @@ from decode.preemption import PreemptionRule
 from decode.ranks import DecodeRanks
 from decode.reservations import Reservation, Reservations
 from decode.scheduler import DecodeScheduler, StepOutcome
+from runtime.compute import Launched
 from runtime.info import worker_info
+from runtime.ranks import STEP_TIMEOUT_S
 from runtime.worker import Worker, unexpected
 
 logger = logging.getLogger(__name__)
@@ -66,6 +73,9 @@ class DecodeWorker(Worker):
         self.colocated = config.role == "colocated"
         self.ranks = DecodeRanks(config, self._on_stream, self.fail)
         self._paused: set[tuple[str, int, int]] = set()
+        self._in_flight: deque[Launched] = deque()
+        # A step has failed, and those that were launched behind it are not over.
+        self._recovering = False
 
     def build(self) -> WorkerInfo:
         self.engine: Engine = self.ranks.start()
@@ -82,7 +92,7 @@ class DecodeWorker(Worker):
         self.leases = LeaseBook(clock=time.monotonic)
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)
         info = worker_info(self.config, self.engine, tuple(self.ranks.addresses[0]))
-        self.start_engine(self._step, info.num_threads)
+        self.start_engine(self._step)
         return info
 
     def handle(self, message: Message) -> None:
@@ -154,23 +164,41 @@ class DecodeWorker(Worker):
             self.reservations.add(sequence)
 
     def _step(self) -> bool:
+        landed = self._take_in()
         for reservation in self.reservations.admit(self.scheduler.num_places):
             self._open_stream(reservation)
+        return self._launch() or landed
+
+    def _take_in(self) -> bool:
+        """Take the oldest step's result in; False where there is none yet."""
+        if not self._in_flight or not self._in_flight[0].done:
+            return False
+        launched = self._in_flight.popleft()
+        try:
+            result = launched.result(STEP_TIMEOUT_S)
+        except Exception as error:
+            if isinstance(error, AnabranchError):
+                logger.warning("step %d: %s", launched.plan.step, error)
+            else:
+                logger.error("step %d", launched.plan.step, exc_info=error)
+            self._fail_step(launched.plan, error)
+        else:
+            self._publish(self.scheduler.update(launched.plan, result))
+        return True
+
+    def _launch(self) -> bool:
+        if self._recovering and self._in_flight:
+            return False
+        self._recovering = False
         plan, sent_away = self.scheduler.schedule()
         for sequence in sent_away:
             self._end(sequence.key, "preempted")
         if plan is None:
             return False
-        try:
-            result = self.ranks.step(plan)
-        except Exception as error:
-            if isinstance(error, AnabranchError):
-                logger.warning("step %d: %s", plan.step, error)
-            else:
-                logger.exception("step %d", plan.step)
-            self._fail_step(plan, error)
-            return True
-        self._publish(self.scheduler.update(plan, result))
+        launched = self.ranks.launch(plan)
+        self._in_flight.append(launched)
+        # Its end wakes the engine.
+        launched.future.add_done_callback(lambda _: self.submit(_wake))
         return True
 
     def _parking(self) -> Parking | None:
@@ -291,11 +319,14 @@ class DecodeWorker(Worker):
             self._end(sequence.key, reason, sequence=sequence)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        sequences = self.scheduler.withdraw(plan)
+        if self._recovering:
+            return  # it went on with what has failed; who joined it only then is not to blame, and is scheduled again
+        self._recovering = True
         failure = error if isinstance(error, AnabranchError) else AnabranchError(f"decode step failed: {error}")
-        for planned in plan.sequences:
-            key = (planned.request_id, planned.epoch)
-            if self.scheduler.remove(key) is not None:
-                self._end(key, "failed", failure)
+        for sequence in sequences:
+            self.scheduler.remove(sequence.key)
+            self._end(sequence.key, "failed", failure)
 
     def _end(
         self, key: Key, reason: EndReason, error: AnabranchError | None = None, sequence: Sequence | None = None
@@ -320,3 +351,7 @@ class DecodeWorker(Worker):
 
     def _on_stream(self, rank: int, event: DecodeEvent) -> None:
         self.submit(lambda: self._stream_event(rank, event))
+
+
+def _wake() -> None:
+    """What the engine is told when there is something to take in."""

@@ -13,7 +13,8 @@ import msgspec
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
-from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
 from anabranch.errors import RequestCancelled
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.requests import WireError
@@ -84,9 +85,9 @@ class PrefillRank:
                 if sender is not None:
                     sender.abort(error.to_error())
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def step(self, plan: StepPlan) -> PendingResult:
         """Compute a step; the KV of each layer is sent while the next one computes."""
-        result = self.engine.runner.execute(plan, self._exporter)
+        result = self.engine.runner.launch(plan, self._exporter)
         for key, error in self._exporter.take_failed():
             self._emit(StreamFailed(key=key, error=WireError.of(error)))
         return result

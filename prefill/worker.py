@@ -65,7 +65,7 @@ class PrefillWorker(Worker):
             self.engine.cache, max_step_tokens=self.config.max_step_tokens, max_running=self.config.max_running
         )
         info = worker_info(self.config, self.engine, usable_planes())
-        self.start_engine(self._step, info.num_threads)
+        self.start_engine(self._step)
         return info
 
     def handle(self, message: Message) -> None:

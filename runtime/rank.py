@@ -9,7 +9,8 @@ import msgspec
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
-from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
 
 Command = TypeVar("Command", bound=msgspec.Struct)
 Event = TypeVar("Event", bound=msgspec.Struct)
@@ -23,8 +24,8 @@ class Rank(Protocol[_Handled]):
         """Obey a command."""
         ...
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute this rank's part of a step."""
+    def step(self, plan: StepPlan) -> PendingResult:
+        """Compute this rank's part of a step; a GPU may go on with it when this returns."""
         ...
 
     def close(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Generic
 
@@ -12,8 +13,15 @@ from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.engine.warm_up import warm_up_plans
 from anabranch.errors import WorkerDied
 from anabranch.model.sources import resolve_model
+from runtime.compute import ComputeThread, Launched
 from runtime.rank import Command, Event, Rank, RankRoom
 from runtime.rank_group import RankGroup
+
+logger = logging.getLogger(__name__)
+
+# Above what the longest prompt's chunk takes: only a rank that hangs reaches it.
+STEP_TIMEOUT_S = 600.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 class Ranks(Generic[Command, Event]):
@@ -40,6 +48,7 @@ class Ranks(Generic[Command, Event]):
         self._heard = heard
         self._group = RankGroup[Command, Event](config, room, heard, on_failure)
         self._local: Rank[Command] | None = None
+        self._compute: ComputeThread[Command] | None = None
 
     @property
     def size(self) -> int:
@@ -60,34 +69,43 @@ class Ranks(Generic[Command, Event]):
         own = rank_config(self._config, 0)
         engine = build_engine(own, context, model)
         self._local = self._room.make_rank(own, engine, lambda event: self._heard(0, event))
+        self._compute = ComputeThread(self._local, own.threads, engine.runner.device, self._failed)
         self._group.wait_ready()
         for plan in warm_up_plans(engine, self._config.role):
             self.step(plan)
         return engine
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Compute a step on all ranks.
+        """Compute a step on all ranks and wait for it.
 
         Raises:
             WorkerDied: one of several ranks could not; none can go on.
+            DeadlineExceeded: it took longer than any step may.
         """
-        assert self._local is not None
+        return self.launch(plan).result(STEP_TIMEOUT_S)
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Let all ranks compute a step after all that they have been sent before; does not wait for it."""
+        assert self._compute is not None
         self._group.send(self._make_step(plan))
-        try:
-            return self._local.step(plan)
-        except Exception as error:
-            if self.size == 1:
-                raise
-            # The others wait in the step, or have gone on without this rank.
-            raise self._group.broken(error) from error
+        return self._compute.launch(plan)
 
     def send(self, command: Command) -> None:
-        """Give all ranks a command."""
-        assert self._local is not None
+        """Give all ranks a command, to be obeyed after all that they have been sent before."""
+        assert self._compute is not None
         self._group.send(command)
-        self._local.handle(command)
+        self._compute.send(command)
 
     def close(self) -> None:
+        # The other ranks first: this one may wait for them in a step, and then their end is what ends its wait.
         self._group.close()
+        if self._compute is not None and not self._compute.stop(CLOSE_TIMEOUT_S):
+            logger.warning("a step is still being computed after close_timeout_s = %s s", CLOSE_TIMEOUT_S)
         if self._local is not None:
             self._local.close()
+
+    def _failed(self, error: Exception) -> Exception:
+        if self.size == 1:
+            return error
+        # The others wait in the step, or have gone on without this rank.
+        return self._group.broken(error)

@@ -2,7 +2,8 @@
 
     build (load, allocate) -> connect -> Register -> Registered -> serve: handle messages, beat -> drain -> close
 
-Threads: the event loop's (control channel), the engine's (schedulers and compute), and the tensor plane's.
+Threads: the event loop's (control channel), the engine's (schedulers), the driving rank's (compute), and
+the tensor planes'.
 A room's subclass says what to build and what a message means; everything it sends goes through `post`,
 which any thread may call, and leaves in the order in which it was posted.
 """
@@ -90,9 +91,9 @@ class Worker(ABC):
 
     # The engine's thread ---------------------------------------------------------------------------------
 
-    def start_engine(self, step: Callable[[], bool], num_threads: int) -> None:
-        """Start the thread that schedules and computes; see `EngineLoop`."""
-        self._engine_loop = EngineLoop("engine", step, num_threads)
+    def start_engine(self, step: Callable[[], bool]) -> None:
+        """Start the thread that schedules; see `EngineLoop`."""
+        self._engine_loop = EngineLoop("engine", step)
         self._engine_loop.start()
 
     def submit(self, command: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The engine's thread: commands and steps, one at a time, so that schedulers need no locks.
+"""The engine's thread: commands and scheduling, one at a time, so that schedulers need no locks.
 
 inbox (any thread) -> command -> command -> step -> command -> step -> ... -> (idle: waits for the inbox)
 """
@@ -10,8 +10,6 @@ import queue
 import threading
 from collections.abc import Callable
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 
@@ -22,14 +20,12 @@ class EngineLoop:
 
     Args:
         name: of the thread.
-        step: does one step; returns False when there was nothing to do.
-        num_threads: compute threads of this loop's thread (OpenMP keeps the number per calling thread).
+        step: schedules; returns False when there is nothing to do before the next command.
     """
 
-    def __init__(self, name: str, step: Callable[[], bool], num_threads: int) -> None:
+    def __init__(self, name: str, step: Callable[[], bool]) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._step = step
-        self._num_threads = num_threads
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -46,7 +42,6 @@ class EngineLoop:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)
         busy = True
         while True:
             try:

@@ -1,7 +1,8 @@
 """A step plan: what one forward pass computes. Emitted by a scheduler on the CPU, without torch.
 
-A plan says everything that a rank needs, so a rank keeps no state between steps but its KV cache and
-weights, and plans can travel as MessagePack.
+A plan says everything that a rank needs, so a rank keeps no state between steps but its weights, its KV cache and
+the tokens that the last step sampled, and plans can travel as MessagePack. These tokens are what a plan may be made
+ahead of: every rank has them as soon as they are sampled, the scheduler only later.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
         start: tokens whose KV is already in the cache.
         block_ids: the block table, covering at least `start + len(token_ids)` tokens.
         sample: set when the last new token's logits are to be sampled.
+        follows: set when the one new token is not known yet (`token_ids` holds a 0): its place among the tokens that
+            the step before this one samples, counted in the order of that plan's sequences that sample.
     """
 
     request_id: str
@@ -43,6 +46,7 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     block_ids: tuple[int, ...]
     sample: SampleSpec | None = None
+    follows: int | None = None
 
     @property
     def num_new_tokens(self) -> int:

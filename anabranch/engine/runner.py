@@ -14,7 +14,10 @@ import torch
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.engine.attention import LayerSink, PagedAttention
 from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SampledToken, StepPlan, StepResult
+from anabranch.engine.last_tokens import LastTokens
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.sampling import RankSampler
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
@@ -24,7 +27,7 @@ from anabranch.parallel.pass_rule import PassRule
 from anabranch.parallel.ring_attention import RingAttention
 from anabranch.parallel.tree_attention import TreeAttention
 from anabranch.parallel.tree_reduce import Reduction
-from anabranch.sampling.sampler import Sampler
+from anabranch.sampling.logprobs import Logprobs
 
 
 class Batch(Protocol):
@@ -90,49 +93,58 @@ class Runner:
         self.context = context
         self.pass_rule = pass_rule
         self.reduction = reduction
-        self.sampler = Sampler()
+        self.sampler = RankSampler(model.lm_head, context, device)
+        self._last_tokens = LastTokens()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
-        """Run one step.
+    def launch(self, plan: StepPlan, sink: LayerSink | None = None) -> PendingResult:
+        """Start one step. On a GPU it returns as soon as the step is queued there.
 
         Args:
             sink: hears of each layer as soon as its KV is stored on this rank.
 
         Returns:
-            The sampled tokens, in the plan's order of sequences that sample; none on ranks that do not drive.
+            What will be sampled; nothing on ranks that do not drive.
+
+        Raises:
+            AnabranchError: a sequence follows a step that failed.
         """
+        self._last_tokens.begin()
+        passes = self._passes(plan)
+        sampled = [self._forward(part, sink) for part in passes]
+        tokens_S = sampled[0][0] if len(passes) == 1 else torch.cat([tokens for tokens, _ in sampled])
+        sequences = [sequence for part in passes for sequence in part.sequences if sequence.sample is not None]
+        if len(passes) == 1:
+            self._last_tokens.keep(tokens_S)
+        else:
+            places = {id(sequence): place for place, sequence in enumerate(sequences)}
+            order = [places[id(sequence)] for sequence in plan.sequences if sequence.sample is not None]
+            self._last_tokens.keep(tokens_S[torch.tensor(order, dtype=torch.int64).to(self.device)])
+        if not self.context.drives:
+            return PendingResult(plan.step)
+        return PendingResult(plan.step, sequences, tokens_S, [logprobs for _, logprobs in sampled])
+
+    def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
+        """Run one step to its end; see `launch`."""
+        return self.launch(plan, sink).result()
+
+    def _passes(self, plan: StepPlan) -> list[StepPlan]:
         if self.context.cp is None:
-            return self._forward(plan, sink)
+            return [plan]
         prompts = tuple(s for s in plan.sequences if s.num_new_tokens > 1)
         decodes = tuple(s for s in plan.sequences if s.num_new_tokens == 1)
         if not prompts or not decodes:
-            return self._forward(plan, sink)
-        parts = [self._forward(StepPlan(step=plan.step, sequences=part), sink) for part in (prompts, decodes)]
-        return StepResult(step=plan.step, tokens=tuple(token for part in parts for token in part.tokens))
+            return [plan]
+        return [StepPlan(step=plan.step, sequences=part) for part in (prompts, decodes)]
 
-    def _forward(self, plan: StepPlan, sink: LayerSink | None) -> StepResult:
+    def _forward(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, Logprobs]:
         if sink is not None:
             sink.begin_pass(plan)
         batch, attention = self._lay_out(plan, sink)
-        logits_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
-        sampling = [(sequence, sequence.sample) for sequence in plan.sequences if sequence.sample is not None]
-        if not sampling or not self.context.drives:
-            return StepResult(step=plan.step, tokens=())
-        chosen = self.sampler.sample(logits_SV, [spec for _, spec in sampling])
-        return StepResult(
-            step=plan.step,
-            tokens=tuple(
-                SampledToken(
-                    request_id=sequence.request_id,
-                    epoch=sequence.epoch,
-                    index=spec.index,
-                    token_id=token_id,
-                    logprob=logprob,
-                )
-                for (sequence, spec), (token_id, logprob) in zip(sampling, chosen, strict=True)
-            ),
-        )
+        self._last_tokens.fill_in(plan, batch.token_ids_T)
+        rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
+        share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, rows_S)
+        return self.sampler.sample(share_SV, [s.sample for s in plan.sequences if s.sample is not None])
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:
         size, cp = self.kv.block_size, self.context.cp

@@ -112,6 +112,24 @@ class Sequence:
             sample=sample,
         )
 
+    def follow(self, place: int) -> SequencePlan:
+        """The token that the step in flight samples as a part of the next step; it samples the one after.
+
+        Args:
+            place: see `SequencePlan.follows`.
+        """
+        params = self.request.sampling
+        assert self.table is not None and self.num_remaining == 1 and not params.needs_history
+        return SequencePlan(
+            request_id=self.request.request_id,
+            epoch=self.request.epoch,
+            token_ids=(0,),
+            start=len(self.tokens),
+            block_ids=self.table.block_ids,
+            sample=SampleSpec(params=params, index=self.num_output + 1),
+            follows=place,
+        )
+
     def append(self, token_id: int) -> None:
         """Add a sampled token; its KV is computed by a later step."""
         if self.first_token_s is None:

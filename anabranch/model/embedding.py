@@ -41,17 +41,43 @@ class Embedding:
 
 
 class LmHead:
-    """Logits over the whole vocabulary, gathered from the ranks' shares."""
+    """Logits: each rank computes those of its share of the vocabulary.
+
+    A share is padded (see `load_vocabulary`), so the last ranks' may hold columns that stand for no token.
+    """
 
     def __init__(self, weight_VC: torch.Tensor, kernels: Kernels, group: Group, vocab_size: int) -> None:
         self.weight_VC = weight_VC
         self._linear = kernels.linear
         self._group = group
         self._vocab_size = vocab_size
+        self._start = group.rank * weight_VC.shape[0]
+        self._num_held = max(0, min(weight_VC.shape[0], vocab_size - self._start))
 
-    def forward(self, hidden_SC: torch.Tensor) -> torch.Tensor:
-        """`[S, C] -> [S, V] float32`, the same on every rank."""
-        logits_SV = self._linear(hidden_SC, self.weight_VC, None).float()
+    def share(self, hidden_SC: torch.Tensor) -> torch.Tensor:
+        """`[S, C] -> [S, share] float32`: this rank's logits; with one rank, all of them."""
+        return self._linear(hidden_SC, self.weight_VC, None).float()
+
+    def gather(self, share_SV: torch.Tensor) -> torch.Tensor:
+        """The ranks' shares -> `[S, V]`, the same on every rank."""
         if self._group.size == 1:
-            return logits_SV
-        return self._group.all_gather(logits_SV, 1)[:, : self._vocab_size]
+            return share_SV
+        if not share_SV.shape[0]:
+            return share_SV.new_empty((0, self._vocab_size))
+        return self._group.all_gather(share_SV, 1)[:, : self._vocab_size]
+
+    def argmax(self, share_SV: torch.Tensor) -> torch.Tensor:
+        """`gather(share).argmax(-1)`, int64 `[S]`, the same on every rank, for 16 bytes a row and rank."""
+        if self._group.size == 1:
+            return share_SV.argmax(-1)
+        best_S2 = torch.full((share_SV.shape[0], 2), -torch.inf, dtype=torch.float64, device=share_SV.device)
+        if self._num_held:
+            held_SV = share_SV[:, : self._num_held]
+            ids_S1 = held_SV.argmax(-1, keepdim=True)
+            best_S2[:, :1] = held_SV.gather(1, ids_S1)
+            best_S2[:, 1:] = ids_S1 + self._start
+        # Both in float64, where float32 values and token ids are exact. `argmax` takes the first of equals (and NaN
+        # before all), here among ranks as before among a rank's columns: so the lowest id, as over a whole row. A
+        # rank without tokens comes last, with minus infinity, and is never first.
+        best_PS2 = self._group.all_gather(best_S2.unsqueeze(0), 0)
+        return best_PS2[..., 1].gather(0, best_PS2[..., 0].argmax(0, keepdim=True)).squeeze(0).long()

@@ -115,8 +115,19 @@ class Transformer:
             sample_rows_S: int64, rows whose logits are wanted.
 
         Returns:
-            `[S, V]` float32.
+            `[S, V]` float32, the same on every rank.
         """
+        return self.lm_head.gather(self.forward_share(token_ids_T, positions_T, attention, sample_rows_S))
+
+    @torch.inference_mode()
+    def forward_share(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attention: Attention,
+        sample_rows_S: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `forward`; returns the logits of this rank's share of the vocabulary (`LmHead.share`)."""
         hidden_TC = self.embed(token_ids_T)
         cos_TD, sin_TD = self.rotary.forward(positions_T)
         answer_TC: torch.Tensor | None = None
@@ -131,10 +142,11 @@ class Transformer:
         return self.embedding.forward(token_ids_T)
 
     def logits(self, hidden_SC: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head: `[S, C] -> [S, V] float32`."""
+        """Final norm and LM head: `[S, C] -> [S, share] float32`."""
         if not hidden_SC.shape[0]:
-            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=hidden_SC.device)
-        return self.lm_head.forward(self._kernels.rms_norm(hidden_SC, self.norm_C, self.config.rms_eps))
+            share = self.lm_head.weight_VC.shape[0]
+            return torch.empty((0, share), dtype=torch.float32, device=hidden_SC.device)
+        return self.lm_head.share(self._kernels.rms_norm(hidden_SC, self.norm_C, self.config.rms_eps))
 
 
 def smallest_ffn(config: ModelConfig) -> int:

@@ -53,13 +53,17 @@ class Sampler:
         Raises:
             InvalidRequest: a row that is not greedy has no seed.
         """
-        assert logits_SV.shape[0] == len(specs)
-        if not specs:
-            return []
-        tokens_S = self._choose(apply_penalties(logits_SV, specs), specs)
-        reported = token_logprobs(logits_SV, tokens_S, specs)
+        tokens_S = self.choose(logits_SV, specs)
+        reported = token_logprobs(logits_SV, tokens_S, specs).read()
         token_ids: list[int] = tokens_S.tolist()
         return list(zip(token_ids, reported, strict=True))
+
+    def choose(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
+        """The token of each row, int64 `[S]`, on the logits' device; see `sample`."""
+        assert logits_SV.shape[0] == len(specs)
+        if not specs:
+            return torch.empty(0, dtype=torch.int64, device=logits_SV.device)
+        return self._choose(apply_penalties(logits_SV, specs), specs)
 
     def _choose(self, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:
         sampled = [row for row, spec in enumerate(specs) if not spec.params.greedy]

@@ -34,9 +34,11 @@ class StopChecker:
         """
         if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.eos_token_ids):
             return "stop"
-        if (params.max_tokens is not None and num_output >= params.max_tokens) or num_tokens >= self.max_context:
-            return "length"
-        return None
+        return "length" if self.is_full(params, num_output=num_output, num_tokens=num_tokens) else None
+
+    def is_full(self, params: SamplingParams, *, num_output: int, num_tokens: int) -> bool:
+        """Whether an answer of this length ends whatever its last token is; see `check`."""
+        return (params.max_tokens is not None and num_output >= params.max_tokens) or num_tokens >= self.max_context
 
     def max_output(self, params: SamplingParams, num_prompt: int) -> int:
         """Most tokens that a prompt of `num_prompt` tokens can generate."""

@@ -19,7 +19,8 @@ from typing import TypeVar
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
 from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
 from anabranch_client import CallCancelled, Client, Unavailable
 from decode.worker import DecodeWorker
@@ -50,16 +51,19 @@ def wait_until(
 
 
 class Throttle:
-    """Lets a worker compute one step for each permit; the steps' plans are kept."""
+    """Lets a worker's first rank compute one step for each permit; the steps' plans are kept.
+
+    The engine's thread goes on: it may have scheduled a step behind the one that waits.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self.plans: list[StepPlan] = []
-        self._ranks = worker.ranks  # type: ignore[attr-defined]
-        self._step: Callable[[StepPlan], StepResult] = self._ranks.step
+        self._rank = worker.ranks._local  # type: ignore[attr-defined]
+        self._step: Callable[[StepPlan], PendingResult] = self._rank.step
         self._permits = threading.Semaphore(0)
         self._open = False
         self._num_begun = 0
-        self._ranks.step = self._run
+        self._rank.step = self._run
 
     @property
     def waiting(self) -> bool:
@@ -77,10 +81,10 @@ class Throttle:
     def open(self) -> None:
         """Hold nothing up any more."""
         self._open = True
-        self._ranks.step = self._step
+        self._rank.step = self._step
         self._permits.release()
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan) -> PendingResult:
         self._num_begun += 1
         assert self._permits.acquire(timeout=IDLE_TIMEOUT_S) or self._open
         result = self._step(plan)

@@ -15,7 +15,8 @@ import torch
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
-from anabranch.engine.plan import StepPlan, StepResult
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
 from anabranch.errors import InvalidRequest
 from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
@@ -89,8 +90,8 @@ class TalkingRank:
                 if context.rank == rank:
                     raise InvalidRequest("was told to fail", "order")
 
-    def step(self, plan: StepPlan) -> StepResult:
-        return self.engine.runner.execute(plan)
+    def step(self, plan: StepPlan) -> PendingResult:
+        return self.engine.runner.launch(plan)
 
     def close(self) -> None:
         pass

@@ -55,7 +55,7 @@ class Room(Worker):
         self.built_on = threading.current_thread().name
         if self.build_error is not None:
             raise self.build_error
-        self.start_engine(lambda: False, 1)
+        self.start_engine(lambda: False)
         return WorkerInfo(
             name=self.config.name,
             role="colocated",

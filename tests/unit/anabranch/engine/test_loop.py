@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from anabranch.engine.loop import EngineLoop
 
@@ -42,7 +41,7 @@ def start() -> Iterator[Start]:
     loops: list[EngineLoop] = []
 
     def run(engine: Engine) -> EngineLoop:
-        loop = EngineLoop("engine-under-test", engine.step, num_threads=1)
+        loop = EngineLoop("engine-under-test", engine.step)
         loops.append(loop)
         loop.start()
         return loop
@@ -69,7 +68,7 @@ def do(loop: EngineLoop, action: Callable[[], object] = lambda: None) -> None:
 def test_commands_that_wait_run_before_the_next_step(start: Start) -> None:
     engine = Engine()
     engine.work = 3
-    loop = EngineLoop("engine-under-test", engine.step, num_threads=1)
+    loop = EngineLoop("engine-under-test", engine.step)
     for name in "abc":
         loop.submit(lambda name=name: engine.events.append(name))
     loop.start()
@@ -121,7 +120,7 @@ def test_a_step_that_fails_is_tried_again_after_the_commands(start: Start, caplo
             raise RuntimeError("the step is wrong")
         return engine.step()
 
-    loop = EngineLoop("engine-under-test", step, num_threads=1)
+    loop = EngineLoop("engine-under-test", step)
     loop.start()
     assert engine.idle.wait(DEADLINE_S)
     assert caplog.text.count("the step is wrong") >= 2
@@ -136,16 +135,9 @@ def test_stop_waits_for_the_step_in_progress_and_no_longer_than_it_may() -> None
         assert go_on.wait(DEADLINE_S)
         return False
 
-    loop = EngineLoop("engine-under-test", step, num_threads=1)
+    loop = EngineLoop("engine-under-test", step)
     loop.start()
     assert begun.wait(DEADLINE_S)
     assert not loop.stop(0.05)
     go_on.set()
     assert loop.stop(DEADLINE_S)
-
-
-def test_the_thread_computes_with_its_own_number_of_threads(start: Start) -> None:
-    engine = Engine()
-    found: list[int] = []
-    do(start(engine), lambda: found.append(torch.get_num_threads()))
-    assert found == [1]
