@@ -14,7 +14,8 @@ import torch
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.engine.attention import LayerSink, PagedAttention
 from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SampledToken, StepPlan, StepResult
+from anabranch.engine.plan import SampledToken, SampleSpec, StepPlan, StepResult
+from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
@@ -24,6 +25,7 @@ from anabranch.parallel.pass_rule import PassRule
 from anabranch.parallel.ring_attention import RingAttention
 from anabranch.parallel.tree_attention import TreeAttention
 from anabranch.parallel.tree_reduce import Reduction
+from anabranch.protocol.requests import TokenLogprob
 from anabranch.sampling.sampler import Sampler
 
 
@@ -71,6 +73,7 @@ class Runner:
         kernels: what the model computes with.
         context: the rank's place in its mesh.
         pass_rule, reduction: of ring and tree attention; needed where there are several CP ranks.
+        programs: recorded decode steps; None: every step is computed call by call.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Runner:
         context: RankContext,
         pass_rule: PassRule | None = None,
         reduction: Reduction | None = None,
+        programs: StepPrograms | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -90,6 +94,7 @@ class Runner:
         self.context = context
         self.pass_rule = pass_rule
         self.reduction = reduction
+        self.programs = programs
         self.sampler = Sampler()
 
     @torch.inference_mode()
@@ -114,12 +119,17 @@ class Runner:
     def _forward(self, plan: StepPlan, sink: LayerSink | None) -> StepResult:
         if sink is not None:
             sink.begin_pass(plan)
-        batch, attention = self._lay_out(plan, sink)
-        logits_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        if sink is None and self.programs is not None and self.programs.covers(plan):
+            share_SV = self.programs.forward(plan)
+        else:
+            batch, attention = self._lay_out(plan, sink)
+            share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
         sampling = [(sequence, sequence.sample) for sequence in plan.sequences if sequence.sample is not None]
-        if not sampling or not self.context.drives:
+        if not sampling:
             return StepResult(step=plan.step, tokens=())
-        chosen = self.sampler.sample(logits_SV, [spec for _, spec in sampling])
+        chosen = self._choose(share_SV, [spec for _, spec in sampling])
+        if not self.context.drives:
+            return StepResult(step=plan.step, tokens=())
         return StepResult(
             step=plan.step,
             tokens=tuple(
@@ -133,6 +143,14 @@ class Runner:
                 for (sequence, spec), (token_id, logprob) in zip(sampling, chosen, strict=True)
             ),
         )
+
+    def _choose(self, share_SV: torch.Tensor, specs: list[SampleSpec]) -> list[tuple[int, TokenLogprob | None]]:
+        """Tokens from the ranks' shares of the logits; every rank calls it, and the one that drives is answered."""
+        head = self.model.lm_head
+        if not any(spec.params.needs_all_logits for spec in specs):
+            return [(token_id, None) for token_id in head.argmax(share_SV).tolist()]
+        logits_SV = head.gather(share_SV)
+        return self.sampler.sample(logits_SV, specs) if self.context.drives else []
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:
         size, cp = self.kv.block_size, self.context.cp

@@ -41,17 +41,29 @@ class Embedding:
 
 
 class LmHead:
-    """Logits over the whole vocabulary, gathered from the ranks' shares."""
+    """Logits: each rank computes those of its share of the vocabulary."""
 
     def __init__(self, weight_VC: torch.Tensor, kernels: Kernels, group: Group, vocab_size: int) -> None:
         self.weight_VC = weight_VC
         self._linear = kernels.linear
+        self._argmax = kernels.argmax
         self._group = group
         self._vocab_size = vocab_size
 
-    def forward(self, hidden_SC: torch.Tensor) -> torch.Tensor:
-        """`[S, C] -> [S, V] float32`, the same on every rank."""
-        logits_SV = self._linear(hidden_SC, self.weight_VC, None).float()
+    def share(self, hidden_SC: torch.Tensor) -> torch.Tensor:
+        """`[S, C] -> [S, share]` in the model's dtype: this rank's logits; with one rank, all of them."""
+        return self._linear(hidden_SC, self.weight_VC, None)
+
+    def gather(self, share_SV: torch.Tensor) -> torch.Tensor:
+        """The ranks' shares -> `[S, V]` float32, the same on every rank."""
         if self._group.size == 1:
-            return logits_SV
-        return self._group.all_gather(logits_SV, 1)[:, : self._vocab_size]
+            return share_SV.float()
+        if not share_SV.shape[0]:
+            return share_SV.new_empty((0, self._vocab_size), dtype=torch.float32)
+        return self._group.all_gather(share_SV.float(), 1)[:, : self._vocab_size]
+
+    def argmax(self, share_SV: torch.Tensor) -> torch.Tensor:
+        """`gather(share).argmax(-1)`, int64 `[S]`, the same on every rank."""
+        if self._group.size == 1:
+            return self._argmax(share_SV)
+        return self.gather(share_SV).argmax(-1)

@@ -58,6 +58,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Whether choosing a token looks at the tokens before it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether choosing or reporting a token takes more than finding the largest of the model's logits."""
+        return not self.greedy or self.needs_history or bool(self.logit_bias) or self.logprobs is not None
+
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidRequest, naming the first field that is out of range."""
 
