@@ -104,6 +104,7 @@ def plan_workers(
                     max_step_tokens=pool.max_step_tokens,
                     prefix_cache=topology.prefix_cache,
                     native_kernels=topology.native_kernels,
+                    step_programs=topology.step_programs,
                     tp=pool.tp,
                     cp=pool.cp,
                     ring=pool.ring,

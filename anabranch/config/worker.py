@@ -43,6 +43,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
         native_kernels: use the compiled CPU kernels where a compiler is present.
+        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
+            tokens, less time per token. Needs native kernels; with cp above 1 steps are not recorded.
         tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
@@ -73,6 +75,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_s: float = 0.5
     orchestrator_timeout_s: float = 10.0
     native_kernels: bool = True
+    step_programs: bool = True
     tp: int = 1
     cp: int = 1
     ring: Literal["auto", "pass_kv", "pass_q"] = "auto"

@@ -14,10 +14,14 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.engine.fit import kv_layout, num_host_blocks, num_kv_blocks
 from anabranch.engine.runner import Runner
+from anabranch.engine.step_programs import StepPrograms
+from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
+from anabranch.kernels.record import StepRecorder
 from anabranch.model.config import ModelConfig
 from anabranch.model.load import load_model
 from anabranch.model.progress import progress_bar
+from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates
@@ -104,6 +108,7 @@ def build_engine(
         context,
         _pass_rule(config, model_config, context, layout),
         _reduction(context),
+        _programs(config, model, kv, kernels, min(limits)),
     )
     return Engine(
         model_config=model_config,
@@ -149,3 +154,13 @@ def _pass_rule(config: WorkerConfig, model: ModelConfig, context: RankContext, l
 
 def _reduction(context: RankContext) -> Reduction | None:
     return None if context.cp is None else TreeReduction(context.cp)
+
+
+def _programs(
+    config: WorkerConfig, model: Transformer, kv: PagedKv, kernels: Kernels, max_context: int
+) -> StepPrograms | None:
+    """Room for recorded decode steps; None where they are not wanted, or cannot be recorded."""
+    if not config.step_programs or config.cp > 1 or not isinstance(kernels, StepRecorder):
+        return None
+    max_blocks = min(kv.num_blocks, -(-max_context // config.block_size))
+    return StepPrograms(model, kv, kernels, max_rows=config.max_running, max_blocks=max_blocks)
