@@ -5,8 +5,8 @@ plans and sampler; transformers through its forward pass with its default attent
 decode at batch 1 is the weights read once per token at the memory bandwidth measured here.
 
 `--vllm DIR` and `--llama-cpp DIR` name virtual environments of peers, which decode the same prompts in turn, each
-in a process of its own. llama.cpp reads the GGUF file of `--llama-cpp-gguf`, which should hold the same model in
-bfloat16.
+in a process of its own; llama.cpp one prompt at a time, from the GGUF file of `--llama-cpp-gguf`, which should hold
+the same model in bfloat16.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def decode_figures(
         round_s = {
             "": run_engine(engine, batch, steps)[1],
             "transformers": peer.run(batch, steps)[1],
-            **{name: other.run(batch, steps) for name, other in others.items()},
+            **{name: other.run(batch, steps) for name, other in others.items() if size <= other.max_batch},
         }
         if turn:
             for name, steps_s in round_s.items():
@@ -213,9 +213,9 @@ def main() -> int:
         )
     others: dict[str, PeerProcess] = {}
     try:
-        for name, option, script, folder, model in (
-            ("vLLM", "--vllm", "run_vllm.py", parsed.vllm, resolve_model(parsed.model).path),
-            ("llama.cpp", "--llama-cpp", "run_llama_cpp.py", parsed.llama_cpp, parsed.llama_cpp_gguf),
+        for name, option, script, folder, model, max_batch in (
+            ("vLLM", "--vllm", "run_vllm.py", parsed.vllm, resolve_model(parsed.model).path, max(BATCHES)),
+            ("llama.cpp", "--llama-cpp", "run_llama_cpp.py", parsed.llama_cpp, parsed.llama_cpp_gguf, 1),
         ):
             if folder is not None:
                 others[name] = PeerProcess(
@@ -224,8 +224,8 @@ def main() -> int:
                     folder,
                     model=str(model),
                     threads=parsed.threads,
-                    max_batch=max(BATCHES),
-                    num_tokens=max(BATCHES) * (DECODE_CONTEXT + 64),
+                    max_batch=max_batch,
+                    num_tokens=max_batch * (DECODE_CONTEXT + 64),
                 )
         for size in BATCHES:
             figures += decode_figures(engine, peer, others, size, prompts, quick=options.quick)

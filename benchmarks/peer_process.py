@@ -24,6 +24,7 @@ class PeerProcess:
         self, option: str, script: str, folder: Path, *, model: str, threads: int, max_batch: int, num_tokens: int
     ) -> None:
         self.option = option
+        self.max_batch = max_batch
         python = folder / "bin" / "python"
         if not python.exists():
             raise PeerError(f"{option}: {folder} is no virtual environment: it has no bin/python")
@@ -32,7 +33,6 @@ class PeerProcess:
             [str(python), str(Path(__file__).parent / "peers" / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
         )
         settings = {"model": model, "threads": threads, "max_batch": max_batch, "num_tokens": num_tokens}
         try:
