@@ -88,6 +88,7 @@ class DecodeWorker(Worker):
             max_running=self.config.max_running,
             max_step_tokens=self.config.max_step_tokens,
             parking=self._parking(),
+            ahead=self.config.schedule_ahead,
         )
         self.leases = LeaseBook(clock=time.monotonic)
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)

@@ -105,6 +105,7 @@ def plan_workers(
                     prefix_cache=topology.prefix_cache,
                     native_kernels=topology.native_kernels,
                     step_programs=topology.step_programs,
+                    schedule_ahead=topology.schedule_ahead,
                     tp=pool.tp,
                     cp=pool.cp,
                     ring=pool.ring,

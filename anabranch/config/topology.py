@@ -60,6 +60,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: a known name (`anabranch models`), a Hugging Face folder or a GGUF file.
         kv_transport: tensor plane between prefill and decode; inproc runs both in one process.
         step_programs: record each decode step's kernel calls once per batch size and repeat them as one call.
+        schedule_ahead: while a worker's ranks compute a decode step, plan the next one and send it to them.
         max_context: most tokens of one request; 0: what the model and the pools allow.
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
         grpc: address that the gateway listens on; port 0: chosen by the system.
@@ -73,6 +74,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_cache: bool = True
     native_kernels: bool = True
     step_programs: bool = True
+    schedule_ahead: bool = True
     max_context: int = 0
     collective_timeout_s: float = 30.0
     grpc: str = "127.0.0.1:0"

@@ -45,6 +45,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         native_kernels: use the compiled CPU kernels where a compiler is present.
         step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
             tokens, less time per token. Needs native kernels; with cp above 1 steps are not recorded.
+        schedule_ahead: while the ranks compute a decode step, plan the next one and send it to them.
         tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
@@ -76,6 +77,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     orchestrator_timeout_s: float = 10.0
     native_kernels: bool = True
     step_programs: bool = True
+    schedule_ahead: bool = True
     tp: int = 1
     cp: int = 1
     ring: Literal["auto", "pass_kv", "pass_q"] = "auto"
