@@ -1,8 +1,4 @@
-<<<<<<< ours
-"""Ranks that are killed or hang under `anabranch up`: requests end by name, `up` says which, the rest goes on."""
-=======
 """Ranks that are killed or hang under `anabranch up`: requests end by name and in time, and the rest goes on."""
->>>>>>> theirs
 
 from __future__ import annotations
 
