@@ -2,34 +2,38 @@
 
 Every rank is a process with the parts that a worker's rank has: sources, planes and links on one side; planes,
 receivers, the importer and a paged pool on the other. A prompt's KV is sent layer by layer in chunks, as prefill
-does, and the clock runs from the first rank's first layer to the last rank's acknowledgement. Each pair of
-meshes takes turns with one rank to one rank, which moves the same bytes with the same block size; medians.
+does, and the clock runs from the first rank's first layer to the last rank's acknowledgement.
 
-The ranks of a side share one core, whatever their number: what is compared is the work of both sides, and a mesh
-has no more hands for it than a single rank.
+Each pair of meshes takes turns with two references that move the same bytes with the same block size; medians.
+
+    same ranks   the same processes at both ends, but every stream goes from one rank to one rank, in one layout, with
+                 an even share of every step's tokens: what resharding itself costs, and what the target is for
+    one to one   one process at each end: what a mesh costs on this machine, where a side's ranks share one core
+                 whatever their number, so that a mesh has no more hands than a single rank
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.split import split_range
 from anabranch.protocol.kv import KvDestination
 from benchmarks.report import Figure, parse_options, report
-from benchmarks.reshard_peer import TIMEOUT_S, Answer, Expect, Forget, Go, Prepare
+from benchmarks.reshard_peer import CHUNK_TOKENS, TIMEOUT_S, Answer, Clear, Expect, Forget, Go, Prepare, Request
 from transport.planes import usable_planes
 
 TARGET = 1.25
 MAX_RANKS = 4
 
-
-Request = Expect | Forget | Prepare | Go
 # (tp, cp, block size).
 Mesh = tuple[int, int, int]
 
@@ -77,9 +81,9 @@ QUICK_PAIRS = PAIRS[:5]
 class Peer:
     """The process of one rank."""
 
-    def __init__(self, plane_name: str, rank: int, core: int) -> None:
+    def __init__(self, plane_name: str, core: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.reshard_peer", plane_name, str(rank), str(core)],
+            [sys.executable, "-m", "benchmarks.reshard_peer", plane_name, str(core)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -119,17 +123,47 @@ class Bench:
     def __init__(self, plane_name: str) -> None:
         self.plane_name = plane_name
         cores = sorted(os.sched_getaffinity(0))
-        self._sources = [Peer(plane_name, rank, cores[0]) for rank in range(MAX_RANKS)]
-        self._destinations = [Peer(plane_name, rank, cores[-1]) for rank in range(MAX_RANKS)]
+        self._sources = [Peer(plane_name, cores[0]) for _ in range(MAX_RANKS)]
+        self._destinations = [Peer(plane_name, cores[-1]) for _ in range(MAX_RANKS)]
         self._stream_id = 0
 
     def stream(self, source: KvLayout, to: KvLayout, num_tokens: int) -> Streamed:
-        """Send a prompt's KV once."""
-        self._stream_id += 1
+        """Send a prompt's KV once, from mesh to mesh."""
         senders, receivers = self._sources[: source.num_ranks], self._destinations[: to.num_ranks]
-        expect = Expect(stream_id=self._stream_id, num_tokens=num_tokens, layout=to)
-        addresses = [peer.ask(expect).address for peer in receivers]
-        destination = KvDestination(
+        destination = self._expect(receivers, to, num_tokens)
+        for rank, peer in enumerate(senders):
+            peer.ask(Prepare(layout=source, destination=destination, rank=rank))
+        return self._run(senders, receivers, [destination.stream_id])
+
+    def stream_apart(self, single: KvLayout, num_sources: int, num_destinations: int, num_tokens: int) -> Streamed:
+        """The same bytes between so many ranks, every stream from one to one; all ranks of a side have even shares."""
+        senders, receivers = self._sources[:num_sources], self._destinations[:num_destinations]
+        num_streams = math.lcm(num_sources, num_destinations)
+        num_blocks = num_tokens // single.block_size
+        stream_ids = []
+        for part in range(num_streams):
+            share = len(split_range(num_blocks, num_streams, part)) * single.block_size
+            destination = self._expect([receivers[part % num_destinations]], single, share, part)
+            chunk_tokens = -(-CHUNK_TOKENS // num_streams)
+            senders[part % num_sources].ask(
+                Prepare(layout=single, destination=destination, rank=0, chunk_tokens=chunk_tokens, part=part)
+            )
+            stream_ids.append(destination.stream_id)
+        return self._run(senders, receivers, stream_ids)
+
+    def clear(self) -> None:
+        """Let go of the last shapes' memory."""
+        for peer in (*self._sources, *self._destinations):
+            peer.ask(Clear())
+
+    def _expect(self, receivers: list[Peer], to: KvLayout, num_tokens: int, part: int = 0) -> KvDestination:
+        """Open a stream at its receivers."""
+        self._stream_id += 1
+        addresses = [
+            peer.ask(Expect(stream_id=self._stream_id, num_tokens=num_tokens, layout=to, rank=rank, part=part)).address
+            for rank, peer in enumerate(receivers)
+        ]
+        return KvDestination(
             worker="peer",
             stream_id=self._stream_id,
             generation=1,
@@ -140,12 +174,13 @@ class Bench:
             num_tokens=num_tokens,
             lease_s=TIMEOUT_S,
         )
-        for peer in senders:
-            peer.ask(Prepare(layout=source, destination=destination))
+
+    def _run(self, senders: list[Peer], receivers: list[Peer], stream_ids: list[int]) -> Streamed:
+        """Send what was prepared."""
         for peer in senders:
             peer.tell(Go())
         sent = [peer.answer() for peer in senders]
-        came = [peer.ask(Forget(stream_id=self._stream_id)) for peer in receivers]
+        came = [peer.ask(Forget(stream_id=stream_id)) for stream_id in stream_ids for peer in receivers]
         errors = [answer.error for answer in came if answer.error]
         assert not errors, errors
         return Streamed(
@@ -160,40 +195,57 @@ class Bench:
 
 
 def compare(bench: Bench, shape: Shape, pair: tuple[Mesh, Mesh], rounds: int) -> list[Figure]:
-    """A pair of meshes in turn with one-to-one: time, bytes and slices."""
+    """A pair of meshes in turn with its references: time, bytes and slices."""
     source, to = (shape.layout(mesh) for mesh in pair)
     single = shape.layout((1, 1, to.block_size))
     num_tokens = shape.num_tokens
-    ours, theirs = [], []
+    ways: tuple[Callable[[], Streamed], ...] = (
+        lambda: bench.stream(source, to, num_tokens),
+        lambda: bench.stream_apart(single, source.num_ranks, to.num_ranks, num_tokens),
+        lambda: bench.stream_apart(single, 1, 1, num_tokens),
+    )
+    kept: tuple[list[Streamed], ...] = ([], [], [])
+    bench.clear()
     for turn in range(rounds + 1):
-        both = bench.stream(single, single, num_tokens), bench.stream(source, to, num_tokens)
-        if turn:  # the first connects and touches memory
-            theirs.append(both[0])
-            ours.append(both[1])
+        for place in range(len(ways)):
+            way = (turn + place) % len(ways)  # none always follows the same other
+            streamed = ways[way]()
+            if turn:  # the first connects and touches memory
+                kept[way].append(streamed)
+    ours, same_ranks, _ = kept
     key = f"{bench.plane_name}, {shape.name}: {mesh_text(pair[0])} to {mesh_text(pair[1])}"
+    taken_ms = [statistics.median(one.taken_s for one in runs) * 1e3 for runs in kept]
     return [
         Figure(
             key=key,
-            value=statistics.median(streamed.taken_s for streamed in ours) * 1e3,
+            value=taken_ms[0],
             unit="ms",
-            reference=statistics.median(streamed.taken_s for streamed in theirs) * 1e3,
-            reference_name="one to one",
+            reference=taken_ms[1],
+            reference_name="same ranks",
             target=TARGET,
+            higher_is_better=False,
+        ),
+        Figure(
+            key=f"{key}: against one rank",
+            value=taken_ms[0],
+            unit="ms",
+            reference=taken_ms[2],
+            reference_name="one to one",
             higher_is_better=False,
         ),
         Figure(
             key=f"{key}: bytes",
             value=ours[0].payload_bytes,
             unit="B",
-            reference=theirs[0].payload_bytes,
-            reference_name="one to one",
+            reference=same_ranks[0].payload_bytes,
+            reference_name="same ranks",
         ),
         Figure(
             key=f"{key}: slices",
-            value=ours[0].num_slices,
+            value=statistics.median(one.num_slices for one in ours),
             unit="messages",
-            reference=theirs[0].num_slices,
-            reference_name="one to one",
+            reference=statistics.median(one.num_slices for one in same_ranks),
+            reference_name="same ranks",
         ),
     ]
 

@@ -1,6 +1,6 @@
 """One rank of `benchmarks.reshard`: a process that sends its part of KV streams, or receives and places it.
 
-    python -m benchmarks.reshard_peer PLANE RANK CORE
+    python -m benchmarks.reshard_peer PLANE CORE
 
 It follows lines of JSON on standard input, each answered with one on standard output.
 """
@@ -30,16 +30,21 @@ from transport.planes import Link, Plane, create_plane
 CPU = torch.device("cpu")
 TIMEOUT_S = 60.0
 CHUNK_TOKENS = 1024
-# KV and pools stay for streams that take turns: one-to-one and one pair of meshes.
-MAX_KEPT = 2
 
 
 class Expect(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
-    """A stream may come to this rank of a decode side."""
+    """A stream may come to this rank of a decode side.
+
+    Attributes:
+        rank: which rank of the layout this process is.
+        part: which of the streams that come here at a time it is; each has a pool of its own.
+    """
 
     stream_id: int
     num_tokens: int
     layout: KvLayout
+    rank: int
+    part: int = 0
 
 
 class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
@@ -49,14 +54,30 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
-    """Connect to the destination's ranks and have this rank's KV at hand."""
+    """Connect to the destination's ranks and have this rank's KV at hand: one more stream to send at the next Go.
+
+    Attributes:
+        rank: which rank of the layout this process is.
+        part: which of the streams that it sends at a time this is; each has KV of its own.
+        chunk_tokens: tokens of a prefill step.
+    """
 
     layout: KvLayout
     destination: KvDestination
+    rank: int
+    chunk_tokens: int = CHUNK_TOKENS
+    part: int = 0
 
 
 class Go(msgspec.Struct, frozen=True, kw_only=True, tag="go"):
-    """Send what was prepared; answered once it is acknowledged."""
+    """Send what was prepared; answered once all of it is acknowledged."""
+
+
+class Clear(msgspec.Struct, frozen=True, kw_only=True, tag="clear"):
+    """Let go of KV and pools, which stay for streams of the same shape."""
+
+
+Request = Expect | Forget | Prepare | Go | Clear
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,17 +113,16 @@ class CountingReceiver(KvStreamReceiver):
 class Receiving:
     """What a decode rank has, without a model."""
 
-    def __init__(self, plane_name: str, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, plane_name: str) -> None:
         self._receiver = CountingReceiver()
         self._plane: Plane = create_plane(plane_name, self._receiver)
         self._error = ""
         self._kernels: dict[str, Kernels] = {}
-        self._pools: dict[tuple[KvLayout, int], PagedKv] = {}
+        self._pools: dict[tuple[KvLayout, int, int, int], PagedKv] = {}
 
     def expect(self, request: Expect) -> Answer:
         """Open a stream into blocks that lie scattered over the pool."""
-        layout, pool = request.layout, self._pool(request.layout, request.num_tokens)
+        layout, pool = request.layout, self._pool(request)
         blocks = list(range(pool.num_blocks))
         random.Random(request.stream_id).shuffle(blocks)
         if layout.dtype not in self._kernels:
@@ -118,16 +138,15 @@ class Receiving:
                 num_tokens=request.num_tokens,
             ),
             span=layout.block_size * layout.cp,
-            head_start=layout.heads_of(self._rank % layout.tp).start,
+            head_start=layout.heads_of(request.rank % layout.tp).start,
             alive_every_s=3.0,
             emit=self._hear,
         )
-        self._receiver.num_slices = 0
         self._receiver.open(
             request.stream_id,
             1,
             layout=layout,
-            rank=self._rank,
+            rank=request.rank,
             num_cached_tokens=0,
             num_tokens=request.num_tokens,
             sink=sink,
@@ -136,7 +155,11 @@ class Receiving:
 
     def forget(self, request: Forget) -> Answer:
         self._receiver.close(request.stream_id)
-        return Answer(num_slices=self._receiver.num_slices, error=self._error)
+        num_slices, self._receiver.num_slices = self._receiver.num_slices, 0
+        return Answer(num_slices=num_slices, error=self._error)
+
+    def clear(self) -> None:
+        self._pools.clear()
 
     def close(self) -> None:
         self._plane.close()
@@ -145,16 +168,15 @@ class Receiving:
         if isinstance(event, StreamFailed):
             self._error = event.error.message
 
-    def _pool(self, layout: KvLayout, num_tokens: int) -> PagedKv:
-        key = layout, num_tokens
+    def _pool(self, request: Expect) -> PagedKv:
+        layout, num_tokens = request.layout, request.num_tokens
+        key = layout, num_tokens, request.rank, request.part
         if key not in self._pools:
-            if len(self._pools) == MAX_KEPT:
-                self._pools.clear()
             self._pools[key] = PagedKv(
                 num_layers=layout.num_layers,
                 num_blocks=-(-num_tokens // (layout.block_size * layout.cp)),
                 block_size=layout.block_size,
-                num_kv_heads=len(layout.heads_of(self._rank % layout.tp)),
+                num_kv_heads=len(layout.heads_of(request.rank % layout.tp)),
                 head_dim=layout.head_dim,
                 dtype=DTYPES[layout.dtype],
                 device=CPU,
@@ -162,59 +184,70 @@ class Receiving:
         return self._pools[key]
 
 
+# A chunk of tokens and this rank's KV of it, `[L, 2, T, K, D]`.
+Chunks = list[tuple[range, torch.Tensor]]
+
+
 class Sending:
     """What a prefill rank has, without a model: its part of a prompt's KV, every layer in its own memory."""
 
-    def __init__(self, plane_name: str, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, plane_name: str) -> None:
         self._source = KvStreamSource(planes=(plane_name,), configured=plane_name)
-        self._kept: dict[tuple[KvLayout, int], list[tuple[range, torch.Tensor]]] = {}
-        self._next: tuple[KvStreamSender, KvLayout, list[tuple[range, torch.Tensor]]] | None = None
+        self._kept: dict[tuple[KvLayout, int, int, int], Chunks] = {}
+        self._next: list[tuple[KvStreamSender, Prepare, Chunks]] = []
 
     def prepare(self, request: Prepare) -> Answer:
-        layout, num_tokens = request.layout, request.destination.num_tokens
-        key = layout, num_tokens
+        layout, num_tokens, step = request.layout, request.destination.num_tokens, request.chunk_tokens
+        key = layout, num_tokens, request.rank, request.part
         if key not in self._kept:
-            if len(self._kept) == MAX_KEPT:
-                self._kept.clear()
             self._kept[key] = [
-                (chunk, self._make_kv(layout, chunk))
-                for start in range(0, num_tokens, CHUNK_TOKENS)
-                for chunk in (range(start, min(start + CHUNK_TOKENS, num_tokens)),)
+                (chunk, make_kv(layout, request.rank, chunk))
+                for start in range(0, num_tokens, step)
+                for chunk in (range(start, min(start + step, num_tokens)),)
             ]
-        sender = self._source.open(request.destination, source_layout=layout, source_rank=self._rank)
-        self._next = sender, layout, self._kept[key]
+        sender = self._source.open(request.destination, source_layout=layout, source_rank=request.rank)
+        self._next.append((sender, request, self._kept[key]))
         return Answer()
 
     def go(self) -> Answer:
-        """Layer by layer, chunk by chunk, as prefill does."""
-        assert self._next is not None
-        sender, layout, chunks = self._next
-        head_start = layout.heads_of(self._rank % layout.tp).start
+        """Chunk by chunk, layer by layer, as prefill does; several streams advance together."""
+        streams, self._next = self._next, []
+        num_layers = streams[0][1].layout.num_layers
         began_s = time.monotonic()
-        for chunk, kv_L2TKD in chunks:
-            for layer in range(layout.num_layers):
-                k_TKD, v_TKD = kv_L2TKD[layer].unbind(0)
-                sender.send_layer(layer, head_start, chunk.start, k_TKD, v_TKD, chunk=chunk)
-        sender.commit(token_id=0)
-        stats = sender.wait_ack(TIMEOUT_S)
-        return Answer(began_s=began_s, ended_s=time.monotonic(), payload_bytes=stats.payload_bytes)
+        for index in range(max(len(chunks) for _, _, chunks in streams)):
+            for layer in range(num_layers):
+                for sender, request, chunks in streams:
+                    if index < len(chunks):
+                        chunk, kv_L2TKD = chunks[index]
+                        head_start = request.layout.heads_of(request.rank % request.layout.tp).start
+                        k_TKD, v_TKD = kv_L2TKD[layer].unbind(0)
+                        sender.send_layer(layer, head_start, chunk.start, k_TKD, v_TKD, chunk=chunk)
+        for sender, _, _ in streams:
+            sender.commit(token_id=0)
+        stats = [sender.wait_ack(TIMEOUT_S) for sender, _, _ in streams]
+        payload_bytes = sum(one.payload_bytes for one in stats)
+        return Answer(began_s=began_s, ended_s=time.monotonic(), payload_bytes=payload_bytes)
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def close(self) -> None:
         self._source.close()
 
-    def _make_kv(self, layout: KvLayout, chunk: range) -> torch.Tensor:
-        held = sum(map(len, tokens_of(layout, self._rank // layout.tp, chunk)))
-        num_heads = len(layout.heads_of(self._rank % layout.tp))
-        return torch.randn(layout.num_layers, 2, held, num_heads, layout.head_dim).to(DTYPES[layout.dtype])
+
+def make_kv(layout: KvLayout, rank: int, chunk: range) -> torch.Tensor:
+    """Random K and V of what a rank has of a chunk, all layers: `[L, 2, T, K, D]`."""
+    held = sum(map(len, tokens_of(layout, rank // layout.tp, chunk)))
+    num_heads = len(layout.heads_of(rank % layout.tp))
+    return torch.randn(layout.num_layers, 2, held, num_heads, layout.head_dim).to(DTYPES[layout.dtype])
 
 
-def serve(plane_name: str, rank: int, core: int) -> None:
+def serve(plane_name: str, core: int) -> None:
     """Answer requests until standard input ends."""
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {core})
-    receiving, sending = Receiving(plane_name, rank), Sending(plane_name, rank)
-    requests = msgspec.json.Decoder(Expect | Forget | Prepare | Go)
+    receiving, sending = Receiving(plane_name), Sending(plane_name)
+    requests = msgspec.json.Decoder(Request)
     for line in sys.stdin.buffer:
         match requests.decode(line):
             case Expect() as request:
@@ -225,6 +258,10 @@ def serve(plane_name: str, rank: int, core: int) -> None:
                 answer = sending.prepare(request)
             case Go():
                 answer = sending.go()
+            case Clear():
+                receiving.clear()
+                sending.clear()
+                answer = Answer()
         sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
         sys.stdout.buffer.flush()
     sending.close()
@@ -232,5 +269,5 @@ def serve(plane_name: str, rank: int, core: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], int(sys.argv[2]))
     os._exit(0)

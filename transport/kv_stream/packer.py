@@ -1,7 +1,8 @@
 """Cuts and packs layers' KV for one destination rank into slices of a good size.
 
 Large pieces are cut along their tokens; small ones of consecutive layers share a slice, because every message
-costs both ends the same however short it is.
+costs both ends the same however short it is. A slice leaves once it is a small part of the stream: what still waits
+when prefill ends is all that prefill does not hide.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch
 from transport.kv_stream.staging import Staging
 
 SLICE_BYTES = 2 << 20
-COALESCE_BYTES = 256 << 10
+# Layers share a slice up to a share of what goes to the destination, within these bounds.
+COALESCE_SHARE = 1 / 16
+MIN_COALESCE_BYTES = 256 << 10
+MAX_COALESCE_BYTES = 1 << 20
 # Keeps a slice's header far below the plane's limit.
 MAX_RUNS = 256
 
@@ -117,6 +121,7 @@ class Packer:
         take: gives a staging buffer of at least so many bytes; may wait, may raise.
         give: takes back a buffer that was not sent.
         send: takes a packed slice.
+        coalesce_bytes: up to what size layers share a slice that is begun now.
     """
 
     def __init__(
@@ -124,10 +129,13 @@ class Packer:
         take: Callable[[int], Staging],
         give: Callable[[Staging], None],
         send: Callable[[PackedSlice], None],
+        coalesce_bytes: Callable[[], int],
     ) -> None:
         self._take = take
         self._give = give
         self._send = send
+        self._coalesce_bytes = coalesce_bytes
+        self._full_bytes = 0
         self._open: PackedSlice | None = None
 
     def add(self, layer: int, head_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cuts: list[Cut]) -> None:
@@ -138,9 +146,11 @@ class Packer:
             num_bytes = row_bytes * cut.num_rows
             if self._open is None or not self._open.takes(layer, head_start, num_heads, cut, num_bytes):
                 self.flush()
-                self._open = PackedSlice(layer, head_start, num_heads, cut, self._take(max(num_bytes, COALESCE_BYTES)))
+                self._full_bytes = self._coalesce_bytes()
+                staging = self._take(max(num_bytes, self._full_bytes))
+                self._open = PackedSlice(layer, head_start, num_heads, cut, staging)
             self._open.append(k_TKD, v_TKD, num_bytes)
-            if self._open.num_bytes >= COALESCE_BYTES:
+            if self._open.num_bytes >= self._full_bytes:
                 self.flush()
 
     def flush(self) -> None:

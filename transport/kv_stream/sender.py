@@ -19,7 +19,15 @@ from anabranch.protocol.requests import TokenLogprob, WireError
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.incoming import DTYPES
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, encode
-from transport.kv_stream.packer import Cut, PackedSlice, Packer, RowMap
+from transport.kv_stream.packer import (
+    COALESCE_SHARE,
+    MAX_COALESCE_BYTES,
+    MIN_COALESCE_BYTES,
+    Cut,
+    PackedSlice,
+    Packer,
+    RowMap,
+)
 from transport.kv_stream.staging import Staging, StagingPool
 from transport.planes.base import Link
 
@@ -84,7 +92,8 @@ class KvStreamSender:
         self._plan: list[list[Piece]] = []
         self._targets = [_Target(link) for link in links]
         for target in self._targets:
-            target.packer = Packer(self._take, self._give, functools.partial(self._post, target))
+            send = functools.partial(self._post, target)
+            target.packer = Packer(self._take, self._give, send, self._coalesce_bytes)
 
     @property
     def links(self) -> list[Link]:
@@ -249,6 +258,19 @@ class KvStreamSender:
             else:
                 pieces.append((copy.heads, [(start, stop - start)]))
         return asked
+
+    def _coalesce_bytes(self) -> int:
+        """Up to what size layers share a slice that is begun now."""
+        source, to = self._source_layout, self.destination.layout
+        stream_bytes = (self.destination.num_tokens - self.destination.num_cached_tokens) * to.token_bytes
+        # Pairs of ranks between which something goes.
+        num_pairs = max(source.tp, to.tp) * source.cp * to.cp
+        wanted_bytes = min(MAX_COALESCE_BYTES, int(COALESCE_SHARE * stream_bytes / num_pairs))
+        # Nobody gives back the buffer of a slice that waits for more layers, so all of these together must leave
+        # room for what is on its way: of all streams of this rank, and of this one.
+        if self._pool.used_bytes > self._pool.max_bytes // 2:
+            wanted_bytes = 0
+        return min(max(MIN_COALESCE_BYTES, wanted_bytes), self._max_in_flight_bytes // (4 * len(self._targets)))
 
     def _take(self, num_bytes: int) -> Staging:
         """A staging buffer, once the stream's share of bytes in flight allows it."""

@@ -403,7 +403,8 @@ def test_a_client_sees_a_corrupt_stream_by_name(serve, still_serves, monkeypatch
         return checksum(data) ^ (count - 1 == victim)
 
     # Small slices, so that there are several.
-    monkeypatch.setattr(transport.kv_stream.packer, "COALESCE_BYTES", 1)
+    for key in ("MIN_COALESCE_BYTES", "MAX_COALESCE_BYTES"):
+        monkeypatch.setattr(transport.kv_stream.sender, key, 1)
     monkeypatch.setattr(transport.kv_stream.sender, "checksum", flip)
     with pytest.raises(ServerFailed, match=f"slice {victim} of source rank 0: .* expected") as caught:
         client.complete(PROMPT, Sampling(max_tokens=4))
