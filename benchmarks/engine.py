@@ -3,6 +3,10 @@
 Both compute SmolLM2-135M in bfloat16 on the same threads, in turn. The engine goes through its scheduler, step
 plans and sampler; transformers through its forward pass with its default attention and cache. The bound of
 decode at batch 1 is the weights read once per token at the memory bandwidth measured here.
+
+`--vllm DIR` and `--llama-cpp DIR` name virtual environments of peers, which decode the same prompts in turn, each
+in a process of its own. llama.cpp reads the GGUF file of `--llama-cpp-gguf`, which should hold the same model in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -23,14 +28,16 @@ from anabranch.model.sources import resolve_model
 from anabranch.protocol.requests import Request
 from anabranch.sampling.params import SamplingParams
 from anabranch.sampling.stop import StopChecker
+from benchmarks.peer_process import PeerError, PeerProcess
 from benchmarks.report import Figure, option_parser, parse_options, report
 from decode.scheduler import DecodeScheduler
 
 PROMPT_LENGTHS = (512, 2048)
-BATCHES = (1, 16, 32)
+BATCHES = (1, 16, 32, 64)
 DECODE_CONTEXT = 128
 PREFILL_TARGET = 1.2
-DECODE_TARGET = 2.0
+DECODE_TARGET = 2.5
+BOUND_TARGET = 0.7
 
 
 def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
@@ -105,11 +112,66 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
+def decode_figures(
+    engine: Engine,
+    peer: Peer,
+    others: dict[str, PeerProcess],
+    size: int,
+    prompts: Callable[[int, int], list[list[int]]],
+    *,
+    quick: bool,
+) -> list[Figure]:
+    """Tokens per second at one batch size against every peer, in turn; the first round warms up."""
+    steps = 12 if quick else 48
+    taken: dict[str, list[float]] = {}
+    for turn in range(2 if quick else 4):
+        batch = prompts(size, DECODE_CONTEXT)
+        round_s = {
+            "": run_engine(engine, batch, steps)[1],
+            "transformers": peer.run(batch, steps)[1],
+            **{name: other.run(batch, steps) for name, other in others.items()},
+        }
+        if turn:
+            for name, steps_s in round_s.items():
+                taken.setdefault(name, []).append(statistics.median(steps_s))
+    rates = {name: size / statistics.median(rounds_s) for name, rounds_s in taken.items()}
+    value = rates.pop("")
+    figures = [
+        Figure(
+            key=f"decode_batch_{size}" + ("" if name == "transformers" else f", {name}"),
+            value=value,
+            unit="tok/s",
+            reference=rate,
+            reference_name=name,
+            target=DECODE_TARGET if name == "transformers" else None,
+        )
+        for name, rate in rates.items()
+    ]
+    if size == 1:
+        weight_bytes = 2 * sum(parameter.numel() for parameter in peer.model.parameters())
+        figures.append(
+            Figure(
+                key="decode_batch_1_of_bound",
+                value=value,
+                unit="tok/s",
+                reference=read_bandwidth() / weight_bytes,
+                reference_name="weights / bandwidth",
+                target=BOUND_TARGET,
+            )
+        )
+    return figures
+
+
 def main() -> int:
     parser = option_parser("engine", __doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vllm", type=Path, metavar="DIR", help="virtual environment with vLLM, to compare with")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="virtual environment with llama-cpp-python")
+    parser.add_argument("--llama-cpp-gguf", type=Path, metavar="FILE", help="the model in bfloat16 for --llama-cpp")
     parsed = parser.parse_args()
+    if parsed.llama_cpp and not parsed.llama_cpp_gguf:
+        parser.error("--llama-cpp needs --llama-cpp-gguf FILE")
     options = parse_options("engine", __doc__, parser)
     torch.set_num_threads(parsed.threads)
     config = WorkerConfig(
@@ -149,34 +211,29 @@ def main() -> int:
                 target=PREFILL_TARGET,
             )
         )
-    weight_bytes = 2 * sum(parameter.numel() for parameter in peer.model.parameters())
-    for size in BATCHES:
-        ours, theirs = [], []
-        for _ in range(1 if options.quick else 3):
-            batch = prompts(size, DECODE_CONTEXT)
-            steps = 24 if options.quick else 48
-            ours.append(statistics.median(run_engine(engine, batch, steps)[1]))
-            theirs.append(statistics.median(peer.run(batch, steps)[1]))
-        figures.append(
-            Figure(
-                key=f"decode_batch_{size}",
-                value=size / statistics.median(ours),
-                unit="tok/s",
-                reference=size / statistics.median(theirs),
-                reference_name="transformers",
-                target=DECODE_TARGET,
-            )
-        )
-        if size == 1:
-            figures.append(
-                Figure(
-                    key="decode_batch_1_of_bound",
-                    value=1 / statistics.median(ours),
-                    unit="tok/s",
-                    reference=read_bandwidth() / weight_bytes,
-                    reference_name="weights / bandwidth",
+    others: dict[str, PeerProcess] = {}
+    try:
+        for name, option, script, folder, model in (
+            ("vLLM", "--vllm", "run_vllm.py", parsed.vllm, resolve_model(parsed.model).path),
+            ("llama.cpp", "--llama-cpp", "run_llama_cpp.py", parsed.llama_cpp, parsed.llama_cpp_gguf),
+        ):
+            if folder is not None:
+                others[name] = PeerProcess(
+                    option,
+                    script,
+                    folder,
+                    model=str(model),
+                    threads=parsed.threads,
+                    max_batch=max(BATCHES),
+                    num_tokens=max(BATCHES) * (DECODE_CONTEXT + 64),
                 )
-            )
+        for size in BATCHES:
+            figures += decode_figures(engine, peer, others, size, prompts, quick=options.quick)
+    except PeerError as error:
+        parser.error(str(error))
+    finally:
+        for other in others.values():
+            other.close()
     return report("engine", figures, options.json)
 
 

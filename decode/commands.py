@@ -34,6 +34,24 @@ class Step(Command, frozen=True, kw_only=True, tag="step"):
     plan: StepPlan
 
 
+class Offload(Command, frozen=True, kw_only=True, tag="offload"):
+    """Copy blocks of the pool to host memory: `(pool block, host block)`.
+
+    Later commands may write to the pool blocks. Not answered.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+
+class Restore(Command, frozen=True, kw_only=True, tag="restore"):
+    """Copy blocks from host memory into the pool: `(host block, pool block)`.
+
+    Later commands find the KV there, and may write to the host blocks. Not answered.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="e"):
     """Base: news of one rank's part of a stream."""
 
@@ -41,9 +59,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="e"):
 
 
 class RankListens(Event, frozen=True, kw_only=True, tag="listens"):
-    """Sent once, before all else, with stream 0: where the rank's tensor planes are to be reached."""
+    """Sent once, before all else, with stream 0: where the rank's tensor planes are to be reached.
+
+    Attributes:
+        copy_bytes_per_s: of blocks between pool and host memory; 0 where the rank has no host blocks.
+    """
 
     addresses: dict[str, str]
+    copy_bytes_per_s: float = 0.0
 
 
 class StreamOpened(Event, frozen=True, kw_only=True, tag="opened"):
@@ -67,5 +90,5 @@ class StreamFailed(Event, frozen=True, kw_only=True, tag="failed"):
     error: WireError
 
 
-DecodeCommand = OpenStream | CloseStream | Step
+DecodeCommand = OpenStream | CloseStream | Step | Offload | Restore
 DecodeEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed

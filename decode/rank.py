@@ -1,4 +1,4 @@
-"""One rank of a decode worker: receives its part of KV caches and computes its part of each step.
+"""One rank of a decode worker: receives its part of KV caches, keeps it, and computes its part of each step.
 
 `python -m decode.rank` is the process of a rank other than the first, which lives in the worker's own.
 """
@@ -13,7 +13,17 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.plan import StepPlan
-from decode.commands import CloseStream, DecodeCommand, DecodeEvent, OpenStream, RankListens, Step, StreamOpened
+from decode.commands import (
+    CloseStream,
+    DecodeCommand,
+    DecodeEvent,
+    Offload,
+    OpenStream,
+    RankListens,
+    Restore,
+    Step,
+    StreamOpened,
+)
 from decode.importer import KvImport
 from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
@@ -39,7 +49,8 @@ class DecodeRank:
             for name in names:
                 self._planes[name] = create_plane(name, self._receiver, listen_host=config.listen_host)
         addresses = {name: plane.address for name, plane in self._planes.items()}
-        emit(RankListens(stream_id=0, addresses=addresses))
+        copy_bytes_per_s = 0.0 if engine.host is None else engine.host.measure()
+        emit(RankListens(stream_id=0, addresses=addresses, copy_bytes_per_s=copy_bytes_per_s))
 
     def handle(self, command: DecodeCommand) -> None:
         """Obey a command; see its docstring."""
@@ -50,6 +61,12 @@ class DecodeRank:
                 self._receiver.close(stream_id)
             case Step(plan=plan):
                 self.step(plan)
+            case Offload(pairs=pairs):
+                assert self.engine.host is not None
+                self.engine.host.store(pairs)
+            case Restore(pairs=pairs):
+                assert self.engine.host is not None
+                self.engine.host.load(pairs)
 
     def step(self, plan: StepPlan) -> PendingResult:
         """Compute a step; see `Rank.step`."""

@@ -43,14 +43,19 @@ class DecodeRanks(Ranks[DecodeCommand, DecodeEvent]):
             on_failure=on_failure,
         )
         self._pass_on = heard
-        self._listening: dict[int, dict[str, str]] = {}
+        self._listening: dict[int, RankListens] = {}
         self._opened = Quorum[StreamOpened](self.size)
         self._committed = Quorum[StreamCommitted](self.size)
 
     @property
     def addresses(self) -> tuple[dict[str, str], ...]:
         """For each rank, plane name -> address; complete once `start` has returned."""
-        return tuple(self._listening[rank] for rank in sorted(self._listening))
+        return tuple(self._listening[rank].addresses for rank in sorted(self._listening))
+
+    @property
+    def copy_bytes_per_s(self) -> float:
+        """How fast the slowest rank copies blocks between pool and host memory; complete once `start` has returned."""
+        return min(listening.copy_bytes_per_s for listening in self._listening.values())
 
     def send(self, command: DecodeCommand) -> None:
         if isinstance(command, OpenStream):
@@ -74,6 +79,6 @@ class DecodeRanks(Ranks[DecodeCommand, DecodeEvent]):
     def _note(self, rank: int, event: DecodeEvent) -> None:
         # A rank says where it listens before it says that it is ready, on the same socket.
         if isinstance(event, RankListens):
-            self._listening[rank] = event.addresses
+            self._listening[rank] = event
         else:
             self._pass_on(rank, event)

@@ -57,10 +57,14 @@ class Reservations:
         else:
             self.waiting.append(sequence)
 
-    def admit(self) -> list[Reservation]:
-        """Lease blocks to the head of the queue, and the next, for as long as they fit."""
+    def admit(self, num_places: int) -> list[Reservation]:
+        """Lease blocks to the head of the queue, and the next, for as long as they fit.
+
+        Args:
+            num_places: most leases that may be open, these included.
+        """
         admitted = []
-        while self.waiting:
+        while self.waiting and len(self._open) < num_places:
             sequence = self.waiting[0]
             if not self.cache.can_admit(sequence.tokens, sequence.num_tokens + 1):
                 break

@@ -2,9 +2,15 @@
 
 imported (KV came from a prefill worker) --+
                                            +--> running --> finished
-prompt (colocated) --> chunks -------------+       |
-        ^                                          v blocks ran out
-        +--- computed again (colocated) --- preempted ---> back to the orchestrator (split)
+prompt (colocated) --> chunks -------------+     |  ^
+        ^                                        |  +--- blocks are free again --- parked (KV in host memory)
+        |                        blocks ran out  v                                    ^
+        +--- computed again (colocated) --- preempted --------------------------------+
+                                                 +---> back to the orchestrator (split)
+
+First come, first served: the youngest gives way, the oldest that was parked comes back first, and nobody new is let
+in before it. At most `max_running` run, compute their prompts, are parked or hold a lease at a time, and no more than
+a step has tokens: so every running sequence has its place in every step.
 
 One step is scheduled ahead: while a step is in flight, the next one is planned, and goes on with tokens that are not
 known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
@@ -17,7 +23,9 @@ known here yet (`SequencePlan.follows`). It is not where that would be wrong or 
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anabranch.cache.kv_manager import KvCacheManager
@@ -26,11 +34,12 @@ from anabranch.engine.prompts import PromptQueue
 from anabranch.engine.sequence import Sequence
 from anabranch.protocol.requests import EndReason
 from anabranch.sampling.stop import StopChecker
+from decode.parking import Parking
 
 
 def _age(sequence: Sequence) -> tuple[float, str]:
-    """Sorts oldest first, without ties: a sequence is never preempted for a younger one."""
-    return (sequence.arrival_s, sequence.request.request_id)
+    """A sequence is never preempted for a younger one."""
+    return sequence.age
 
 
 @dataclass(kw_only=True)
@@ -73,10 +82,16 @@ class DecodeScheduler:
     Args:
         stop: says when a sequence is over.
         computes_prompts: a colocated worker computes prompts, and preempted sequences again, itself;
-            otherwise preempted sequences end here as `preempted`.
-        max_running: most sequences in one step.
+            otherwise preempted sequences that are not parked end here as `preempted`.
+        max_running: most sequences that hold blocks or are parked; never more than a step has tokens.
         max_step_tokens: most new tokens in one step.
+        parking: where sequences that give way are kept with their KV; None: nowhere.
         ahead: plan a step while one is in flight.
+        clock: gives seconds; only differences matter.
+
+    Attributes:
+        num_preempted: sequences that gave way since the start.
+        num_parked: of these, the ones whose KV was kept.
     """
 
     def __init__(
@@ -87,20 +102,39 @@ class DecodeScheduler:
         computes_prompts: bool,
         max_running: int,
         max_step_tokens: int,
+        parking: Parking | None = None,
         ahead: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
         self.stop = stop
         self.computes_prompts = computes_prompts
-        self.max_running = max_running
+        self.max_running = min(max_running, max_step_tokens)
         self.max_step_tokens = max_step_tokens
         self.max_in_flight = 2 if ahead else 1
         self.prompts = PromptQueue(cache)
         self.running: list[Sequence] = []
+        self.parking = parking
         self.num_preempted = 0
+        self.num_parked = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._in_flight: deque[_Flight] = deque()
         self._step = 0
+        self._clock = clock
+        # When the steps that have not ended were planned, and when the last one ended.
+        self._planned_s: dict[int, float] = {}
+        self._ended_s = 0.0
+
+    @property
+    def num_places(self) -> int:
+        """How many may be let in beside those that run, compute their prompts or are parked; 0 while any is parked.
+
+        Blocks are the other limit: a block id means a block of every rank, so what is left of them on the fullest
+        rank is what is left in the one pool that is counted.
+        """
+        if self.parking:
+            return 0
+        return max(0, self.max_running - len(self.running) - len(self.prompts.computing))
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -120,6 +154,10 @@ class DecodeScheduler:
         assert sequence.table is not None
         self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
         self.running.append(sequence)
+        if self.parking is not None:
+            # What it costs to send a sequence back: it would queue, be computed and be streamed again.
+            seconds = self._clock() - sequence.arrival_s
+            self.parking.rule.cost.measured(sequence.num_tokens, max(0.0, seconds))
         outcome = StepOutcome()
         self._take(sequence, first, outcome)
         return outcome
@@ -127,6 +165,11 @@ class DecodeScheduler:
     def attempts(self) -> tuple[tuple[str, int], ...]:
         """The attempts that are here."""
         return tuple(self._sequences)
+
+    def paused(self) -> list[Sequence]:
+        """Those that have given way in the middle of their answer and go on here by themselves."""
+        parked = [] if self.parking is None else self.parking.sequences
+        return [s for s in (*parked, *self.prompts.waiting, *self.prompts.computing) if s.num_output > 0]
 
     def remove(self, key: tuple[str, int]) -> Sequence | None:
         """Forget an attempt and free its blocks; None if it is not here."""
@@ -147,6 +190,7 @@ class DecodeScheduler:
         rows: list[SequencePlan] = []
         sequences: list[Sequence] = []
         budget = self.max_step_tokens
+        num_preempted = self.num_preempted
         for sequence in sorted(self.running, key=_age):
             if len(rows) >= self.max_running or budget <= 0:
                 break
@@ -164,9 +208,15 @@ class DecodeScheduler:
             rows.append(sequence.plan(1) if place is None else sequence.follow(place))
             sequences.append(sequence)
             budget -= 1
+        # Not in the step that took blocks away: what was parked just now would come back at once, to no end.
+        if self.num_preempted == num_preempted or not rows:
+            for sequence in self._bring_back():
+                rows.append(sequence.plan(1))
+                sequences.append(sequence)
+                budget -= 1
         chunks: list[tuple[Sequence, int]] = []
         if self.computes_prompts:
-            chunks = self.prompts.next_chunks(budget, self.max_running - len(rows))
+            chunks = self.prompts.next_chunks(budget, self.max_running - len(rows), max_admitted=self.num_places)
             rows.extend(sequence.plan(num_new) for sequence, num_new in chunks)
             sequences.extend(sequence for sequence, _ in chunks)
         if not rows:
@@ -176,20 +226,24 @@ class DecodeScheduler:
         sampling = (sequence for sequence, row in zip(sequences, rows, strict=True) if row.sample is not None)
         places = {sequence: place for place, sequence in enumerate(sampling)}
         self._in_flight.append(_Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
+        self._planned_s[self._step] = self._clock()
         return plan, sent_away
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
         """Take the result of the oldest step in flight in; tokens of sequences that have left are dropped."""
         outcome = StepOutcome()
+        self._measure(plan)
         sampled = {(token.request_id, token.epoch): token for token in result.tokens}
         for sequence, planned in self._land(plan):
             if sequence in self.prompts.computing:
                 if self.prompts.computed(sequence, planned.num_new_tokens):
                     self.running.append(sequence)
-            else:
+            elif sequence.table is not None:
                 sequence.num_computed += planned.num_new_tokens
-                assert sequence.table is not None
                 self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+            elif self.parking is not None and sequence in self.parking:
+                # It was parked after this step had been planned, with what the step computed.
+                sequence.num_computed += planned.num_new_tokens
             if sequence.key in sampled:
                 self._take(sequence, sampled[sequence.key], outcome)
         return outcome
@@ -241,22 +295,56 @@ class DecodeScheduler:
 
     def _preempt(self, sequence: Sequence, sent_away: list[Sequence]) -> None:
         self.num_preempted += 1
+        if self.parking is not None and self.parking.takes(sequence):
+            self.num_parked += 1
+            self._take_out(sequence)
+            self.cache.release(self.parking.park(sequence))
+            return
         if not self.computes_prompts:
             self._drop(sequence)
             sent_away.append(sequence)
             return
-        if sequence in self.running:
-            self.running.remove(sequence)
-        self.prompts.remove(sequence)
+        self._take_out(sequence)
         self._release(sequence)
         self.prompts.put_back(sequence)
 
+    def _bring_back(self) -> list[Sequence]:
+        """Let parked sequences go on, oldest first, while their blocks and one to grow fit; those that decode."""
+        decoding: list[Sequence] = []
+        pool = self.cache.pool
+        while self.parking is not None and (sequence := self.parking.oldest) is not None:
+            # Alone it needs none to grow: a request that fills the whole pool comes back too.
+            spare = 1 if pool.num_free < pool.num_blocks else 0
+            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, spare):
+                break
+            table = self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens)
+            self.parking.bring_back(sequence, table)
+            if sequence.num_remaining > 1:
+                self.prompts.resume(sequence)
+            else:
+                self.running.append(sequence)
+                decoding.append(sequence)
+        return decoding
+
+    def _measure(self, plan: StepPlan) -> None:
+        """Note what a prompt's step took: from the end of the step before, if it was planned earlier than that."""
+        planned_s, self._ended_s = self._ended_s, self._clock()
+        planned_s = max(planned_s, self._planned_s.get(plan.step, planned_s))
+        self._planned_s = {step: at_s for step, at_s in self._planned_s.items() if step > plan.step}
+        if self.parking is not None and any(planned.num_new_tokens > 1 for planned in plan.sequences):
+            self.parking.rule.cost.measured(plan.num_tokens, max(0.0, self._ended_s - planned_s))
+
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
+        self._take_out(sequence)
+        if self.parking is not None:
+            self.parking.forget(sequence)
+        self._release(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
         if sequence in self.running:
             self.running.remove(sequence)
         self.prompts.remove(sequence)
-        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         table = sequence.let_go()

@@ -2,6 +2,8 @@
 
     Reserve -> waiting for blocks -> leased (Reserved sent; slices arrive) -> committed -> running -> Ended
     Generate (colocated) -> prompt chunks -> running -> Ended
+                                             ^     |
+                                             +-- parked: blocks ran out, the KV waits in host memory
 
 Steps are launched and their results taken in when they come; the ranks compute one while the next one is scheduled.
 
@@ -31,6 +33,7 @@ from anabranch.protocol.workers import (
     Ended,
     Generate,
     Message,
+    Paused,
     Reserve,
     Reserved,
     Tokens,
@@ -47,6 +50,8 @@ from decode.commands import (
     StreamFailed,
     StreamOpened,
 )
+from decode.parking import Parking
+from decode.preemption import PreemptionRule
 from decode.ranks import DecodeRanks
 from decode.reservations import Reservation, Reservations
 from decode.scheduler import DecodeScheduler, StepOutcome
@@ -67,6 +72,7 @@ class DecodeWorker(Worker):
         super().__init__(config)
         self.colocated = config.role == "colocated"
         self.ranks = DecodeRanks(config, self._on_stream, self.fail)
+        self._paused: set[tuple[str, int, int]] = set()
         self._in_flight: deque[Launched] = deque()
         # A step has failed, and those that were launched behind it are not over.
         self._recovering = False
@@ -81,6 +87,7 @@ class DecodeWorker(Worker):
             computes_prompts=self.colocated,
             max_running=self.config.max_running,
             max_step_tokens=self.config.max_step_tokens,
+            parking=self._parking(),
         )
         self.leases = LeaseBook(clock=time.monotonic)
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)
@@ -101,6 +108,7 @@ class DecodeWorker(Worker):
                 raise unexpected(message, self.config.role)
 
     def stats(self) -> WorkerStats:
+        parking = self.scheduler.parking
         return WorkerStats(
             num_free_blocks=self.engine.cache.pool.num_free,
             num_total_blocks=self.engine.kv.num_blocks,
@@ -108,6 +116,9 @@ class DecodeWorker(Worker):
             num_waiting=len(self.scheduler.prompts.waiting) + len(self.reservations.waiting),
             num_leases=self.reservations.num_leases,
             queued_tokens=self.scheduler.prompts.queued_tokens,
+            num_parked=0 if parking is None else len(parking),
+            num_free_host_blocks=0 if parking is None else parking.pool.num_free,
+            num_total_host_blocks=0 if parking is None else parking.pool.num_blocks,
         )
 
     def is_idle(self) -> bool:
@@ -116,6 +127,8 @@ class DecodeWorker(Worker):
     def tick(self) -> None:
         if self.reservations.num_leases:
             self.submit(self._expire)
+        if len(self.scheduler):
+            self.submit(self._say_paused)
 
     def close(self) -> None:
         self.stop_engine()
@@ -152,7 +165,7 @@ class DecodeWorker(Worker):
 
     def _step(self) -> bool:
         landed = self._take_in()
-        for reservation in self.reservations.admit():
+        for reservation in self.reservations.admit(self.scheduler.num_places):
             self._open_stream(reservation)
         return self._launch() or landed
 
@@ -187,6 +200,15 @@ class DecodeWorker(Worker):
         # Its end wakes the engine.
         launched.future.add_done_callback(lambda _: self.submit(_wake))
         return True
+
+    def _parking(self) -> Parking | None:
+        host = self.engine.host
+        if host is None:
+            return None
+        rule = PreemptionRule(
+            self.config.preemption, block_bytes=host.block_bytes, copy_bytes_per_s=self.ranks.copy_bytes_per_s
+        )
+        return Parking(num_blocks=host.num_blocks, rule=rule, send=self.ranks.send)
 
     def _open_stream(self, reservation: Reservation) -> None:
         sequence, lease = reservation.sequence, reservation.lease
@@ -269,6 +291,13 @@ class DecodeWorker(Worker):
                 f"lease_s: no KV arrived for {self.config.lease_s} s; the reservation was given up"
             )
             self._abort(lease.stream_id, "failed", error)
+
+    def _say_paused(self) -> None:
+        """Tell of those that wait in the middle of their answer, once for each token that they wait for."""
+        waits = {(*sequence.key, sequence.num_output) for sequence in self.scheduler.paused()}
+        for request_id, epoch, _ in waits - self._paused:
+            self.post(Paused(request_id=request_id, epoch=epoch))
+        self._paused = waits
 
     def _publish(self, outcome: StepOutcome) -> None:
         if outcome.tokens:

@@ -28,5 +28,7 @@ def check_fit(topology: Topology, source: ModelSource) -> None:
             check_worker(worker, model)
         except ConfigError as error:
             key = error.key if error.key == "device" else f"pools.{worker.role}.{error.key}"
-            raise ConfigError(key.replace("kv_cache_bytes", "kv_cache"), error.value, error.remedy) from None
+            for name in ("kv_cache", "offload"):
+                key = key.replace(f"{name}_bytes", name)
+            raise ConfigError(key, error.value, error.remedy) from None
     check_memory(workers, model)

@@ -12,6 +12,7 @@ import msgspec
 from anabranch.errors import ContextExceeded, InvalidRequest
 from anabranch.sampling.params import SamplingParams
 from anabranch_client.v1 import anabranch_pb2 as pb
+from orchestrator.context_limit import ContextLimit
 from orchestrator.served_model import ServedModel
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -47,19 +48,16 @@ def sampling_of(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
     return sampling
 
 
-def fitted(sampling: SamplingParams, num_prompt_tokens: int, max_context: int) -> SamplingParams:
+def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit) -> SamplingParams:
     """Sampling with `max_tokens` and, unless greedy, `seed` set. Raises ContextExceeded with the numbers."""
-    room = max_context - num_prompt_tokens
+    room = limit.num_tokens - num_prompt_tokens
     if room < 1:
-        raise ContextExceeded(
-            f"has {num_prompt_tokens} tokens; the context holds {max_context}, and the answer needs at least 1",
-            "prompt",
-        )
+        raise _too_long(num_prompt_tokens, limit)
     max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
     if max_tokens > room:
         raise ContextExceeded(
-            f"is {max_tokens}; with a prompt of {num_prompt_tokens} tokens the context of {max_context} "
-            f"has room for {room}",
+            f"is {max_tokens}; with a prompt of {num_prompt_tokens} tokens the context of {limit.num_tokens} "
+            f"has room for {room}{limit.remedy}",
             "max_tokens",
         )
     seed = sampling.seed
@@ -68,15 +66,13 @@ def fitted(sampling: SamplingParams, num_prompt_tokens: int, max_context: int) -
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
 
 
-def checked_ids(ids: Sequence[int], vocab_size: int, max_context: int) -> tuple[int, ...]:
+def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tuple[int, ...]:
     """A prompt of token ids. Raises InvalidRequest, ContextExceeded."""
     if not ids:
         raise InvalidRequest("is empty", "token_ids")
     # Before looking at each, so that a huge list is not walked on the event loop.
-    if len(ids) >= max_context:
-        raise ContextExceeded(
-            f"has {len(ids)} tokens; the context holds {max_context}, and the answer needs at least 1", "prompt"
-        )
+    if len(ids) >= limit.num_tokens:
+        raise _too_long(len(ids), limit)
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -113,3 +109,10 @@ def encode(model: ServedModel, prompt: str | Messages) -> list[int]:
     if not model.has_chat_template:
         raise InvalidRequest(f"the model {model.name} has no chat template; send text or token_ids", "chat")
     return model.encode_chat(prompt)
+
+
+def _too_long(num_tokens: int, limit: ContextLimit) -> ContextExceeded:
+    return ContextExceeded(
+        f"has {num_tokens} tokens; the context holds {limit.num_tokens}, and the answer needs at least 1{limit.remedy}",
+        "prompt",
+    )

@@ -9,7 +9,7 @@ from collections import deque
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, InvalidRequest, Overloaded
 from anabranch.protocol.requests import Request, Token
-from anabranch.protocol.workers import Ended, PrefillEnded, Reserved, Tokens, ToWorker
+from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens, ToWorker
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Member, Membership
 from orchestrator.router import Router, total_tokens
@@ -151,7 +151,7 @@ class Dispatcher:
 
     # What workers say -------------------------------------------------------------------------------------
 
-    def deliver(self, member: Member, message: Reserved | Tokens | PrefillEnded | Ended) -> None:
+    def deliver(self, member: Member, message: Reserved | Tokens | Paused | PrefillEnded | Ended) -> None:
         """Hand a worker's message to the requests that it is about; unknown ones have ended and are dropped."""
         if not isinstance(message, Tokens):
             lifecycle = self._requests.get(message.request_id)

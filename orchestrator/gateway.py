@@ -23,6 +23,7 @@ from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import Messages, checked_ids, encode, fitted, request_id_of, sampling_of, text_or_messages
 from orchestrator.answer import Finished
 from orchestrator.calls import abort, answered
+from orchestrator.context_limit import ContextLimit
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.events import accepted_event, answer_event, model_message
 from orchestrator.lifecycle import Lifecycle
@@ -120,11 +121,11 @@ class Gateway:
         prompt = text_or_messages(message)
         self._dispatcher.check_room(self.num_encoding)
         if prompt is None:
-            prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.max_context())
+            prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
         else:
             prompt_ids = await self._encode(prompt)
             self._check_open()
-        sampling = fitted(sampling, len(prompt_ids), self.max_context())
+        sampling = fitted(sampling, len(prompt_ids), self.context_limit())
         request = Request(request_id=request_id, epoch=0, prompt_ids=prompt_ids, sampling=sampling)
         return self._dispatcher.submit(request, accepted_at)
 
@@ -139,9 +140,9 @@ class Gateway:
                 f"client_stall_s: the client read nothing for {self._config.client_stall_s:g} s"
             ) from None
 
-    def max_context(self) -> int:
-        """Most tokens of one request: what living workers hold, or what the model was made for."""
-        return self._membership.max_context() or self._model.max_context
+    def context_limit(self) -> ContextLimit:
+        """How long a request may be: what living workers hold, or what the model was made for."""
+        return self._membership.context_limit() or ContextLimit(num_tokens=self._model.max_context)
 
     def _check_open(self) -> None:
         if self.draining:
@@ -167,4 +168,4 @@ class Gateway:
         return pb.TokenizeResponse(token_ids=await self._encode(prompt))
 
     async def get_model(self, message: pb.GetModelRequest) -> pb.Model:
-        return model_message(self._model, self.max_context(), self._membership.members)
+        return model_message(self._model, self.context_limit().num_tokens, self._membership.members)

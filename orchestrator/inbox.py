@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from anabranch.errors import AnabranchError, DeadlineExceeded
 from anabranch.protocol.requests import Token
-from anabranch.protocol.workers import Ended, PrefillEnded, Reserved
+from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
 
-FromWorker = Reserved | PrefillEnded | Ended | tuple[Token, ...]
+FromWorker = Reserved | Paused | PrefillEnded | Ended | tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
     reserving    the decode worker looks for KV blocks              reserve_timeout_s
     prefilling   the prompt is computed and its KV streams          prefill_timeout_s
     decoding     tokens come                                        token_timeout_s (from token to token)
+    paused       the worker has no KV blocks for it just now        pause_timeout_s (until the next token)
     finishing    the answer is whole, what prefill cost is not in   report_timeout_s
     ended
 
@@ -24,7 +25,17 @@ import msgspec
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, OutOfBlocks, PeerLost, RequestCancelled
 from anabranch.protocol.requests import Request, Token, TokenLogprob, WireError
-from anabranch.protocol.workers import Cancel, Ended, Generate, Prefill, PrefillEnded, Reserve, Reserved, ToWorker
+from anabranch.protocol.workers import (
+    Cancel,
+    Ended,
+    Generate,
+    Paused,
+    Prefill,
+    PrefillEnded,
+    Reserve,
+    Reserved,
+    ToWorker,
+)
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
 from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said, Stop
@@ -35,7 +46,7 @@ from orchestrator.served_model import TextStream
 
 logger = logging.getLogger(__name__)
 
-State = Literal["queued", "reserving", "prefilling", "decoding", "finishing", "ended"]
+State = Literal["queued", "reserving", "prefilling", "decoding", "paused", "finishing", "ended"]
 Outcome = Literal["stop", "length", "again"]
 
 
@@ -231,6 +242,11 @@ class Lifecycle:
         if isinstance(message, Reserved):
             if member is attempt.route.decode:
                 await self._on_reserved(attempt, message)
+            return None
+        if isinstance(message, Paused):
+            # Said once, however often it is heard: the deadline stays where it is.
+            if member is attempt.route.decode and self.state == "decoding":
+                self._enter("paused", "pause_timeout_s", self._config.pause_timeout_s)
             return None
         if isinstance(message, PrefillEnded):
             return self._on_prefill_ended(attempt, message) if member is attempt.route.prefill else None

@@ -17,12 +17,25 @@ import msgspec
 
 from anabranch.errors import AnabranchError, ConfigError, PeerLost, WorkerDied
 from anabranch.protocol.requests import WireError
-from anabranch.protocol.workers import Beat, Drain, Registered, Role, Shutdown, ToWorker, WorkerInfo, WorkerStats
+from anabranch.protocol.workers import (
+    Beat,
+    Drain,
+    ModelIdentity,
+    Registered,
+    Role,
+    Shutdown,
+    ToWorker,
+    WorkerInfo,
+    WorkerStats,
+)
+from orchestrator.context_limit import ContextLimit
 
 logger = logging.getLogger(__name__)
 
 MAX_DEPARTURES = 32
-_MUST_AGREE = ("model_fingerprint", "kv_dtype", "vocab_size")
+# The fingerprint comes last: where shapes differ, they say more.
+_MODEL_FIELDS = tuple(field for field in ModelIdentity.__struct_fields__ if field not in ("model", "model_fingerprint"))
+_MODEL_FIELDS += ("model_fingerprint",)
 
 
 class ControlSender(Protocol):
@@ -87,6 +100,7 @@ class Membership:
     """The living workers.
 
     Args:
+        served: the orchestrator's own model, whose tokenizer makes the prompts.
         worker_timeout_s: silence after which a worker is gone.
         heartbeat_s: time between beats to each worker.
         on_change: called after a worker came, began to drain or went.
@@ -96,6 +110,7 @@ class Membership:
     def __init__(
         self,
         sender: ControlSender,
+        served: ModelIdentity,
         *,
         worker_timeout_s: float,
         heartbeat_s: float,
@@ -103,6 +118,7 @@ class Membership:
         on_lost: Callable[[Member, AnabranchError], None],
     ) -> None:
         self._sender = sender
+        self._served = served
         self._worker_timeout_s = worker_timeout_s
         self._heartbeat_s = heartbeat_s
         self._on_change = on_change
@@ -124,13 +140,23 @@ class Membership:
     def by_peer(self, peer: bytes) -> Member | None:
         return self._by_peer.get(peer)
 
+    def context_limit(self) -> ContextLimit | None:
+        """How long a request may be on the widest usable path; None where there is none."""
+
+        def widest(role: Role) -> WorkerInfo | None:
+            ready = (m.info for m in self._by_name.values() if m.ready and m.role == role)
+            return max(ready, key=_context_of, default=None)
+
+        prefill, decode, colocated = widest("prefill"), widest("decode"), widest("colocated")
+        paths = [colocated] if colocated is not None else []
+        if prefill is not None and decode is not None:
+            paths.append(min(prefill, decode, key=_context_of))
+        return ContextLimit.of_worker(max(paths, key=_context_of)) if paths else None
+
     def max_context(self) -> int:
         """Most tokens that one request may hold on some usable path; 0 where there is none."""
-
-        def widest(role: Role) -> int:
-            return max((m.info.max_context for m in self._by_name.values() if m.ready and m.role == role), default=0)
-
-        return max(min(widest("prefill"), widest("decode")), widest("colocated"))
+        limit = self.context_limit()
+        return 0 if limit is None else limit.num_tokens
 
     @property
     def serving(self) -> bool:
@@ -171,18 +197,9 @@ class Membership:
         for field in ("max_context", "num_blocks", "block_size", "vocab_size"):
             if getattr(info, field) < 1:
                 raise ConfigError(field, getattr(info, field), "must be at least 1")
-        first = next(iter(self._by_name.values()), None)
-        if first is None:
-            return
-        for field in _MUST_AGREE:
-            ours, theirs = getattr(info, field), getattr(first.info, field)
-            if ours != theirs:
-                raise ConfigError(
-                    field,
-                    ours,
-                    f"of {info.name} (model {info.model}) differs from {theirs!r} of {first.name} "
-                    f"(model {first.info.model}); start all workers with the same model and dtype",
-                )
+        _check_alike(info, self._served, "the orchestrator", _MODEL_FIELDS)
+        for member in self._by_name.values():
+            _check_alike(info, member.info, member.name, (*_MODEL_FIELDS, "kv_dtype"))
 
     async def _answer(self, peer: bytes, error: AnabranchError | None) -> None:
         try:
@@ -277,3 +294,20 @@ class Membership:
                 await self.send(member, Shutdown())
             except AnabranchError as error:
                 logger.info("could not shut %s down: %s", member.name, error)
+
+
+def _context_of(info: WorkerInfo) -> int:
+    return info.max_context
+
+
+def _check_alike(info: WorkerInfo, other: ModelIdentity, who: str, fields: tuple[str, ...]) -> None:
+    """Raise ConfigError, with both sides' values, for the first field that differs; an empty one is not known."""
+    for field in fields:
+        ours, theirs = getattr(info, field), getattr(other, field)
+        if ours != theirs and ours != "" and theirs != "":
+            raise ConfigError(
+                field,
+                ours,
+                f"of {info.name} (model {info.model}) differs from {theirs!r} of {who} (model {other.model}); "
+                "start the orchestrator and all workers with the same model, and all workers with the same dtype",
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
 from anabranch.model.tokenizer import Tokenizer
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
@@ -11,7 +12,9 @@ from anabranch.sampling.params import SamplingParams
 
 
 class CheckpointModel:
-    """A `ServedModel` by known name, Hugging Face folder or GGUF file; reads configuration and tokenizer alone.
+    """A `ServedModel` by known name, Hugging Face folder or GGUF file.
+
+    Reads configuration and tokenizer, and of weights, where there are any, enough to tell them from others.
 
     Raises:
         ModelError: unknown, unsupported or broken.
@@ -22,6 +25,7 @@ class CheckpointModel:
         config = source.config()
         self._tokenizer = Tokenizer(source)
         self.name = name
+        self.identity = read_identity(source, config)
         self.vocab_size = config.vocab_size
         self.max_context = config.max_context
         self.eos_token_ids = config.eos_token_ids or self._tokenizer.eos_token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from anabranch.protocol.workers import ModelIdentity
 from anabranch.sampling.params import SamplingParams
 
 
@@ -29,6 +30,11 @@ class ServedModel(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What workers must serve."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
-from anabranch.protocol.workers import Beat, Ended, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
+from anabranch.protocol.workers import Beat, Ended, Paused, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
 from orchestrator import admin, gateway
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
@@ -71,6 +71,7 @@ class Orchestrator:
         self._dispatcher = Dispatcher(config, self._model, self._router)
         self.membership = Membership(
             self._control,
+            self._model.identity,
             worker_timeout_s=config.worker_timeout_s,
             heartbeat_s=config.heartbeat_s,
             on_change=self._cluster_changed,
@@ -151,7 +152,7 @@ class Orchestrator:
                 await self.membership.register(peer, message.worker)
             elif isinstance(message, Beat):
                 await self.membership.heard(peer, message.stats)
-            elif isinstance(message, Reserved | Tokens | PrefillEnded | Ended):
+            elif isinstance(message, Reserved | Tokens | Paused | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self._dispatcher.deliver(member, message)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+import msgspec
 import torch
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
+from anabranch.model.identity import identity_of
 from anabranch.protocol.workers import WorkerInfo
 
 
@@ -19,9 +21,6 @@ def worker_info(config: WorkerConfig, engine: Engine, planes: tuple[str, ...]) -
         role=config.role,
         pid=os.getpid(),
         host=socket.gethostname(),
-        model=config.model,
-        model_fingerprint=engine.model_config.fingerprint(),
-        vocab_size=engine.model_config.vocab_size,
         kv_dtype=engine.layout.dtype,
         max_context=engine.max_context,
         num_blocks=engine.kv.num_blocks,
@@ -31,4 +30,5 @@ def worker_info(config: WorkerConfig, engine: Engine, planes: tuple[str, ...]) -
         num_threads=torch.get_num_threads(),
         tp=config.tp,
         cp=config.cp,
+        **msgspec.structs.asdict(identity_of(config.model, engine.model_config)),
     )

@@ -59,9 +59,14 @@ class RankBeat(RankNotice, frozen=True, kw_only=True, tag="beat"):
 
 
 class RankFailed(RankNotice, frozen=True, kw_only=True, tag="failed"):
-    """The rank's last words."""
+    """The rank's last words.
+
+    Attributes:
+        torn: it was torn out of a collective: another rank has more to say.
+    """
 
     message: str
+    torn: bool = False
 
 
 Notice = RankStarted | RankReady | RankBeat | RankFailed

@@ -56,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 2.0
-# How long an error in a collective waits for the news of the rank that died: it says more.
+# How long the end of a rank that was torn out of a collective, and an error in one here, wait for the news of the
+# rank that died: they say more.
 NEWS_TIMEOUT_S = 0.5
 _POLL_S = 0.2
 _RETRY_S = 0.02
@@ -99,6 +100,7 @@ class RankGroup(Generic[Command, Event]):
         self._changed = threading.Condition()
         self._started: set[int] = set()
         self._ready: set[int] = set()
+        self._torn: dict[int, str] = {}
         self._failure: WorkerDied | None = None
         self._closing = False
 
@@ -256,15 +258,20 @@ class RankGroup(Generic[Command, Event]):
         if self._closing:
             child.kill()
         code = child.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return f"(pid {child.pid}) {how}"
+        if code < 0:
+            return f"(pid {child.pid}) was killed by {signal.Signals(-code).name}"
+        return self._last_words(rank) or f"(pid {child.pid}) exited with code {code}"
 
     def _keep_thread(self, rank: int) -> str:
         assert self._context is not None
-        if not serve_rank(self._room, self._context, self._where, rank, lambda start: self._thread_groups[rank]):
-            with self._changed:  # its last words are on their way, and say more
-                self._changed.wait_for(lambda: self._failure is not None, NEWS_TIMEOUT_S)
-        return "ended"
+        serve_rank(self._room, self._context, self._where, rank, lambda start: self._thread_groups[rank])
+        return self._last_words(rank) or "ended"
+
+    def _last_words(self, rank: int) -> str:
+        """What a rank said that ended by itself; they may be on their way, as may the news of another's end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._closing, NEWS_TIMEOUT_S)
+            return self._torn.get(rank, "")
 
     def _join(self) -> CollectiveGroup:
         if self._folder is None:
@@ -304,6 +311,8 @@ class RankGroup(Generic[Command, Event]):
     def _noticed(self, data: bytes) -> int:
         rank, notice = self._notices.decode(data)
         match notice:
+            case RankFailed(message=message, torn=True):
+                self._torn[rank] = f"failed: {message}"
             case RankFailed(message=message):
                 self._lose(rank, f"failed: {message}")
             case RankStarted() | RankReady():

@@ -96,11 +96,11 @@ def check_topology(topology: Topology) -> Topology:
     return msgspec.structs.replace(topology, pools=Pools(**checked))
 
 
-def parse_size(key: str, value: int | str) -> int:
+def parse_size(key: str, value: int | str, *, least_bytes: int = 1) -> int:
     """Bytes of a size such as 1048576, "512MiB" or "1.5 GB".
 
     Raises:
-        ConfigError: not a positive size.
+        ConfigError: not a size, or less than `least_bytes`.
     """
     remedy = 'give bytes or a size such as "512MiB" or "1GiB"'
     if isinstance(value, bool):
@@ -113,8 +113,9 @@ def parse_size(key: str, value: int | str) -> int:
         num_bytes = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
     else:
         num_bytes = value
-    if not 1 <= num_bytes <= MAX_SIZE_BYTES:
-        raise ConfigError(key, value, f"must be between 1 byte and {MAX_SIZE_BYTES >> 40} TiB; {remedy}")
+    if not least_bytes <= num_bytes <= MAX_SIZE_BYTES:
+        least = "1 byte" if least_bytes == 1 else f"{least_bytes} bytes"
+        raise ConfigError(key, value, f"must be between {least} and {MAX_SIZE_BYTES >> 40} TiB; {remedy}")
     return num_bytes
 
 
@@ -140,7 +141,10 @@ def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
             f"makes {pool.tp * pool.cp} ranks; at most {MAX_RANKS} are allowed",
         )
     _check_cores(f"{key}.cores", pool)
-    return msgspec.structs.replace(pool, kv_cache=parse_size(f"{key}.kv_cache", pool.kv_cache))
+    offload = parse_size(f"{key}.offload", pool.offload, least_bytes=0)
+    if pool.preemption == "offload" and offload == 0:
+        raise ConfigError(f"{key}.preemption", pool.preemption, "needs host memory; give offload, or choose auto")
+    return msgspec.structs.replace(pool, kv_cache=parse_size(f"{key}.kv_cache", pool.kv_cache), offload=offload)
 
 
 def _check_cores(key: str, pool: PoolConfig) -> None:

@@ -41,6 +41,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         reserve_timeout_s: wait for a decode worker's KV blocks.
         prefill_timeout_s: wait from prefill's order to the first token.
         token_timeout_s: wait for the next token, or for the end after the last.
+        pause_timeout_s: wait for the next token of a request that has given way to others at its worker.
         report_timeout_s: wait for prefill's report (timings, KV bytes) once the answer is complete.
         client_stall_s: wait for a client to read.
         worker_timeout_s: silence after which a worker counts as dead.
@@ -64,6 +65,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     reserve_timeout_s: float = 60.0
     prefill_timeout_s: float = 120.0
     token_timeout_s: float = 30.0
+    pause_timeout_s: float = 300.0
     report_timeout_s: float = 2.0
     client_stall_s: float = 10.0
     worker_timeout_s: float = 3.0

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from anabranch.config.worker import DtypeName
+from anabranch.config.worker import DtypeName, Preemption
 from anabranch.errors import ConfigError
 
 KvTransport = Literal["auto", "inproc", "tcp", "ucx"]
@@ -22,7 +22,12 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         threads: compute threads of each rank; 0: an even share of the machine's cores.
         cores: CPU ids to pin the pool's workers to, dealt out evenly; empty: not pinned.
         kv_cache: size of the KV pool of each rank, in bytes or as text ("512MiB").
-        max_running: most requests in one step.
+        offload: host memory of each rank for the KV of requests that give way when blocks run out, in bytes or as
+            text; 0: none. Of decode and colocated pools.
+        preemption: how requests give way: offload (to host memory, while there is room), recompute, or auto
+            (whichever costs less time, as measured).
+        max_running: most requests in one prefill step; where answers are generated, most requests at a time, and
+            never more than max_step_tokens: each has its place in every step.
         max_step_tokens: most new tokens in one step (the chunk of chunked prefill).
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
     """
@@ -33,6 +38,8 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     threads: int = 0
     cores: tuple[int, ...] = ()
     kv_cache: int | str = "512MiB"
+    offload: int | str = "256MiB"
+    preemption: Preemption = "auto"
     max_running: int = 64
     max_step_tokens: int = 1024
     ring: RingChoice = "auto"
@@ -52,6 +59,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Attributes:
         model: a known name (`anabranch models`), a Hugging Face folder or a GGUF file.
         kv_transport: tensor plane between prefill and decode; inproc runs both in one process.
+        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call.
         max_context: most tokens of one request; 0: what the model and the pools allow.
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
         grpc: address that the gateway listens on; port 0: chosen by the system.
@@ -64,6 +72,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_size: int = 16
     prefix_cache: bool = True
     native_kernels: bool = True
+    step_programs: bool = True
     max_context: int = 0
     collective_timeout_s: float = 30.0
     grpc: str = "127.0.0.1:0"

@@ -10,6 +10,7 @@ from anabranch.errors import ConfigError
 from anabranch.protocol.workers import Role
 
 DtypeName = Literal["float32", "bfloat16", "float16", "auto"]
+Preemption = Literal["auto", "recompute", "offload"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,7 +29,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         block_size: tokens per KV block.
         kv_cache_bytes: size of the KV pool of each rank.
         max_context: most tokens of one request; 0: what the model and the pool allow.
-        max_running: most requests in one step.
+        offload_bytes: host memory of each rank for the KV of requests that give way when blocks run out, so that
+            they go on later without computing it again; 0: none. Taken by decode and colocated workers.
+        preemption: how requests give way: offload (to host memory, while there is room), recompute (a decode worker
+            sends them back to prefill), or auto (whichever costs less time, as measured).
+        max_running: most requests in one prefill step; where answers are generated, most requests at a time that
+            hold KV blocks or have given way, and never more than max_step_tokens: each has its place in every step.
         max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
         prefix_cache: keep finished requests' full blocks for prompts that begin alike.
         listen_host: interface that tensor planes listen on.
@@ -37,6 +43,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
         native_kernels: use the compiled CPU kernels where a compiler is present.
+        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
+            tokens, less time per token. Needs native kernels; with cp above 1 steps are not recorded.
         tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
@@ -55,6 +63,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cores: tuple[int, ...] = ()
     block_size: int = 16
     kv_cache_bytes: int = 512 * 1024 * 1024
+    offload_bytes: int = 256 * 1024 * 1024
+    preemption: Preemption = "auto"
     max_context: int = 0
     max_running: int = 64
     max_step_tokens: int = 1024
@@ -65,6 +75,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_s: float = 0.5
     orchestrator_timeout_s: float = 10.0
     native_kernels: bool = True
+    step_programs: bool = True
     tp: int = 1
     cp: int = 1
     ring: Literal["auto", "pass_kv", "pass_q"] = "auto"
@@ -76,14 +87,21 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in ("block_size", "kv_cache_bytes", "max_running", "max_step_tokens", "tp", "cp"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be at least 1")
-        for key in ("threads", "max_context"):
+        for key in ("threads", "max_context", "offload_bytes"):
             if getattr(self, key) < 0:
                 raise ConfigError(key, getattr(self, key), "must be at least 0")
+        if self.preemption == "offload" and self.offload_bytes == 0:
+            raise ConfigError("preemption", self.preemption, "needs host memory; give offload_bytes, or choose auto")
         for key in ("lease_s", "ack_timeout_s", "collective_timeout_s", "heartbeat_s", "orchestrator_timeout_s"):
             if not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
         if not self.name or len(self.name) > 100:
             raise ConfigError("name", self.name, "must have 1 to 100 characters")
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Host memory that each rank sets apart for KV: none where nothing is ever parked."""
+        return 0 if self.role == "prefill" or self.preemption == "recompute" else self.offload_bytes
 
     @property
     def num_ranks(self) -> int:

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
+from anabranch.cache.host_kv import HostKv
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
-from anabranch.engine.fit import kv_layout, num_kv_blocks
+from anabranch.engine.fit import kv_layout, num_host_blocks, num_kv_blocks
 from anabranch.engine.runner import Runner
+from anabranch.engine.step_programs import StepPrograms
+from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
+from anabranch.kernels.record import StepRecorder
 from anabranch.model.config import ModelConfig
 from anabranch.model.load import load_model
 from anabranch.model.progress import progress_bar
+from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates
@@ -37,6 +42,7 @@ class Engine:
         layout: how the worker spreads KV over its ranks.
         cache: block management of all ranks: a block here is one block of every CP rank.
         max_context: most tokens of one request: the least of model, pool and configuration.
+        host: blocks in host memory; None where requests that give way are always recomputed.
     """
 
     model_config: ModelConfig
@@ -46,6 +52,7 @@ class Engine:
     kv: PagedKv
     cache: KvCacheManager
     max_context: int
+    host: HostKv | None = None
 
 
 def build_engine(
@@ -77,11 +84,12 @@ def build_engine(
         )
     layout = kv_layout(config, model_config)
     kv = _allocate(config, layout, context, dtype, device)
+    num_host = num_host_blocks(config, layout)
     limits = [model_config.max_context, kv.num_blocks * config.block_size * config.cp]
     if config.max_context:
         limits.append(config.max_context)
     logger.info(
-        "%s in %s on %s, %s kernels, %d threads; %d KV blocks of %d tokens, %.0f MiB",
+        "%s in %s on %s, %s kernels, %d threads; %d KV blocks of %d tokens, %.0f MiB; %d more in host memory",
         config.model,
         layout.dtype,
         device,
@@ -90,6 +98,7 @@ def build_engine(
         kv.num_blocks,
         config.block_size,
         kv.num_bytes / 2**20,
+        num_host,
     )
     runner = Runner(
         model,
@@ -99,6 +108,7 @@ def build_engine(
         context,
         _pass_rule(config, model_config, context, layout),
         _reduction(context),
+        _programs(config, model, kv, kernels, min(limits)),
     )
     return Engine(
         model_config=model_config,
@@ -110,6 +120,7 @@ def build_engine(
             num_blocks=kv.num_blocks, block_size=config.block_size * config.cp, prefix_cache=config.prefix_cache
         ),
         max_context=min(limits),
+        host=HostKv(kv, num_host) if num_host else None,
     )
 
 
@@ -143,3 +154,13 @@ def _pass_rule(config: WorkerConfig, model: ModelConfig, context: RankContext, l
 
 def _reduction(context: RankContext) -> Reduction | None:
     return None if context.cp is None else TreeReduction(context.cp)
+
+
+def _programs(
+    config: WorkerConfig, model: Transformer, kv: PagedKv, kernels: Kernels, max_context: int
+) -> StepPrograms | None:
+    """Room for recorded decode steps; None where they are not wanted, or cannot be recorded."""
+    if not config.step_programs or config.cp > 1 or not isinstance(kernels, StepRecorder):
+        return None
+    max_blocks = min(kv.num_blocks, -(-max_context // config.block_size))
+    return StepPrograms(model, kv, kernels, max_rows=config.max_running, max_blocks=max_blocks)

@@ -42,14 +42,28 @@ def kv_layout(config: WorkerConfig, model: ModelConfig) -> KvLayout:
 
 def num_kv_blocks(config: WorkerConfig, layout: KvLayout) -> int:
     """Blocks of every rank's pool: those that fit the rank with the most heads. Raises ConfigError where none does."""
-    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * config.block_size
-    most_heads = max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
-    num_blocks = config.kv_cache_bytes // (head_bytes * most_heads)
+    num_blocks = config.kv_cache_bytes // block_bytes(layout)
     if num_blocks < 1:
         raise ConfigError(
-            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {head_bytes * most_heads} bytes"
+            "kv_cache_bytes", config.kv_cache_bytes, f"must hold one block of {block_bytes(layout)} bytes"
         )
     return num_blocks
+
+
+def num_host_blocks(config: WorkerConfig, layout: KvLayout) -> int:
+    """Blocks that every rank keeps in host memory; 0 where none are wanted. Raises ConfigError where none fits."""
+    num_blocks = config.host_kv_bytes // block_bytes(layout)
+    if config.host_kv_bytes and num_blocks < 1:
+        raise ConfigError(
+            "offload_bytes", config.offload_bytes, f"must hold one block of {block_bytes(layout)} bytes, or be 0"
+        )
+    return num_blocks
+
+
+def block_bytes(layout: KvLayout) -> int:
+    """Bytes of one block of the rank with the most heads."""
+    head_bytes = 2 * layout.num_layers * layout.head_dim * layout.element_bytes * layout.block_size
+    return head_bytes * max(len(layout.heads_of(tp_rank)) for tp_rank in range(layout.tp))
 
 
 def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
@@ -71,7 +85,23 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
-    num_kv_blocks(config, kv_layout(config, model))
+    _check_context(config, kv_layout(config, model))
+    num_host_blocks(config, kv_layout(config, model))
+
+
+def _check_context(config: WorkerConfig, layout: KvLayout) -> None:
+    """Raise ConfigError where the pool holds no block, or not the context that was asked for."""
+    num_blocks = num_kv_blocks(config, layout)
+    num_tokens = num_blocks * config.block_size * config.cp
+    if config.max_context > num_tokens:
+        needed = -(-config.max_context // (config.block_size * config.cp)) * block_bytes(layout)
+        cp = -(-config.max_context // (num_blocks * config.block_size))
+        raise ConfigError(
+            "max_context",
+            config.max_context,
+            f"does not fit the KV pool: {num_blocks} blocks of {config.block_size} tokens on each of {config.cp} CP "
+            f"ranks hold {num_tokens}; raise kv_cache to {_text(needed)}, or cp to {cp}, or lower it",
+        )
 
 
 def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
@@ -81,7 +111,13 @@ def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
         weights = weight_bytes(model, kv_layout(config, model).dtype, config.tp)
         for device in _devices(config):
             process = PROCESS_BYTES if device == "cpu" else 0
-            needs[device][config.name].append(_Need(weights=weights, kv=config.kv_cache_bytes, process=process))
+            parked = config.host_kv_bytes if device == "cpu" else 0
+            needs[device][config.name].append(
+                _Need(weights=weights, kv=config.kv_cache_bytes, parked=parked, process=process)
+            )
+            if device != "cpu" and config.host_kv_bytes:
+                in_host = _Need(weights=0, kv=0, parked=config.host_kv_bytes, process=0)
+                needs["cpu"][config.name].append(in_host)
     for device, by_name in needs.items():
         needed = sum(sum(need) for ranks in by_name.values() for need in ranks)
         free = available_bytes(device)
@@ -91,7 +127,7 @@ def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
                 "memory",
                 _text(needed),
                 f"would be needed on {device}, but {_text(free)} are free: {who}; "
-                "lower kv_cache, or the number of ranks or workers",
+                "lower kv_cache or offload, or the number of ranks or workers",
             )
 
 
@@ -122,10 +158,17 @@ class _Need(NamedTuple):
 
     weights: int
     kv: int
+    parked: int
     process: int
 
     def __str__(self) -> str:
-        return f"weights {_text(self.weights)} + KV {_text(self.kv)} + process {_text(self.process)}"
+        named = {
+            "weights": self.weights,
+            "KV": self.kv,
+            "offloaded KV": self.parked,
+            "process": self.process,
+        }
+        return " + ".join(f"{what} {_text(num_bytes)}" for what, num_bytes in named.items() if num_bytes)
 
 
 def _text(num_bytes: int) -> str:

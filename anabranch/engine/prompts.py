@@ -43,10 +43,20 @@ class PromptQueue:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def next_chunks(self, max_tokens: int, max_sequences: int) -> list[tuple[Sequence, int]]:
+    def resume(self, sequence: Sequence) -> None:
+        """Go on with a sequence that had left with its blocks, at its place by age."""
+        self.computing.append(sequence)
+        self.computing.sort(key=lambda s: s.age)
+
+    def next_chunks(
+        self, max_tokens: int, max_sequences: int, *, max_admitted: int | None = None
+    ) -> list[tuple[Sequence, int]]:
         """Choose what to compute next: `(sequence, number of tokens)`, at most `max_tokens` in all.
 
         Admits waiting prompts while blocks, tokens and places last; the head of the queue is never passed.
+
+        Args:
+            max_admitted: most waiting prompts to admit now; None: as many as fit.
         """
         chunks: list[tuple[Sequence, int]] = []
         for sequence in self.computing:
@@ -54,7 +64,8 @@ class PromptQueue:
                 return chunks
             chunks.append((sequence, min(max_tokens, sequence.num_remaining)))
             max_tokens -= chunks[-1][1]
-        while self.waiting and max_tokens > 0 and len(chunks) < max_sequences:
+        places = max_sequences if max_admitted is None else min(max_sequences, len(chunks) + max_admitted)
+        while self.waiting and max_tokens > 0 and len(chunks) < places:
             sequence = self.waiting[0]
             if not self.cache.can_admit(sequence.tokens, sequence.num_tokens):
                 break

@@ -18,6 +18,7 @@ from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.engine.sampling import RankSampler
+from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
@@ -74,6 +75,7 @@ class Runner:
         kernels: what the model computes with.
         context: the rank's place in its mesh.
         pass_rule, reduction: of ring and tree attention; needed where there are several CP ranks.
+        programs: recorded decode steps; None: every step is computed call by call.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Runner:
         context: RankContext,
         pass_rule: PassRule | None = None,
         reduction: Reduction | None = None,
+        programs: StepPrograms | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -93,6 +96,7 @@ class Runner:
         self.context = context
         self.pass_rule = pass_rule
         self.reduction = reduction
+        self.programs = programs
         self.sampler = RankSampler(model.lm_head, context, device)
         self._last_tokens = LastTokens()
 
@@ -140,11 +144,14 @@ class Runner:
     def _forward(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, Logprobs]:
         if sink is not None:
             sink.begin_pass(plan)
+        specs = [s.sample for s in plan.sequences if s.sample is not None]
+        if sink is None and self.programs is not None and self.programs.covers(plan):
+            return self.sampler.sample(self.programs.forward(plan, self._last_tokens), specs)
         batch, attention = self._lay_out(plan, sink)
         self._last_tokens.fill_in(plan, batch.token_ids_T)
         rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
         share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, rows_S)
-        return self.sampler.sample(share_SV, [s.sample for s in plan.sequences if s.sample is not None])
+        return self.sampler.sample(share_SV, specs)
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:
         size, cp = self.kv.block_size, self.context.cp

@@ -49,7 +49,7 @@ class RankSampler:
         """Choose one token for each row.
 
         Args:
-            share_SV: float32, this rank's share of the logits; not looked at where none are needed.
+            share_SV: this rank's share of the logits; not looked at where none are needed.
 
         Returns:
             The tokens, int64 `[S]` on the rank's device, the same on every rank; and what is to be reported with
@@ -70,10 +70,11 @@ class RankSampler:
 
     def _choose(self, share_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> tuple[torch.Tensor, Logprobs]:
         tp = self._context.tp
-        if tp.size == 1:
-            tokens_S = self._sampler.choose(share_SV, specs)
-            return tokens_S, token_logprobs(share_SV, tokens_S, specs)
         rows = [row for row, spec in enumerate(specs) if spec.params.needs_all_logits]
+        if tp.size == 1 and rows:
+            logits_SV = self._lm_head.gather(share_SV)
+            tokens_S = self._sampler.choose(logits_SV, specs)
+            return tokens_S, token_logprobs(logits_SV, tokens_S, specs)
         tokens_S = self._room(len(specs)) if len(rows) == len(specs) else self._lm_head.argmax(share_SV)
         if not rows:
             return tokens_S, _nothing(specs)

@@ -36,6 +36,11 @@ class Sequence:
         return self.request.key
 
     @property
+    def age(self) -> tuple[float, str]:
+        """Sorts oldest first, without ties."""
+        return (self.arrival_s, self.request.request_id)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 
@@ -70,6 +75,17 @@ class Sequence:
         table, self.table = self.table, None
         self.num_computed = 0
         return table
+
+    def park(self) -> BlockTable:
+        """Give the blocks up while their KV is kept elsewhere: what is computed stays so."""
+        assert self.table is not None
+        table, self.table = self.table, None
+        return table
+
+    def resume(self, table: BlockTable) -> None:
+        """Take blocks again, into which the KV that was kept comes back; those that are cached have it already."""
+        self.table = table
+        self.num_computed = max(self.num_computed, table.num_cached_tokens)
 
     def plan(self, num_new: int) -> SequencePlan:
         """The next `num_new` tokens as a part of a step; samples if they are the last ones."""

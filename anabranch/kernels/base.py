@@ -15,6 +15,7 @@ import torch
 
 from anabranch.cache.paged_kv import LayerKv
 from anabranch.engine.batch import ForwardBatch
+from anabranch.parallel.group import Group
 
 
 class Kernels(Protocol):
@@ -74,4 +75,12 @@ class Kernels(Protocol):
 
         `weights_TS` float32, `experts_TS` int64 (local ids; -1: not held here, adds nothing).
         """
+        ...
+
+    def argmax(self, x_SV: torch.Tensor) -> torch.Tensor:
+        """Place of each row's largest element, int64 `[S]`: the first of equals; NaN before all."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """`group.all_reduce(x)`, known to the kernels, so that it can be a part of what they record."""
         ...

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 
 import torch
 
 from anabranch.cache.paged_kv import LayerKv
 from anabranch.engine.batch import ForwardBatch
+from anabranch.kernels.arena import Arena
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.compiler import NativeUnavailable, load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
+from anabranch.kernels.program import NativeFunction, Recorder, declare
+from anabranch.kernels.record import Recording
 from anabranch.parallel.block_attention import flash_block
+from anabranch.parallel.group import Group
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,26 @@ class AttentionShape(ctypes.Structure):
         ],
         ("scale", c_float),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Functions:
+    """The compiled functions that a step calls."""
+
+    rms_norm: NativeFunction
+    add_rms_norm: NativeFunction
+    silu_mul: NativeFunction
+    rotary: NativeFunction
+    store_kv: NativeFunction
+    linear: NativeFunction
+    attention_short: NativeFunction
+    attention_long: NativeFunction | None
+    argmax: NativeFunction
+
+    def watched(self, recorder: Recorder) -> _Functions:
+        """The same, noted by a recorder."""
+        functions = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _Functions(**{name: function and recorder.watch(function) for name, function in functions.items()})
 
 
 @dataclass(frozen=True)
@@ -100,33 +125,13 @@ class NativeKernels:
         self._plain = PlainKernels()
         self._dtype = dtype
         self._level: int = library.ab_level()
-        held = ctypes.PyDLL(library._name)
-        suffix = SUFFIXES[dtype]
-
-        def bind(name: str, *types: object) -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
-            """The function that keeps the GIL, and the same that releases it."""
-            functions = getattr(held, name), getattr(library, name)
-            for function in functions:
-                function.argtypes = types
-                function.restype = None
-            return functions
-
-        pointer, number = c_void_p, c_long
-        self._rms_norm = bind(f"ab_rms_norm_{suffix}", *[pointer] * 3, *[number] * 5, c_float, c_int)
-        self._add_rms_norm = bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int)
-        self._silu_mul = bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int)
-        self._rotary = bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int)
-        self._store_kv = bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int)
-        self._linear = bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int)[1]
-        attention = *[pointer] * 8, ctypes.POINTER(AttentionShape), c_int
-        self._attention_short = bind(f"ab_attention_short_{suffix}", *attention)[1]
-        self._attention_long = None
-        if dtype is torch.bfloat16:
-            self._attention_long = bind("ab_attention_long_bfloat16", *attention)[1]
-            self._attention_long.restype = c_int
+        self._library = library
+        self._functions = _bind(library, SUFFIXES[dtype])
+        self._recorder: Recorder | None = None
+        self._arena = Arena()
         self._attention_call: _AttentionCall | None = None
-        max_rows = getattr(library, f"ab_max_linear_rows_{suffix}")
-        max_rows.argtypes, max_rows.restype = [number], number
+        max_rows = getattr(library, f"ab_max_linear_rows_{SUFFIXES[dtype]}")
+        max_rows.argtypes, max_rows.restype = [c_long], c_long
         self._max_rows_of = max_rows
         self._max_rows: dict[int, int] = {}
 
@@ -137,7 +142,7 @@ class NativeKernels:
             return self._plain.rms_norm(x_TC, weight_C, eps)
         out = torch.empty(shape, dtype=self._dtype)
         heads, stride_h = (shape[1], strides[1]) if len(shape) == 3 else (1, 0)
-        self._rms_norm[out.numel() >= MIN_RELEASED_ELEMENTS](
+        self._functions.rms_norm.run(out.numel() >= MIN_RELEASED_ELEMENTS)(
             x_TC.data_ptr(),
             weight_C.data_ptr(),
             out.data_ptr(),
@@ -157,9 +162,9 @@ class NativeKernels:
         """See `Kernels.add_rms_norm`."""
         if x_TC.dtype is not self._dtype or not (x_TC.is_contiguous() and residual_TC.is_contiguous()):
             return self._plain.add_rms_norm(x_TC, residual_TC, weight_C, eps)
-        total, out = torch.empty_like(x_TC), torch.empty_like(x_TC)
+        total, out = (torch.empty(x_TC.shape, dtype=self._dtype) for _ in range(2))
         num_tokens, channels = x_TC.shape
-        self._add_rms_norm[num_tokens * channels >= MIN_RELEASED_ELEMENTS](
+        self._functions.add_rms_norm.run(num_tokens * channels >= MIN_RELEASED_ELEMENTS)(
             x_TC.data_ptr(),
             residual_TC.data_ptr(),
             weight_C.data_ptr(),
@@ -201,7 +206,7 @@ class NativeKernels:
         features = weight_FC.shape[0]
         width = features // 2 if gated else features
         out = torch.empty((rows, width), dtype=self._dtype)
-        self._linear(
+        self._functions.linear.released(
             x_TC.data_ptr(),
             weight_FC.data_ptr(),
             None if bias_F is None else bias_F.data_ptr(),
@@ -222,7 +227,7 @@ class NativeKernels:
             return self._plain.silu_mul(gate_up_TF)
         rows, width = gate_up_TF.shape
         out = torch.empty((rows, width // 2), dtype=self._dtype)
-        self._silu_mul[rows * width >= MIN_RELEASED_ELEMENTS](
+        self._functions.silu_mul.run(rows * width >= MIN_RELEASED_ELEMENTS)(
             gate_up_TF.data_ptr(), out.data_ptr(), gate_up_TF.stride(0), rows, width // 2, get_num_threads()
         )
         return out
@@ -234,7 +239,7 @@ class NativeKernels:
             return self._plain.rotary(x_THD, cos_TD, sin_TD)
         num_tokens, heads, head_dim = shape = x_THD.shape
         out = torch.empty(shape, dtype=self._dtype)
-        self._rotary[out.numel() >= MIN_RELEASED_ELEMENTS](
+        self._functions.rotary.run(out.numel() >= MIN_RELEASED_ELEMENTS)(
             x_THD.data_ptr(),
             cos_TD.data_ptr(),
             sin_TD.data_ptr(),
@@ -256,7 +261,7 @@ class NativeKernels:
             return self._plain.store_kv(k_TKD, v_TKD, kv, slots_T)
         num_tokens, heads, head_dim = k_TKD.shape
         size = kv.k.element_size()
-        self._store_kv[num_tokens * heads * head_dim >= MIN_RELEASED_ELEMENTS](
+        self._functions.store_kv.run(num_tokens * heads * head_dim >= MIN_RELEASED_ELEMENTS)(
             k_TKD.data_ptr(),
             v_TKD.data_ptr(),
             kv.k.data_ptr(),
@@ -300,8 +305,9 @@ class NativeKernels:
             get_num_threads(),
         )
         if call.any_short:
-            self._attention_short(*arguments)
-        if call.long_sequences and (self._attention_long is None or self._attention_long(*arguments) != 0):
+            self._functions.attention_short.released(*arguments)
+        run_long = self._functions.attention_long
+        if call.long_sequences and (run_long is None or run_long.released(*arguments) != 0):
             for b in call.long_sequences:
                 rows = slice(*batch.query_starts[b : b + 2])
                 k_CKD, v_CKD = gather_context(kv, batch.block_tables_BN[b], batch.context_lens[b])
@@ -320,7 +326,7 @@ class NativeKernels:
             or not (k_CKD.is_contiguous() and v_CKD.is_contiguous() and q_THD.stride(2) == 1)
             or head_dim % HEAD_DIM_STEP
             or scale <= 0
-            or (num_tokens > MAX_SHORT_TOKENS and (self._attention_long is None or head_dim % 32))
+            or (num_tokens > MAX_SHORT_TOKENS and (self._functions.attention_long is None or head_dim % 32))
         ):
             return flash_block(q_THD, k_CKD, v_CKD, scale)
         # The keys are one block of a pool of one block.
@@ -340,9 +346,10 @@ class NativeKernels:
         )
         out_THD = torch.empty(q_THD.shape, dtype=self._dtype)
         lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32)
-        run = self._attention_short if num_tokens <= MAX_SHORT_TOKENS else self._attention_long
+        functions = self._functions
+        run = functions.attention_short if num_tokens <= MAX_SHORT_TOKENS else functions.attention_long
         assert run is not None
-        code = run(
+        code = run.released(
             q_THD.data_ptr(),
             k_CKD.data_ptr(),
             v_CKD.data_ptr(),
@@ -404,3 +411,59 @@ class NativeKernels:
             start = stop
         answers_TSC = answers_XC.view(num_tokens, num_chosen, x_TC.shape[1])
         return (answers_TSC * weights_TS.unsqueeze(-1)).sum(1).to(x_TC.dtype)
+
+    def argmax(self, x_SV: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.argmax`."""
+        if x_SV.dtype is not self._dtype or x_SV.stride(1) != 1 or not x_SV.shape[1]:
+            return self._plain.argmax(x_SV)
+        rows, width = x_SV.shape
+        out_S = torch.empty((rows,), dtype=torch.int64)
+        self._functions.argmax.run(x_SV.numel() >= MIN_RELEASED_ELEMENTS)(
+            x_SV.data_ptr(), out_S.data_ptr(), x_SV.stride(0), rows, width, get_num_threads()
+        )
+        return out_S
+
+    def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """See `Kernels.all_reduce`."""
+        if self._recorder is not None:
+            self._recorder.reduce(x, group)
+        return group.all_reduce(x)
+
+    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
+        """See `StepRecorder.record`. Programs of one object share memory: they never run at the same time."""
+        plain, recorder = self._functions, Recorder(self._library, self._arena)
+        self._functions, self._recorder = plain.watched(recorder), recorder
+        try:
+            with recorder:
+                output = step()
+        finally:
+            self._functions, self._recorder = plain, None
+        return recorder.finish(output)
+
+
+def _bind(library: ctypes.CDLL, suffix: str) -> _Functions:
+    """The library's functions for a dtype, with their types."""
+    held = ctypes.PyDLL(library._name)
+    pointer, number = c_void_p, c_long
+
+    def bind(name: str, *types: object, result: type[c_int] | None = None) -> NativeFunction:
+        functions = getattr(held, name), getattr(library, name)
+        for function in functions:
+            function.argtypes = types
+            function.restype = result
+        return NativeFunction(name, *functions)
+
+    declare(library)
+    attention = *[pointer] * 8, ctypes.POINTER(AttentionShape), c_int
+    long = bind("ab_attention_long_bfloat16", *attention, result=c_int) if suffix == "bfloat16" else None
+    return _Functions(
+        rms_norm=bind(f"ab_rms_norm_{suffix}", *[pointer] * 3, *[number] * 5, c_float, c_int),
+        add_rms_norm=bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int),
+        silu_mul=bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
+        rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
+        store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
+        linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
+        attention_short=bind(f"ab_attention_short_{suffix}", *attention),
+        attention_long=long,
+        argmax=bind(f"ab_argmax_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
+    )

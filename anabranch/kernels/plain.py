@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from anabranch.cache.paged_kv import LayerKv
 from anabranch.engine.batch import ForwardBatch
+from anabranch.parallel.group import Group
 
 # Rows of queries whose scores exist at once: bounds the score matrix to `H x 512 x context` floats.
 MAX_SCORE_ROWS = 512
@@ -91,6 +92,14 @@ class PlainKernels:
             answer = self.linear(hidden, down_ECF[expert], None).float()
             sum_TC.index_add_(0, tokens, answer * weights_TS[tokens, choices].unsqueeze(-1))
         return sum_TC.to(x_TC.dtype)
+
+    def argmax(self, x_SV: torch.Tensor) -> torch.Tensor:
+        """See `Kernels.argmax`."""
+        return x_SV.argmax(-1)
+
+    def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """See `Kernels.all_reduce`."""
+        return group.all_reduce(x)
 
 
 def gather_context(kv: LayerKv, blocks_N: torch.Tensor, context_len: int) -> tuple[torch.Tensor, torch.Tensor]:

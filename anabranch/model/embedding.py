@@ -49,35 +49,36 @@ class LmHead:
     def __init__(self, weight_VC: torch.Tensor, kernels: Kernels, group: Group, vocab_size: int) -> None:
         self.weight_VC = weight_VC
         self._linear = kernels.linear
+        self._argmax = kernels.argmax
         self._group = group
         self._vocab_size = vocab_size
         self._start = group.rank * weight_VC.shape[0]
         self._num_held = max(0, min(weight_VC.shape[0], vocab_size - self._start))
 
     def share(self, hidden_SC: torch.Tensor) -> torch.Tensor:
-        """`[S, C] -> [S, share] float32`: this rank's logits; with one rank, all of them."""
-        return self._linear(hidden_SC, self.weight_VC, None).float()
+        """`[S, C] -> [S, share]` in the model's dtype: this rank's logits; with one rank, all of them."""
+        return self._linear(hidden_SC, self.weight_VC, None)
 
     def gather(self, share_SV: torch.Tensor) -> torch.Tensor:
-        """The ranks' shares -> `[S, V]`, the same on every rank."""
+        """The ranks' shares -> `[S, V]` float32, the same on every rank."""
         if self._group.size == 1:
-            return share_SV
+            return share_SV.float()
         if not share_SV.shape[0]:
-            return share_SV.new_empty((0, self._vocab_size))
-        return self._group.all_gather(share_SV, 1)[:, : self._vocab_size]
+            return share_SV.new_empty((0, self._vocab_size), dtype=torch.float32)
+        return self._group.all_gather(share_SV, 1)[:, : self._vocab_size].float()
 
     def argmax(self, share_SV: torch.Tensor) -> torch.Tensor:
         """`gather(share).argmax(-1)`, int64 `[S]`, the same on every rank, for 16 bytes a row and rank."""
         if self._group.size == 1:
-            return share_SV.argmax(-1)
+            return self._argmax(share_SV)
         best_S2 = torch.full((share_SV.shape[0], 2), -torch.inf, dtype=torch.float64, device=share_SV.device)
         if self._num_held:
             held_SV = share_SV[:, : self._num_held]
-            ids_S1 = held_SV.argmax(-1, keepdim=True)
+            ids_S1 = self._argmax(held_SV).unsqueeze(-1)
             best_S2[:, :1] = held_SV.gather(1, ids_S1)
             best_S2[:, 1:] = ids_S1 + self._start
-        # Both in float64, where float32 values and token ids are exact. `argmax` takes the first of equals (and NaN
-        # before all), here among ranks as before among a rank's columns: so the lowest id, as over a whole row. A
-        # rank without tokens comes last, with minus infinity, and is never first.
+        # Both in float64, where logits and token ids are exact. `argmax` takes the first of equals (and NaN before
+        # all), here among ranks as before among a rank's columns: so the lowest id, as over a whole row. A rank
+        # without tokens comes last, with minus infinity, and is never first.
         best_PS2 = self._group.all_gather(best_S2.unsqueeze(0), 0)
         return best_PS2[..., 1].gather(0, best_PS2[..., 0].argmax(0, keepdim=True)).squeeze(0).long()

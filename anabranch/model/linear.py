@@ -80,10 +80,10 @@ class RowParallel:
         bias_F = loader.whole(f"{name}.bias", num_outputs) if bias else None
         # The sum over ranks must hold the bias once.
         self.bias_F = bias_F if group.rank == 0 else None
-        self._linear = kernels.linear
+        self._kernels = kernels
         self._group = group if reduce and group.size > 1 else None
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         """`[T, C of this rank] -> [T, F]`, the same on every rank once reduced."""
-        out_TF = self._linear(x_TC, self.weight_FC, self.bias_F)
-        return out_TF if self._group is None else self._group.all_reduce(out_TF)
+        out_TF = self._kernels.linear(x_TC, self.weight_FC, self.bias_F)
+        return out_TF if self._group is None else self._kernels.all_reduce(out_TF, self._group)

@@ -95,4 +95,4 @@ class MoeFfn:
         if self.shared is not None:
             share_T1 = torch.sigmoid(self._kernels.linear(normed_TC, self.shared_gate_1C, None))
             out_TC = out_TC + share_T1 * self.shared.compute(normed_TC)
-        return out_TC if self._group is None else self._group.all_reduce(out_TC)
+        return out_TC if self._group is None else self._kernels.all_reduce(out_TC, self._group)

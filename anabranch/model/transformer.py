@@ -128,24 +128,37 @@ class Transformer:
         sample_rows_S: torch.Tensor,
     ) -> torch.Tensor:
         """See `forward`; returns the logits of this rank's share of the vocabulary (`LmHead.share`)."""
-        hidden_TC = self.embed(token_ids_T)
-        cos_TD, sin_TD = self.rotary.forward(positions_T)
+        hidden_TC, answer_TC = self._layers(self.embed(token_ids_T), *self.rotary.forward(positions_T), attention)
+        return self.logits(hidden_TC.index_select(0, sample_rows_S) + answer_TC.index_select(0, sample_rows_S))
+
+    @torch.inference_mode()
+    def decode(
+        self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """`forward_share` of embedded rows that are all sampled, by calls of kernels alone: what is recorded."""
+        hidden_TC, answer_TC = self._layers(hidden_TC, cos_TD, sin_TD, attention)
+        _, normed_TC = self._kernels.add_rms_norm(answer_TC, hidden_TC, self.norm_C, self.config.rms_eps)
+        return self.lm_head.share(normed_TC)
+
+    def _layers(
+        self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers: the hidden states, and the last FFN's answer that is still to be added."""
         answer_TC: torch.Tensor | None = None
         for layer in self.layers:
             hidden_TC, rows = layer.attention.step(hidden_TC, answer_TC, cos_TD, sin_TD, attention)
             answer_TC = layer.ffn.forward(rows)
         assert answer_TC is not None
-        return self.logits(hidden_TC.index_select(0, sample_rows_S) + answer_TC.index_select(0, sample_rows_S))
+        return hidden_TC, answer_TC
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """`[T] int64 -> [T, C]`."""
         return self.embedding.forward(token_ids_T)
 
     def logits(self, hidden_SC: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head: `[S, C] -> [S, share] float32`."""
+        """Final norm and LM head: `[S, C] -> [S, share]`."""
         if not hidden_SC.shape[0]:
-            share = self.lm_head.weight_VC.shape[0]
-            return torch.empty((0, share), dtype=torch.float32, device=hidden_SC.device)
+            return hidden_SC.new_empty((0, self.lm_head.weight_VC.shape[0]))
         return self.lm_head.share(self._kernels.rms_norm(hidden_SC, self.norm_C, self.config.rms_eps))
 
 

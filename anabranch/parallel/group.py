@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +29,31 @@ class Group(Protocol):
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """All ranks' `x`, of one shape, joined along `dim` in rank order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeReduce:
+    """An all-reduce as a C function, `int function(handle, data, num_elements (uint64), dtype (int))`.
+
+    Attributes:
+        function, handle: addresses, valid until the group is closed and safe to use after that.
+        dtype: the function's number for the tensor's type.
+        error: what a code other than 0 is raised as.
+    """
+
+    function: int
+    handle: int
+    dtype: int
+    error: Callable[[int], Exception]
+
+
+@runtime_checkable
+class NativeGroup(Protocol):
+    """A group whose sums native code can call for by itself, in the place of `all_reduce`."""
+
+    def native_all_reduce(self, x: torch.Tensor) -> NativeReduce | None:
+        """The call that sums tensors like `x` in their own memory; None where there is none for such tensors."""
         ...
 
 

@@ -1,7 +1,7 @@
 """What workers and the orchestrator say to each other.
 
 Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Drain, Shutdown, Beat.
-Worker -> orchestrator: Register, Beat, Reserved, Tokens, PrefillEnded, Ended.
+Worker -> orchestrator: Register, Beat, Reserved, Tokens, Paused, PrefillEnded, Ended.
 
 A request's life on a split pair: Reserve -> Reserved (or Ended: failed), Prefill -> PrefillEnded, Tokens...,
 Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exactly once for each
@@ -24,8 +24,26 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all control messages; `type` on the wire is the class's name."""
 
 
-class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a worker is. Pools whose `model_fingerprint` or `kv_dtype` differ are refused.
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model a process serves; the orchestrator's and all workers' must be alike in all but `model`.
+
+    Attributes:
+        model: what its user called it.
+        model_fingerprint: of the whole configuration and the weights; empty: the weights are not here.
+    """
+
+    model: str
+    model_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
+    """Who a worker is. Pools whose model or `kv_dtype` differ are refused.
 
     Attributes:
         max_context: most tokens (prompt and answer) that one request may hold here.
@@ -37,9 +55,6 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     role: Role
     pid: int
     host: str
-    model: str
-    model_fingerprint: str
-    vocab_size: int
     kv_dtype: str
     max_context: int
     num_blocks: int
@@ -58,6 +73,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         num_free_blocks: neither held nor cached, or cached and unused.
         num_leases: reservations that have neither committed nor aborted.
         queued_tokens: prompt tokens that wait to be computed.
+        num_parked: requests that have given way with their KV in host memory.
+        num_free_host_blocks, num_total_host_blocks: room for more of them.
     """
 
     num_free_blocks: int
@@ -66,6 +83,9 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_waiting: int
     num_leases: int
     queued_tokens: int
+    num_parked: int = 0
+    num_free_host_blocks: int = 0
+    num_total_host_blocks: int = 0
 
 
 # Orchestrator -> worker ---------------------------------------------------------------------------------
@@ -124,6 +144,13 @@ class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
     tokens: tuple[Token, ...]
 
 
+class Paused(Message, frozen=True, kw_only=True, tag="paused"):
+    """The attempt has given way for lack of blocks and goes on by itself; until then no token comes."""
+
+    request_id: str
+    epoch: int
+
+
 class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
     """One Prefill is over: committed, or `error` says why not.
 
@@ -168,4 +195,4 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Drain | Shutdown | Beat
-ToOrchestrator = Register | Reserved | Tokens | PrefillEnded | Ended | Beat
+ToOrchestrator = Register | Reserved | Tokens | Paused | PrefillEnded | Ended | Beat

@@ -250,22 +250,41 @@ def test_colocated_meshes_equal_transformers(
         cluster.wait_idle()
 
 
+@pytest.mark.parametrize("preemption", ["offload", "recompute"])
 @pytest.mark.parametrize(
     ("roles", "prefill", "decode"),
     [
+        (("prefill", "decode"), (1, 1), (1, 1)),
         (("prefill", "decode"), (1, 2), (1, 3)),
         (("prefill", "decode"), (2, 1), (2, 2)),
+        (("colocated",), (1, 1), (1, 1)),
         (("colocated",), (1, 1), (1, 2)),
+        (("colocated",), (1, 1), (2, 2)),
     ],
 )
 def test_those_that_give_way_go_on_where_they_were(
-    roles: tuple[str, ...], prefill: Degrees, decode: Degrees, known: Callable[..., Known], tmp_path: Path
+    roles: tuple[str, ...],
+    prefill: Degrees,
+    decode: Degrees,
+    preemption: str,
+    known: Callable[..., Known],
+    tmp_path: Path,
 ) -> None:
     model = known("llama-gqa-tied")
     tp, cp = decode
     expected = dict(model.clear(length, 40) for length in (5, 12, 20, 31, 44, 60))
     # About 128 tokens of 8 to a block hold one of the longer requests whole, and little beside it.
-    small = mesh_of(decode, kv_cache_bytes=128 // (8 * cp) * model.block_bytes(8) // tp, block_size=8, max_context=112)
+    num_blocks = 128 // (8 * cp)
+    num_bytes = num_blocks * model.block_bytes(8) // tp
+    small = mesh_of(
+        decode,
+        kv_cache_bytes=num_bytes,
+        # Room for all: those that find no host blocks would be computed again.
+        offload_bytes=4 * num_bytes,
+        preemption=preemption,
+        block_size=8,
+        max_context=112,
+    )
     with (
         InProcessCluster(
             tmp_path,
@@ -277,10 +296,21 @@ def test_those_that_give_way_go_on_where_they_were(
         Client(cluster.endpoint, timeout_s=TIMEOUT_S) as client,
     ):
         holder = cluster.workers[-1]
-        assert holder.stats().num_total_blocks == 128 // (8 * cp)
+        assert holder.stats().num_total_blocks == num_blocks
         check_alike(client, expected)
-        assert holder.scheduler.num_preempted > 0  # type: ignore[attr-defined]
+        scheduler = holder.scheduler  # type: ignore[attr-defined]
+        assert scheduler.num_preempted > 0
         cluster.wait_idle()
+        epochs = {epoch for _, _, epoch in cluster.minutes[holder.config.name].given}
+        if preemption == "offload":
+            assert scheduler.num_parked > 0
+            assert holder.stats().num_free_host_blocks == 4 * num_blocks
+            # Nobody was sent away: whoever gave way went on in its place.
+            assert epochs == {0}
+        else:
+            assert scheduler.num_parked == 0
+            assert holder.stats().num_total_host_blocks == 0
+            assert (len(epochs) > 1) == (len(roles) == 2)
 
 
 def test_thirty_two_at_once(known: Callable[..., Known], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.plan import StepPlan
 from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
-from anabranch_client import Client, Unavailable
+from anabranch_client import CallCancelled, Client, Unavailable
 from decode.worker import DecodeWorker
 from orchestrator.resolved_model import CheckpointModel
 from orchestrator.service import Orchestrator
@@ -153,6 +153,7 @@ class InProcessCluster:
             "dtype": "float32",
             "threads": 1,
             "kv_cache_bytes": 16 << 20,
+            "offload_bytes": 1 << 20,
             "block_size": 16,
             "native_kernels": False,
         }
@@ -218,6 +219,8 @@ class InProcessCluster:
         wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
+            if worker.config.role != "prefill" and worker.scheduler.parking is not None:  # type: ignore[attr-defined]
+                worker.scheduler.parking.check_integrity()  # type: ignore[attr-defined]
             minutes = self.minutes[worker.config.name]
             wait_until(lambda minutes=minutes: minutes.given == minutes.ended, "an end for everything given")
             minutes.check()
@@ -236,7 +239,9 @@ class InProcessCluster:
                 streams, staging = rank._senders | dict.fromkeys(rank._opening), rank._source.staging_bytes
             else:
                 streams, staging = rank._receiver._streams, rank._receiver.staging_bytes
-            if not worker.is_idle() or stats.num_free_blocks != stats.num_total_blocks or streams or staging:
+            held = stats.num_total_blocks - stats.num_free_blocks
+            held += stats.num_total_host_blocks - stats.num_free_host_blocks
+            if not worker.is_idle() or held or streams or staging:
                 left.append(f"{worker.config.name}: {stats}, streams {list(streams)}, staging {staging}")
         return left
 
@@ -279,7 +284,7 @@ class InProcessCluster:
     def _complete(self, client: Client) -> bool:
         try:
             pools = client.model().pools
-        except Unavailable:  # a worker has failed and the orchestrator ends
+        except (Unavailable, CallCancelled):  # a worker has failed and the orchestrator ends
             return False
         return sum(pool.num_workers for pool in pools) == len(self._options) and client.health() == "serving"
 

@@ -22,10 +22,11 @@ class Known:
     Args:
         folder: an empty one, for the model.
         context: most tokens of one request.
+        overrides: of the recipe's configuration.
     """
 
-    def __init__(self, recipe: str, folder: Path, context: int) -> None:
-        self.folder = save(recipe, folder, max_position_embeddings=context)
+    def __init__(self, recipe: str, folder: Path, context: int, **overrides: object) -> None:
+        self.folder = save(recipe, folder, max_position_embeddings=context, **overrides)
         self.reference = Reference(resolve_model(str(self.folder)))
         self._rng = random.Random(recipe)
 

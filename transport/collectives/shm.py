@@ -23,6 +23,7 @@ import torch
 
 from anabranch.errors import AnabranchError, ConfigError, DeadlineExceeded, PeerLost, TransportError
 from anabranch.parallel.exchange import check_post
+from anabranch.parallel.group import NativeReduce
 from anabranch.parallel.mesh import MAX_RANKS
 from transport.collectives.arena import Arena
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
@@ -107,6 +108,15 @@ class ShmGroup:
         if code:
             raise self._error(code)
         return x
+
+    def native_all_reduce(self, x: torch.Tensor) -> NativeReduce | None:
+        """See `NativeGroup.native_all_reduce`; None for what `all_reduce` copies or refuses."""
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None or not x.is_cpu or not x.is_contiguous():
+            return None
+        function = ctypes.cast(self._all_reduce, ctypes.c_void_p).value
+        assert function is not None
+        return NativeReduce(function=function, handle=self._native, dtype=dtype, error=self._error)
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """All ranks' `x`, of one shape and any dtype, joined along `dim` in rank order."""

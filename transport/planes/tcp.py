@@ -26,6 +26,7 @@ from transport.planes import futures
 from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Link, PlaneHandler
 from transport.planes.handshake import Acceptor, Introduction, dial, my_name
 from transport.planes.loop import ProgressLoop
+from transport.planes.stall import message_deadline
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +36,10 @@ MAGIC = b"AM"
 VERSION = 1
 PREFIX = struct.Struct("!2sBBHHQ")
 
-STALL_TIMEOUT_S = 10.0
-MIN_BYTES_PER_S = 1 << 20
 READ_AHEAD_BYTES = 64 * 1024
 SOCKET_BUFFER_BYTES = 4 << 20
 # What one link may receive before the others get their turn.
 TURN_BYTES = 8 << 20
-
-
-def _message_deadline(num_bytes: int) -> float:
-    return time.monotonic() + STALL_TIMEOUT_S + num_bytes / MIN_BYTES_PER_S
 
 
 class _Outgoing:
@@ -166,7 +161,7 @@ class TcpLink:
                 parts: list[memoryview] = []
                 head = outgoing[0]
                 if not head.deadline:
-                    head.deadline = _message_deadline(sum(part.nbytes for part in head.parts))
+                    head.deadline = message_deadline(sum(part.nbytes for part in head.parts))
                 for message in outgoing:
                     parts += message.parts
                     if len(parts) >= 64:
@@ -238,7 +233,7 @@ class TcpLink:
                     break
                 continue
             if have and self._read_deadline is None:
-                self._read_deadline = _message_deadline(0)
+                self._read_deadline = message_deadline(0)
             if have < PREFIX.size:
                 break
             magic, version, flags, header_bytes, reserved, payload_bytes = PREFIX.unpack_from(ahead, self._ahead_from)
@@ -270,7 +265,7 @@ class TcpLink:
         self._header, self._payload_bytes, self._received = header, payload_bytes, 0
         self._buffer = buffer.cast("B") if buffer is not None else None
         self._in_payload = True
-        self._read_deadline = _message_deadline(payload_bytes)
+        self._read_deadline = message_deadline(payload_bytes)
 
     def _payload_arrived(self, num_bytes: int) -> None:
         self._received += num_bytes

@@ -45,8 +45,8 @@ class UcxPlane:
 
     def __init__(self, handler: PlaneHandler, *, listen_host: str = "127.0.0.1", transports: str | None = None) -> None:
         self.handler = handler
-        self.links: set[UcxLink] = set()
-        self.hot: list[UcxLink] = []
+        self._links: set[UcxLink] = set()
+        self._hot: list[UcxLink] = []
         self._admitted: dict[socket.socket, UcxLink] = {}
         self._closed = False
         default = HOST_TRANSPORTS if is_loopback(listen_host) else NETWORK_TRANSPORTS
@@ -79,7 +79,7 @@ class UcxPlane:
             raise
 
         def join() -> None:
-            self.links.add(link)
+            self._links.add(link)
             if self._closed:
                 link.drop(PeerLost("this plane is closed"))
             else:
@@ -87,6 +87,16 @@ class UcxPlane:
 
         self.loop.call_soon(join)
         return link
+
+    def heated(self, link: UcxLink) -> None:
+        """See `LinkOwner`."""
+        self._hot.append(link)
+
+    def dropped(self, link: UcxLink) -> None:
+        """See `LinkOwner`."""
+        if link.hot:
+            self._hot.remove(link)
+        self._links.discard(link)
 
     def close(self) -> None:
         if self._closed:
@@ -97,7 +107,7 @@ class UcxPlane:
 
     def _shut(self) -> None:
         self._acceptor.close()
-        for link in [*self.links, *self._admitted.values()]:
+        for link in [*self._links, *self._admitted.values()]:
             link.drop(PeerLost("this plane is closed"))
 
     def _make_worker(self) -> UcxWorker:
@@ -113,11 +123,11 @@ class UcxPlane:
 
     def _joined(self, side: socket.socket) -> None:
         link = self._admitted.pop(side)
-        self.links.add(link)
+        self._links.add(link)
         link.start()
 
     def _tick(self) -> float:
-        hot = self.hot
+        hot = self._hot
         now = time.monotonic()
         for _ in range(POLLS_PER_TURN):
             if not hot:
@@ -139,6 +149,6 @@ class UcxPlane:
         if hot:
             return DOZE_S if all(now - link.quiet_since > SPIN_S for link in hot) else 0.0
         left = self._acceptor.expire(now)
-        for link in list(self.links):
+        for link in list(self._links):
             left = min(left, link.expire(now))
         return max(MIN_SELECT_S, left)

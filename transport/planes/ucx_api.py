@@ -9,15 +9,21 @@ other one dies in the middle of a transfer. A peer that dies without a transfer 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from anabranch.errors import TransportUnavailable
 
 # Within a host no UCX transport listens on a socket; between hosts the operator has named an interface.
 HOST_TRANSPORTS = "shm,self"
 NETWORK_TRANSPORTS = "all"
+
+Bytes = npt.NDArray[np.uint8]
 
 _OPTIONS = {
     "POSIX_ERROR_HANDLING": "y",
@@ -28,6 +34,14 @@ _OPTIONS = {
     "RNDV_FRAG_MEM_TYPE": "host",
     "MEMTYPE_CACHE": "n",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class UcxTags:
+    """The two sequences of messages of a link, each of which UCX keeps in order."""
+
+    envelopes: object
+    payloads: object
 
 
 class UcxRequest(Protocol):

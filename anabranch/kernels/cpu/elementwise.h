@@ -94,6 +94,49 @@ void rotary(const E* x, long stride_t, long stride_h, const float* cos, const fl
     });
 }
 
+// Place of the first of the largest; NaN is larger than all.
+template <class E>
+long argmax_row(const E* x, long n) {
+    constexpr int WAYS = 4;  // running maxima, so that one does not wait for the other
+    f32 top[WAYS];
+    for (f32& t : top) t = splat(-INF);
+    i32 unordered{};
+    long i = 0;
+    for (; i + WAYS * LANES <= n; i += WAYS * LANES)
+        for (int j = 0; j < WAYS; j++) {
+            const f32 v = load(x + i + j * LANES);
+            unordered |= v != v;
+            top[j] = max(top[j], v);
+        }
+    float best = max1(max(max(top[0], top[1]), max(top[2], top[3])));
+    bool any_nan = false;
+    for (int lane = 0; lane < LANES; lane++) any_nan |= unordered[lane] != 0;
+    for (; i < n; i++) {
+        const float v = load1(x + i);
+        any_nan |= v != v;
+        best = v > best ? v : best;
+    }
+    i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const f32 v = load(x + i);
+        const i32 found = any_nan ? v != v : v == splat(best);
+        for (int lane = 0; lane < LANES; lane++)
+            if (found[lane]) return i + lane;
+    }
+    for (; i < n; i++) {
+        const float v = load1(x + i);
+        if (any_nan ? v != v : v == best) return i;
+    }
+    return 0;
+}
+
+template <class E>
+void argmax(const E* x, long stride, int64_t* out, long rows, long n, int threads) {
+    parallel(threads, rows * n, [&](int rank, int size) {
+        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++) out[r] = argmax_row(x + r * stride, n);
+    });
+}
+
 // Copies [T, K, D] rows of K and V to their slots.
 inline void store_kv(const char* k, const char* v, long k_stride_t, long k_stride_h, long v_stride_t, long v_stride_h,
                      char* k_pool, char* v_pool, const int64_t* slots, long num_t, long num_h, long row_bytes,

@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "linear.h"
 #include "prefill.h"
+#include "program.h"
 
 using ab::bf16;
 
@@ -74,6 +75,9 @@ ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t*
                                             const AttentionShape* shape, int threads) {                              \
         ab::attention_short(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);                 \
     }                                                                                                                \
+    AB_API void ab_argmax_##suffix(const E* x, int64_t* out, long stride, long rows, long n, int threads) {           \
+        ab::argmax(x, stride, out, rows, n, threads);                                                                \
+    }                                                                                                                \
     AB_API long ab_max_linear_rows_##suffix(long channels) { return max_linear_rows<E>(channels); }
 
 AB_OPS(float, float32)
@@ -97,6 +101,27 @@ AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool
                         int threads) {
     ab::store_kv(k, v, k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_pool, v_pool, slots, num_t, num_h, row_bytes,
                  threads);
+}
+
+#define AB_ENTRY(name) {#name, ab::Unpacked<name>::call}
+#define AB_ENTRIES(suffix)                                                                                           \
+    AB_ENTRY(ab_rms_norm_##suffix), AB_ENTRY(ab_add_rms_norm_##suffix), AB_ENTRY(ab_silu_mul_##suffix),               \
+        AB_ENTRY(ab_rotary_##suffix), AB_ENTRY(ab_linear_##suffix), AB_ENTRY(ab_attention_short_##suffix)
+
+// What a program calls instead of the function of that name; null where there is none.
+AB_API void* ab_find_op(const char* name) {
+    static const struct {
+        const char* name;
+        int (*call)(const int64_t*);
+    } entries[] = {AB_ENTRIES(float32), AB_ENTRIES(bfloat16), AB_ENTRY(ab_store_kv),
+                   {"reduce", ab::Unpacked<ab::call_reduce>::call}};
+    for (const auto& entry : entries)
+        if (!strcmp(entry.name, name)) return (void*)entry.call;
+    return nullptr;
+}
+
+AB_API int ab_run_program(const ab::Op* ops, long count, int threads, long* place) {
+    return ab::run_program(ops, count, threads, place);
 }
 
 // What the build uses: 3 AMX, 2 AVX-512 BF16, 1 AVX-512, 0 what the compiler makes of it.

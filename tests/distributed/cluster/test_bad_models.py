@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import CheckpointError, UnsupportedArchitecture, WorkerDied
 from launch.cluster import LocalCluster
+from tests.support.families import save
 from tests.support.in_process import InProcessCluster
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -94,17 +96,82 @@ def test_processes_pass_the_reason_on(folder, case) -> None:
     assert not cluster.folder.exists()
 
 
-def test_workers_of_different_models_are_refused(known, folder, tmp_path) -> None:
-    """Same shapes, other weights: the second worker to come names both fingerprints."""
+OTHER_SHAPES = {
+    "num_layers": ("llama-mqa-llama3", {"num_hidden_layers": 2}, 2, 3),
+    "num_heads": ("llama-mqa-llama3", {"num_attention_heads": 2}, 2, 4),
+    "num_kv_heads": ("llama-mqa-llama3", {"num_key_value_heads": 2}, 2, 1),
+    "vocab_size": ("llama-mqa-llama3", {"vocab_size": 103}, 103, 101),
+}
+
+
+def other_weights(folder: Path) -> None:
     path = folder / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1000:] = bytes(1000)
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("field", OTHER_SHAPES)
+def test_a_worker_of_another_shape_is_refused_with_both_values(known, tmp_path, field) -> None:
+    recipe, overrides, theirs, ours = OTHER_SHAPES[field]
+    other = save(recipe, tmp_path / "other", **{"max_position_embeddings": 2048, **overrides})
+    refused = (
+        f"refused by the orchestrator: {field}: {theirs}: of decode-1 (model {other}) differs from {ours} "
+        f"of the orchestrator (model {known.folder}); start the orchestrator and all workers with the same model"
+    )
+    with (
+        pytest.raises(WorkerDied, match=re.escape(refused)),
+        InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), by_role={"decode": {"model": str(other)}}),
+    ):
+        pass
+
+
+def test_a_worker_of_other_weights_is_refused_with_both_fingerprints(known, folder, tmp_path) -> None:
+    """Same shapes, other weights."""
+    other_weights(folder)
+    refused = (
+        r"refused by the orchestrator: model_fingerprint: '([0-9a-f]{32})': of (prefill|decode)-\d "
+        r"\(model \S+broken\) differs from '(?!\1)[0-9a-f]{32}' of the orchestrator \(model (?!\S+broken)"
+    )
     by_role = {"decode": {"model": str(folder)}}
-    refused = r"refused by the orchestrator: model_fingerprint: .* start all workers with the same model and dtype"
     with (
         pytest.raises(WorkerDied, match=refused),
         InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), by_role=by_role),
+    ):
+        pass
+
+
+def test_an_orchestrator_without_weights_leaves_it_to_the_workers(known, folder, tmp_path) -> None:
+    """It knows shapes and vocabulary alone; pools of other weights are still refused, by each other's values."""
+    lean = Path(shutil.copytree(known.folder, tmp_path / "lean"))
+    (lean / WEIGHTS).unlink()
+    model = {"model": str(lean)}
+    with InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), orchestrator=model):
+        pass
+    other_weights(folder)
+    refused = r"model_fingerprint: '\w{32}': of (prefill-0|decode-1) .* differs from '\w{32}' of (prefill-0|decode-1) "
+    with (
+        pytest.raises(WorkerDied, match=refused),
+        InProcessCluster(
+            tmp_path,
+            known.folder,
+            ("prefill", "decode"),
+            orchestrator=model,
+            by_role={"decode": {"model": str(folder)}},
+        ),
+    ):
+        pass
+
+
+def test_pools_of_different_dtypes_are_refused(known, tmp_path) -> None:
+    by_role = {"prefill": {"dtype": "float32", "tp": 2}, "decode": {"dtype": "bfloat16", "cp": 2}}
+    refused = (
+        r"kv_dtype: '(float32|bfloat16)': of (prefill-0|decode-1) .* differs from '(?!\1)(float32|bfloat16)' "
+        r"of (?!\2)(prefill-0|decode-1) .* all workers with the same dtype"
+    )
+    with (
+        pytest.raises(WorkerDied, match=refused),
+        InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), by_role=by_role, rank_processes=False),
     ):
         pass
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 from anabranch.config.topology import PoolConfig, Pools, Topology
-from anabranch_client import Admin, Client, ClientError, Finished, Sampling, Tokens, Worker
+from anabranch_client import Admin, Client, Sampling, Worker
 from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
+from tests.support.load import Load
 from tests.support.resources import holdings
 from transport.planes import usable_planes
 
@@ -46,42 +47,6 @@ def running(model: object, transport: str, num_prefill: int, num_decode: int) ->
     )
     with LocalCluster(topology, ready_timeout_s=READY_TIMEOUT_S) as cluster, Admin(cluster.endpoint) as admin:
         yield cluster, admin
-
-
-class Load:
-    """Requests in flight, each read by a thread that checks its tokens' indexes."""
-
-    def __init__(self, client: Client, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self._client = client
-        self._max_tokens = max_tokens
-        self._pool = ThreadPoolExecutor(len(prompts))
-        self.ends: list[Future[str]] = [
-            self._pool.submit(self._follow, prompt, seen) for prompt, seen in zip(prompts, self.tokens, strict=True)
-        ]
-
-    def results(self) -> list[str]:
-        """How each ended: its route, or an error's code and message."""
-        found = [end.result(60) for end in self.ends]
-        self._pool.shutdown()
-        return found
-
-    def failed(self) -> list[str]:
-        return [end.result() for end in self.ends if end.done() and ": " in end.result()]
-
-    def _follow(self, prompt: Prompt, seen: list[int]) -> str:
-        sampling = Sampling(max_tokens=self._max_tokens, ignore_eos=True)
-        try:
-            for event in self._client.generate(prompt, sampling):
-                if isinstance(event, Tokens):
-                    assert event.first_index == len(seen)
-                    seen.extend(event.token_ids)
-                elif isinstance(event, Finished):
-                    assert len(seen) == self._max_tokens
-                    return "+".join(event.route)
-        except ClientError as error:
-            return f"{error.code}: {error}"
-        raise AssertionError("the stream ended without an end")
 
 
 def find(admin: Admin, name: str) -> Worker | None:

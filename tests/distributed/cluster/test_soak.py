@@ -27,6 +27,9 @@ from transport.planes import usable_planes
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(120)]
 
 SOAK_S = 8.0
+WARM_UP_TIMEOUT_S = 30.0
+# Each of two prefill with each of two decode workers, and the colocated one.
+NUM_ROUTES = 5
 NUM_CLIENTS = 12
 NUM_TOKENS = 64
 SEED = 20
@@ -47,6 +50,7 @@ class Visitor:
 
     def __init__(self, endpoint: str, seed: int, answers: list[tuple[Prompt, Prompt]]) -> None:
         self.fates: Counter[str] = Counter()
+        self.routes: set[tuple[str, ...]] = set()
         self._endpoint = endpoint
         self._client = Client(endpoint, timeout_s=60.0)
         self._rng = random.Random(seed)
@@ -87,6 +91,7 @@ class Visitor:
                     else:
                         assert isinstance(event, Finished)
                         assert event.usage.num_output_tokens == len(seen)
+                        self.routes.add(event.route)
                         ends += 1
                     if count == leave_after:
                         break
@@ -120,9 +125,14 @@ def test_everything_at_once(known: Known, answers: list[tuple[Prompt, Prompt]], 
         kv_transport=plane,
         max_step_tokens=40,
     ) as cluster:
-        soak(cluster, answers, 0.5, SEED)  # so that links, threads and gRPC's own descriptors are there
+        # So that all links, threads and gRPC's own descriptors are there.
+        routes: set[tuple[str, ...]] = set()
+        deadline_s = time.monotonic() + WARM_UP_TIMEOUT_S
+        while len(routes) < NUM_ROUTES:
+            assert time.monotonic() < deadline_s, f"warm_up_timeout_s: only {routes}"
+            routes |= soak(cluster, answers, 0.5, SEED)[1]
         before = holdings()
-        fates = soak(cluster, answers, SOAK_S / 3, SEED + 1)
+        fates, _ = soak(cluster, answers, SOAK_S / 3, SEED + 1)
         assert set(fates) == {"finished", "cancel", "disconnect", "deadline", "bad"}, fates
         assert sum(worker.scheduler.num_preempted for worker in cluster.workers[2:]) > 0
         for minutes in cluster.minutes.values():
@@ -134,12 +144,18 @@ def test_everything_at_once(known: Known, answers: list[tuple[Prompt, Prompt]], 
         wait_until(lambda: not more(), "descriptors and threads to return:", describe=more)
 
 
-def soak(cluster: InProcessCluster, answers: list[tuple[Prompt, Prompt]], length_s: float, seed: int) -> Counter[str]:
-    """Let clients come for `length_s`; what became of their requests. Ends with an idle, checked cluster."""
+def soak(
+    cluster: InProcessCluster, answers: list[tuple[Prompt, Prompt]], length_s: float, seed: int
+) -> tuple[Counter[str], set[tuple[str, ...]]]:
+    """Let clients come for `length_s`; what became of their requests, and the routes of those that ended well.
+
+    Ends with an idle, checked cluster.
+    """
     until_s = time.monotonic() + length_s
     visitors = [Visitor(cluster.endpoint, seed * 100 + number, answers) for number in range(NUM_CLIENTS)]
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         for visit in [pool.submit(visitor.visit, until_s) for visitor in visitors]:
             visit.result(60)
     cluster.wait_idle()
-    return sum((visitor.fates for visitor in visitors), Counter())
+    fates = sum((visitor.fates for visitor in visitors), Counter())
+    return fates, set().union(*(visitor.routes for visitor in visitors))

@@ -23,6 +23,7 @@ from anabranch.protocol.requests import EndReason, Request, Token, TokenLogprob,
 from anabranch.protocol.workers import (
     Beat,
     Ended,
+    ModelIdentity,
     Prefill,
     PrefillEnded,
     Register,
@@ -76,6 +77,16 @@ class ByteModel:
     """A model whose tokens are bytes; encoding waits for `gate`."""
 
     name = "bytes"
+    identity = ModelIdentity(
+        model="bytes",
+        model_fingerprint="",
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+    )
     vocab_size = VOCAB
     max_context = CONTEXT
     eos_token_ids = (EOS,)
@@ -107,6 +118,11 @@ def worker_info(name: str, role: str, /, **changes: object) -> WorkerInfo:
         model="bytes",
         model_fingerprint="f1",
         vocab_size=VOCAB,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
         kv_dtype="float32",
         max_context=CONTEXT,
         num_blocks=64,

@@ -23,8 +23,11 @@ pytestmark = pytest.mark.distributed
     ("field", "value", "says"),
     [
         ("model_fingerprint", "f2", "model_fingerprint: 'f2': of odd .model bytes. differs from 'f1' of first"),
+        ("num_layers", 2, "num_layers: 2: of odd .model bytes. differs from 1 of the orchestrator .model bytes."),
+        ("num_heads", 4, "num_heads: 4: of odd .* differs from 1 of the orchestrator"),
+        ("num_kv_heads", 4, "num_kv_heads: 4: of odd .* differs from 1 of the orchestrator"),
         ("kv_dtype", "bfloat16", "kv_dtype: 'bfloat16': of odd .* differs from 'float32' of first"),
-        ("vocab_size", 300, "vocab_size: 300: of odd .* differs from 256 of first"),
+        ("vocab_size", 300, "vocab_size: 300: of odd .* differs from 256 of the orchestrator"),
         ("name", "first", "name: 'first': is taken by a living worker .pid 7 on here."),
         ("max_context", 0, "max_context: 0: must be at least 1"),
     ],

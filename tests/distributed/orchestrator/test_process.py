@@ -25,6 +25,8 @@ pytestmark = pytest.mark.distributed
 
 START_TIMEOUT_S = 60.0
 WORDS = ["<eos>", "hello", "world", "again"]
+# Of the checkpoint below, as a worker tells them.
+HEADS = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted, wait):
             assert announced["pid"] == process.pid
             assert announced["grpc"].startswith("127.0.0.1:")
             assert announced["control"].startswith("tcp://127.0.0.1:")
-            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4)
+            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4, **HEADS)
             await worker.register()
             async with AsyncClient(announced["grpc"]) as client:
                 assert await client.health() == "serving"
@@ -117,7 +119,7 @@ def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted, wait):
             wait, f"--control-bind=ipc://{tmp_path}/control", folder=model_folder, endpoints=tmp_path / "endpoints.json"
         )
         try:
-            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4)
+            worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4, **HEADS)
             await worker.register()
             async with AsyncClient(announced["grpc"]) as client:
                 answer = asyncio.create_task(client.complete("hello", Sampling(max_tokens=2)))

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from anabranch.protocol.requests import Token, TokenLogprob, WireError
-from anabranch.protocol.workers import Cancel, Generate, Prefill, Reserve, Tokens
+from anabranch.protocol.workers import Cancel, Generate, Paused, Prefill, Reserve, Tokens
 from anabranch_client import ChatMessage, DeadlineExceeded, Finished, Overloaded, Sampling, ServerFailed
 from anabranch_client import Tokens as ClientTokens
 
@@ -325,6 +325,7 @@ def test_many_requests_share_a_step(play):
         ("reserve_timeout_s", "reserving"),
         ("prefill_timeout_s", "prefilling"),
         ("token_timeout_s", "decoding"),
+        ("pause_timeout_s", "paused"),
     ],
 )
 def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
@@ -334,11 +335,13 @@ def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=9)))
         if stage == "reserving":
             await decode.expect(Reserve)
-        elif stage in ("prefilling", "decoding"):
+        elif stage in ("prefilling", "decoding", "paused"):
             request = await to_prefilling(world, prefill, decode)
-        if stage == "decoding":
+        if stage in ("decoding", "paused"):
             await decode.tokens(request, "a", 0)
             await prefill.prefill_ended(request)
+        if stage == "paused":
+            await decode.send(Paused(request_id=request.request_id, epoch=request.epoch))
         with pytest.raises(DeadlineExceeded, match=f"{setting}: nothing for 0.3 s while {stage}"):
             await answer
         if stage != "queued":

@@ -2,81 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from anabranch.errors import DeadlineExceeded, PeerLost, TransportError
-from anabranch.parallel.layout import KvLayout
-from transport.planes import Link, Plane, available_planes, tcp, ucx_link
+from tests.support import plane_peer
+from tests.support.peer_process import WAIT_S, PeerProcess, eventually, peer_processes
+from transport.planes import Link, Plane, available_planes, stall
 
 pytestmark = pytest.mark.distributed
 
-WAIT_S = 30.0
 NOTICE_S = 3.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 KINDS = ["tcp", pytest.param("ucx", marks=needs_ucx), pytest.param("ucx-net", marks=needs_ucx)]
-STREAM_KINDS = ["tcp", pytest.param("ucx", marks=needs_ucx)]
-PEER = Path(__file__).with_name("plane_peer.py")
 BIG = 256 << 20
-
-LAYOUT = KvLayout(dtype="float32", num_layers=4, num_kv_heads=4, head_dim=64, block_size=16)
-NUM_TOKENS = 3000
-
-
-def load_peer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plane_peer", PEER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-peer_module = load_peer()
-
-
-def eventually(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(0.002)
-
-
-class Peer:
-    """The other process."""
-
-    def __init__(self, kind: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(PEER), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self.addresses = self.ask(do="address")
-
-    def ask(self, **command: object) -> dict[str, object]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command).encode() + b"\n")
-        self.process.stdin.flush()
-        answer: dict[str, object] = json.loads(self.process.stdout.readline())
-        return answer
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
 
 
 class Recorder:
@@ -114,27 +59,18 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def plane(kind: str, recorder: Recorder) -> Iterator[Plane]:
-    plane: Plane = peer_module.make_plane(kind, recorder)
+    plane: Plane = plane_peer.make_plane(kind, recorder)
     yield plane
     plane.close()
 
 
 @pytest.fixture
-def start(kind: str) -> Iterator[Callable[[], Peer]]:
-    peers: list[Peer] = []
-
-    def start() -> Peer:
-        peers.append(Peer(kind))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        if peer.process.returncode is None:
-            peer.process.send_signal(signal.SIGCONT)
-            peer.kill()
+def start(kind: str) -> Iterator[Callable[[], PeerProcess]]:
+    with peer_processes("tests.support.plane_peer", kind) as start:
+        yield start
 
 
-def test_payloads_cross_processes_both_ways(plane: Plane, recorder: Recorder, start: Callable[[], Peer]) -> None:
+def test_payloads_cross_processes_both_ways(plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess]) -> None:
     peer = start()
     link = plane.connect(str(peer.addresses["plane"]), 10.0)
     for num_bytes in (0, 100, 10_000, 5_000_000):
@@ -146,7 +82,7 @@ def test_payloads_cross_processes_both_ways(plane: Plane, recorder: Recorder, st
 
 
 def test_a_receiver_that_is_killed_within_a_payload_is_noticed(
-    plane: Plane, recorder: Recorder, start: Callable[[], Peer]
+    plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess]
 ) -> None:
     peer, other = start(), start()
     survivor = plane.connect(str(other.addresses["plane"]), 10.0)
@@ -171,7 +107,7 @@ def test_a_receiver_that_is_killed_within_a_payload_is_noticed(
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.005, 0.03])
 def test_a_sender_that_is_killed_within_a_payload_is_noticed(
-    plane: Plane, recorder: Recorder, start: Callable[[], Peer], delay_s: float
+    plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess], delay_s: float
 ) -> None:
     peer = start()
     peer.ask(do="connect", address=plane.address)
@@ -187,7 +123,9 @@ def test_a_sender_that_is_killed_within_a_payload_is_noticed(
     eventually(lambda: recorder.num_payloads == count + 3, "the next peer is served")
 
 
-def test_an_idle_peer_that_is_killed_is_noticed(plane: Plane, recorder: Recorder, start: Callable[[], Peer]) -> None:
+def test_an_idle_peer_that_is_killed_is_noticed(
+    plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess]
+) -> None:
     peer = start()
     link = plane.connect(str(peer.addresses["plane"]), 10.0)
     link.send(b"x", memoryview(bytearray(100_000))).result(WAIT_S)
@@ -199,11 +137,10 @@ def test_an_idle_peer_that_is_killed_is_noticed(plane: Plane, recorder: Recorder
 
 
 def test_a_peer_that_is_frozen_is_given_up_in_time(
-    plane: Plane, recorder: Recorder, start: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch
+    plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (tcp, ucx_link):
-        monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.2)
-        monkeypatch.setattr(module, "MIN_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr(stall, "STALL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stall, "MIN_BYTES_PER_S", 1 << 40)
     peer = start()
     link = plane.connect(str(peer.addresses["plane"]), 10.0)
     link.send(b"x", memoryview(bytearray(100_000))).result(WAIT_S)
@@ -215,7 +152,7 @@ def test_a_peer_that_is_frozen_is_given_up_in_time(
 
 
 def test_peers_that_are_killed_leave_no_descriptor_behind(
-    plane: Plane, recorder: Recorder, start: Callable[[], Peer], request: pytest.FixtureRequest
+    plane: Plane, recorder: Recorder, start: Callable[[], PeerProcess], request: pytest.FixtureRequest
 ) -> None:
     if plane.name == "ucx":
         reason = "UCX sometimes keeps descriptors of a killed peer on the same host until its worker is closed"

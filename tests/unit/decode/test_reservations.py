@@ -39,13 +39,13 @@ def sequence(name: str, length: int, output: tuple[int, ...] = (), epoch: int = 
 
 
 def names(reservations: Reservations) -> list[str]:
-    return [reservation.sequence.request.request_id for reservation in reservations.admit()]
+    return [reservation.sequence.request.request_id for reservation in reservations.admit(8)]
 
 
 def test_room_for_the_prompt_and_its_first_token() -> None:
     reservations, _ = make()
     reservations.add(sequence("a", 8))
-    (reservation,) = reservations.admit()
+    (reservation,) = reservations.admit(8)
     assert len(reservation.lease.table) == 3
     assert (reservations.num_leases, len(reservations)) == (1, 1)
     assert reservations.cache.pool.num_free == 3
@@ -72,7 +72,7 @@ def test_commit_gives_the_sequence_with_its_blocks_once() -> None:
     reservations, _ = make()
     item = sequence("a", 8)
     reservations.add(item)
-    (reservation,) = reservations.admit()
+    (reservation,) = reservations.admit(8)
     stream_id = reservation.lease.stream_id
     assert reservations.commit(stream_id) is item
     assert item.table is not None
@@ -85,7 +85,7 @@ def test_abort_frees_the_blocks_once() -> None:
     reservations, _ = make()
     item = sequence("a", 8)
     reservations.add(item)
-    (reservation,) = reservations.admit()
+    (reservation,) = reservations.admit(8)
     stream_id = reservation.lease.stream_id
     assert reservations.abort(stream_id) is item
     assert reservations.abort(stream_id) is None
@@ -116,7 +116,7 @@ def test_an_attempt_is_found_while_it_waits_and_while_it_is_leased() -> None:
 def test_slices_let_a_lease_last_and_a_late_one_changes_nothing() -> None:
     reservations, clock = make()
     reservations.add(sequence("a", 8))
-    (reservation,) = reservations.admit()
+    (reservation,) = reservations.admit(8)
     stream_id = reservation.lease.stream_id
     clock.now_s = 4.0
     reservations.touch(stream_id)

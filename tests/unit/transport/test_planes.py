@@ -33,6 +33,7 @@ from transport.planes import (
     create_plane,
     handshake,
     reachable_planes,
+    stall,
     tcp,
     usable_planes,
 )
@@ -492,7 +493,7 @@ CUT_SHORT = {
 
 @pytest.mark.parametrize("sent", CUT_SHORT.values(), ids=CUT_SHORT.keys())
 def test_tcp_drops_a_peer_that_stalls_within_a_message(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(stall, "STALL_TIMEOUT_S", 0.1)
     recorder = Recorder()
     plane = TcpPlane(recorder)
     with raw_connection(plane) as sock:
@@ -503,7 +504,7 @@ def test_tcp_drops_a_peer_that_stalls_within_a_message(sent: bytes, monkeypatch:
 
 
 def test_tcp_lets_a_peer_be_silent_between_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "STALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stall, "STALL_TIMEOUT_S", 0.05)
     recorder = Recorder()
     plane = TcpPlane(recorder)
     with raw_connection(plane) as sock:
@@ -517,8 +518,8 @@ def test_tcp_lets_a_peer_be_silent_between_messages(monkeypatch: pytest.MonkeyPa
 
 
 def test_tcp_fails_what_a_peer_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "STALL_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(tcp, "MIN_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr(stall, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(stall, "MIN_BYTES_PER_S", 1 << 40)
     recorder = Recorder()
     plane = TcpPlane(recorder)
     with raw_connection(plane) as sock:

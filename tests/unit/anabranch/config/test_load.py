@@ -85,6 +85,13 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"pools": {"colocated": {"threads": -1}}}, "pools.colocated.threads", -1, "must be at least 0"),
         ({"pools": {"colocated": {"kv_cache": "5 cats"}}}, "pools.colocated.kv_cache", "5 cats", '"512MiB"'),
         ({"pools": {"colocated": {"kv_cache": 0}}}, "pools.colocated.kv_cache", 0, "between 1 byte"),
+        ({"pools": {"colocated": {"offload": -1}}}, "pools.colocated.offload", -1, "between 0 bytes"),
+        (
+            {"pools": {"colocated": {"offload": 0, "preemption": "offload"}}},
+            "pools.colocated.preemption",
+            "offload",
+            "give offload",
+        ),
         ({"pools": {"colocated": {"cores": [0, 0]}}}, "pools.colocated.cores", [0, 0], "names a core twice"),
         ({"pools": {"colocated": {"cores": [99999]}}}, "pools.colocated.cores", [99999], "core 99999 cannot be used"),
         ({"pools": {"prefill": {}}}, "pools.decode", None, "come together"),

@@ -49,6 +49,31 @@ def test_a_pool_without_a_block(model: ModelConfig) -> None:
         fit.check_worker(worker(kv_cache_bytes=block_bytes - 1), model)
 
 
+def test_host_memory_holds_whole_blocks_or_none(model: ModelConfig) -> None:
+    block_bytes = 2 * 3 * 2 * 8 * 4 * 16
+    layout = fit.kv_layout(worker(), model)
+    assert fit.num_host_blocks(worker(offload_bytes=3 * block_bytes + 1), layout) == 3
+    assert fit.num_host_blocks(worker(offload_bytes=0), layout) == 0
+    assert fit.num_host_blocks(worker(preemption="recompute"), layout) == 0
+    assert fit.num_host_blocks(worker(role="prefill"), layout) == 0
+    with pytest.raises(ConfigError, match=rf"^offload_bytes: 7: must hold one block of {block_bytes} bytes, or be 0"):
+        fit.check_worker(worker(offload_bytes=7), model)
+    with pytest.raises(msgspec.ValidationError, match=r"^preemption: 'offload': needs host memory; give offload_bytes"):
+        worker(preemption="offload", offload_bytes=0)
+
+
+def test_a_context_that_the_pool_does_not_hold(model: ModelConfig) -> None:
+    pool = 10 * 2 * 3 * 2 * 8 * 4 * 16
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=160), model)
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=640, cp=4), model)
+    with pytest.raises(ConfigError) as caught:
+        fit.check_worker(worker(kv_cache_bytes=pool, max_context=32768, cp=2), model)
+    assert str(caught.value) == (
+        "max_context: 32768: does not fit the KV pool: 10 blocks of 16 tokens on each of 2 CP ranks hold 320; "
+        "raise kv_cache to 6 MiB, or cp to 205, or lower it"
+    )
+
+
 def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -61,9 +86,12 @@ def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyP
 
 
 def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = [worker(tp=2, cp=2, kv_cache_bytes=100 * MIB), worker(name="prefill-0", kv_cache_bytes=300 * MIB)]
+    workers = [
+        worker(tp=2, cp=2, kv_cache_bytes=100 * MIB, offload_bytes=50 * MIB),
+        worker(role="prefill", name="prefill-0", kv_cache_bytes=300 * MIB, offload_bytes=50 * MIB),
+    ]
     needed = (
-        4 * (weight_bytes(model, "float32", 2) + 100 * MIB + fit.PROCESS_BYTES)
+        4 * (weight_bytes(model, "float32", 2) + 150 * MIB + fit.PROCESS_BYTES)
         + weight_bytes(model, "float32")
         + 300 * MIB
         + fit.PROCESS_BYTES
@@ -74,10 +102,10 @@ def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as caught:
         fit.check_memory(workers, model)
     assert str(caught.value) == (
-        "memory: '1,501 MiB': would be needed on cpu, but 1,501 MiB are free: "
-        "decode-0 4 x (weights 1 MiB + KV 100 MiB + process 160 MiB), "
+        "memory: '1,701 MiB': would be needed on cpu, but 1,701 MiB are free: "
+        "decode-0 4 x (weights 1 MiB + KV 100 MiB + offloaded KV 50 MiB + process 160 MiB), "
         "prefill-0 1 x (weights 1 MiB + KV 300 MiB + process 160 MiB); "
-        "lower kv_cache, or the number of ranks or workers"
+        "lower kv_cache or offload, or the number of ranks or workers"
     )
 
 

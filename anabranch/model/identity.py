@@ -1,0 +1,43 @@
+"""How processes know that they serve the same model."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from anabranch.errors import CheckpointError
+from anabranch.model.config import ModelConfig
+from anabranch.model.load import weights_digest
+from anabranch.model.sources import ModelSource
+from anabranch.protocol.workers import ModelIdentity
+
+logger = logging.getLogger(__name__)
+
+
+def identity_of(name: str, config: ModelConfig) -> ModelIdentity:
+    """The identity of a loaded model.
+
+    Args:
+        config: with the weights' digest; without, the fingerprint stays empty.
+    """
+    return ModelIdentity(
+        model=name,
+        model_fingerprint=config.fingerprint() if config.weights_digest else "",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+
+
+def read_identity(source: ModelSource, config: ModelConfig) -> ModelIdentity:
+    """The identity of a model that is not loaded; where weights are missing or broken it has no fingerprint."""
+    try:
+        with source.weights() as weights:
+            config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
+    except CheckpointError as error:
+        logger.info("the workers' weights are not compared with those here: %s", error)
+    return identity_of(source.name, config)

@@ -1,0 +1,46 @@
+"""Requests in flight, for tests that hurt the cluster meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from anabranch_client import Client, ClientError, Finished, Sampling, Tokens
+
+Prompt = tuple[int, ...]
+
+
+class Load:
+    """Requests in flight, each read by a thread that checks its tokens' indexes."""
+
+    def __init__(self, client: Client, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self._client = client
+        self._max_tokens = max_tokens
+        self._pool = ThreadPoolExecutor(len(prompts))
+        self.ends: list[Future[str]] = [
+            self._pool.submit(self._follow, prompt, seen) for prompt, seen in zip(prompts, self.tokens, strict=True)
+        ]
+
+    def results(self) -> list[str]:
+        """How each ended: its route, or an error's code and message."""
+        found = [end.result(60) for end in self.ends]
+        self._pool.shutdown()
+        return found
+
+    def failed(self) -> list[str]:
+        return [end.result() for end in self.ends if end.done() and ": " in end.result()]
+
+    def _follow(self, prompt: Prompt, seen: list[int]) -> str:
+        sampling = Sampling(max_tokens=self._max_tokens, ignore_eos=True)
+        try:
+            for event in self._client.generate(prompt, sampling):
+                if isinstance(event, Tokens):
+                    assert event.first_index == len(seen)
+                    seen.extend(event.token_ids)
+                elif isinstance(event, Finished):
+                    assert len(seen) == self._max_tokens
+                    return "+".join(event.route)
+        except ClientError as error:
+            return f"{error.code}: {error}"
+        raise AssertionError("the stream ended without an end")

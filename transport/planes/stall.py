@@ -1,0 +1,13 @@
+"""When a message that has begun is late: its time grows with its length."""
+
+from __future__ import annotations
+
+import time
+
+STALL_TIMEOUT_S = 10.0
+MIN_BYTES_PER_S = 1 << 20
+
+
+def message_deadline(num_bytes: int) -> float:
+    """When a message of `num_bytes` that begins now is late, by the monotonic clock."""
+    return time.monotonic() + STALL_TIMEOUT_S + num_bytes / MIN_BYTES_PER_S
