@@ -1,0 +1,61 @@
+"""A step raises on a worker of one rank while the next is in flight: its requests end, who joined later goes on."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from anabranch.engine.pending import PendingResult
+from anabranch.engine.plan import StepPlan
+from anabranch_client import ClientError, Sampling
+from tests.support.in_process import wait_until
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+
+JOIN_TIMEOUT_S = 20.0
+
+
+def flying(worker) -> list[int]:
+    """How many sequences each step in flight has."""
+    return [len(launched.plan.sequences) for launched in tuple(worker._in_flight)]
+
+
+def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, still_serves, good) -> None:
+    cluster, client = serve("prefill", "decode")
+    worker = cluster.worker("decode-1")
+    runner = worker.ranks._local.engine.runner
+    (_, (prompt, answer), *_) = good.items()
+    with ThreadPoolExecutor(1) as executor, cluster.throttled("decode-1") as throttle:
+        first = client.generate((5,) * 9, Sampling(max_tokens=1500, ignore_eos=True), request_id="first")
+        throttle.allow(2)
+        second = executor.submit(client.complete, prompt, Sampling(max_tokens=len(answer), ignore_eos=True))
+        # Until the step that waits was planned before the second one joined, and the one behind it after.
+        deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+        while flying(worker) != [1, 2]:
+            assert time.monotonic() < deadline_s
+            throttle.allow(1)
+            wait_until(lambda: len(flying(worker)) == 2, "a step behind the one that waits")
+        forward = runner.model.forward_share
+        failing: list[StepPlan] = []
+        step = throttle._step
+
+        def fail(*args: object) -> object:
+            raise ZeroDivisionError("of this step")
+
+        def run(plan: StepPlan) -> PendingResult:
+            runner.model.forward_share = forward if failing else fail
+            failing.append(plan)
+            return step(plan)
+
+        throttle._step = run
+        throttle.open()
+        with pytest.raises(ClientError, match="of this step"):
+            list(first)
+        assert second.result(20).token_ids == answer
+    # The one behind followed what was never sampled; then the second went on alone, with what was known of it.
+    assert [s.follows for s in failing[1].sequences] == [0, None]
+    assert [len(plan.sequences) for plan in failing[:3]] == [1, 2, 1]
+    assert [s.follows for s in failing[2].sequences] == [None]
+    still_serves(cluster, client)
