@@ -36,7 +36,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ack_timeout_s: longest wait of a prefill worker for the acknowledgement of a finished KV stream.
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
-        native_kernels: use the compiled CPU kernels where a compiler is present.
+        native_kernels: use compiled kernels where they can be had: C++ on cpu, FlexAttention on cuda; false:
+            PyTorch operations.
         tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
