@@ -42,7 +42,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ack_timeout_s: longest wait of a prefill worker for the acknowledgement of a finished KV stream.
         heartbeat_s: time between beats.
         orchestrator_timeout_s: silence of the orchestrator after which the worker ends.
-        native_kernels: use the compiled CPU kernels where a compiler is present.
+        native_kernels: use compiled kernels where they can be had: C++ on cpu, FlexAttention on cuda; false:
+            PyTorch operations.
         step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
             tokens, less time per token. Needs native kernels; with cp above 1 steps are not recorded.
         schedule_ahead: while the ranks compute a decode step, plan the next one and send it to them.

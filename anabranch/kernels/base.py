@@ -1,7 +1,8 @@
 """The operations that a decoder layer is made of, behind one interface.
 
 `PlainKernels` is the reference in PyTorch operations, on any device. `NativeKernels` is the CPU path,
-compiled at first use where a C++ compiler is present. A model is given one object and calls nothing else.
+compiled at first use where a C++ compiler is present; `FlexKernels` the GPU path, where attention is compiled
+by PyTorch. A model is given one object and calls nothing else.
 
 Shape suffixes: T tokens, C hidden, F features, H query heads, K KV heads, D head dim, E experts, S chosen
 experts of a token.

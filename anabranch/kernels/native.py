@@ -94,13 +94,18 @@ class _AttentionCall:
 
 
 def select_kernels(device: torch.device, dtype: torch.dtype, native: bool = True) -> Kernels:
-    """The best kernels for a device and dtype; says in the log why where it is not the native ones.
+    """The best kernels for a device and dtype; says in the log why where it is not compiled ones.
 
     Args:
         native: False keeps to PyTorch operations.
     """
-    if not native or device.type != "cpu":
+    if not native:
         return PlainKernels()
+    if device.type == "cuda":
+        # Loads PyTorch's compiler, which takes a second that the CPU's kernels have no use for.
+        from anabranch.kernels.flex import select_gpu_kernels
+
+        return select_gpu_kernels(device, dtype)
     if dtype not in SUFFIXES:
         log.warning("no native CPU kernels for %s: running PyTorch operations", dtype)
         return PlainKernels()
