@@ -46,6 +46,7 @@ def _plan(step: int, parts: list[tuple[int, int, tuple[int, ...]]]) -> StepPlan:
 def test_programs_equal_the_plain_path_as_members_change(recipe, dtype, tmp_path) -> None:
     build(recipe, head_dim=16).save_pretrained(tmp_path)
     config = WorkerConfig(
+        step_programs=True,
         role="decode",
         name="d",
         orchestrator="inproc://none",
