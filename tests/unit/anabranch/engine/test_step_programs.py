@@ -7,6 +7,7 @@ import torch
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import build_engine
+from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.sampling.params import SamplingParams
 from tests.support.families import VOCAB, build
@@ -72,7 +73,7 @@ def test_programs_equal_the_plain_path_as_members_change(recipe, dtype, tmp_path
             lens[row] += 1
         assert programs.covers(plan)
         with torch.inference_mode():
-            got = programs.forward(plan).clone()
+            got = programs.forward(plan, LastTokens()).clone()
             batch, attention = plain.runner._lay_out(plan, None)
             expected = plain.runner.model.forward_share(
                 batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S
