@@ -59,8 +59,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Attributes:
         model: a known name (`anabranch models`), a Hugging Face folder or a GGUF file.
         kv_transport: tensor plane between prefill and decode; inproc runs both in one process.
-        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call;
-            experimental, see docs/decisions/0009.
+        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call.
         schedule_ahead: while a worker's ranks compute a decode step, plan the next one and send it to them.
         max_context: most tokens of one request; 0: what the model and the pools allow.
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
@@ -74,7 +73,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_size: int = 16
     prefix_cache: bool = True
     native_kernels: bool = True
-    step_programs: bool = False
+    step_programs: bool = True
     schedule_ahead: bool = True
     max_context: int = 0
     collective_timeout_s: float = 30.0

@@ -45,8 +45,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         native_kernels: use compiled kernels where they can be had: C++ on cpu, FlexAttention on cuda; false:
             PyTorch operations.
         step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
-            tokens, less time per token. Experimental: long batches of requests that come and go have ended a worker
-            with a segmentation fault. Needs native kernels; with cp above 1 steps are not recorded.
+            tokens, less time per token. Needs native kernels; with cp above 1 steps are not recorded.
         schedule_ahead: while the ranks compute a decode step, plan the next one and send it to them.
         tp, cp: tensor- and context-parallel degree; the worker has tp x cp ranks, one process each.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
@@ -78,7 +77,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_s: float = 0.5
     orchestrator_timeout_s: float = 10.0
     native_kernels: bool = True
-    step_programs: bool = False
+    step_programs: bool = True
     schedule_ahead: bool = True
     tp: int = 1
     cp: int = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_long, c_void_p
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ class NativeProgram:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes one step down; active while it is computed.
+    """Notes one step down; active while it is computed, on the thread that made it.
+
+    Other threads use the same kernels meanwhile (KV that arrives is stored by the transport's): they go unnoted.
 
     Args:
         library: from `load_library`.
@@ -98,6 +101,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: list[object] = [arena]
         self._errors: dict[int, Callable[[int], Exception]] = {}
         self._obstacle: str | None = None
+        self._thread = threading.get_ident()
 
     def finish(self, output: torch.Tensor) -> Recording:
         """The step's result, and the program if nothing stood in the way."""
@@ -114,7 +118,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def noted(call: Callable[..., int | None]) -> Callable[..., int | None]:
             def run(*arguments: object) -> int | None:
-                self._note(function.name, arguments)
+                if threading.get_ident() == self._thread:
+                    self._note(function.name, arguments)
                 return call(*arguments)
 
             return run

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from anabranch.cache.paged_kv import PagedKv
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import build_engine
 from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
+from anabranch.kernels.native import select_kernels
+from anabranch.kernels.record import StepRecorder
 from anabranch.sampling.params import SamplingParams
 from tests.support.families import VOCAB, build
 
@@ -47,7 +52,6 @@ def _plan(step: int, parts: list[tuple[int, int, tuple[int, ...]]]) -> StepPlan:
 def test_programs_equal_the_plain_path_as_members_change(recipe, dtype, tmp_path) -> None:
     build(recipe, head_dim=16).save_pretrained(tmp_path)
     config = WorkerConfig(
-        step_programs=True,
         role="decode",
         name="d",
         orchestrator="inproc://none",
@@ -82,3 +86,37 @@ def test_programs_equal_the_plain_path_as_members_change(recipe, dtype, tmp_path
         assert torch.equal(recorded.kv.data, plain.kv.data)
     assert sorted(count for count, _ in programs._programs) == [1, 2, 3, 4]
     assert all(programs._programs.values())
+
+
+def test_what_other_threads_do_meanwhile_is_not_recorded(tmp_path) -> None:
+    """KV that arrives is stored by the transport's thread, with the same kernels."""
+    kernels = select_kernels(torch.device("cpu"), torch.float32)
+    if not isinstance(kernels, StepRecorder):
+        pytest.skip("no native kernels here")
+    kv = PagedKv(
+        num_layers=1,
+        num_blocks=2,
+        block_size=4,
+        num_kv_heads=1,
+        head_dim=16,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    x_TC, weight_C = torch.randn(2, 16), torch.randn(16)
+
+    def arrive() -> None:
+        kernels.store_kv(torch.ones(1, 1, 16), torch.ones(1, 1, 16), kv.layer(0), torch.tensor([3]))
+
+    def step() -> torch.Tensor:
+        other = threading.Thread(target=arrive)
+        other.start()
+        other.join()
+        return kernels.rms_norm(x_TC, weight_C, 1e-6)
+
+    program = kernels.record(step).program
+    assert program is not None
+    assert torch.equal(kv.layer(0).k[0, 3], torch.ones(1, 16))
+    kv.data.zero_()
+    program.run()
+    assert not kv.data.any()
+    assert torch.equal(program.output, kernels.rms_norm(x_TC, weight_C, 1e-6))
