@@ -14,6 +14,7 @@ def main() -> None:
     os.dup2(2, 1)  # what the library prints must not mix with answers
     settings = json.loads(sys.stdin.readline())
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
     try:

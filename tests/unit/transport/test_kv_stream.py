@@ -685,6 +685,52 @@ def test_bytes_in_flight_are_bounded_and_the_wait_has_a_deadline() -> None:
     assert isinstance(decode_to_receiver(link.sent[-1][0]), Abort)
 
 
+def test_slices_that_wait_for_layers_leave_room_for_many_destinations() -> None:
+    # One small layer: every destination's slice waits for more, and none comes before they all have a buffer.
+    to = KvLayout(dtype="float32", num_layers=2, num_kv_heads=4, head_dim=64, block_size=4, cp=32)
+    links, pool = [DeafLink() for _ in range(to.num_ranks)], StagingPool(1 << 30)
+    sender = KvStreamSender(
+        links,
+        destination_of(to, [], 128),
+        source_layout=msgspec.structs.replace(to, cp=1),
+        source_rank=0,
+        transport="deaf",
+        pool=pool,
+        max_in_flight_bytes=4 << 20,
+        send_timeout_s=0.1,
+        forget=lambda sender: None,
+    )
+    kv = torch.zeros(128, 4, 64)
+    for layer in range(to.num_layers):
+        sender.send_layer(layer, 0, 0, kv, kv)
+    assert pool.used_bytes <= 2 << 20
+    sender.commit(token_id=1)
+    assert all(len(link.sent) == 2 for link in links)  # both layers in one slice, and the commit
+
+
+@pytest.mark.parametrize(("num_tokens", "slices"), [(64, 12), (256, 15), (1024, 60)])
+def test_layers_share_slices_of_at_most_a_share_of_the_stream(num_tokens: int, slices: int) -> None:
+    layout = KvLayout(dtype="bfloat16", num_layers=60, num_kv_heads=3, head_dim=64, block_size=16)
+    link = DeafLink()
+    sender = KvStreamSender(
+        [link],
+        destination_of(layout, [], num_tokens),
+        source_layout=layout,
+        source_rank=0,
+        transport="deaf",
+        pool=StagingPool(1 << 30),
+        max_in_flight_bytes=1 << 29,
+        send_timeout_s=WAIT_S,
+        forget=lambda sender: None,
+    )
+    kv = torch.zeros(min(num_tokens, 512), 3, 64, dtype=torch.bfloat16)
+    for start in range(0, num_tokens, 512):
+        for layer in range(layout.num_layers):
+            sender.send_layer(layer, 0, start, kv, kv)
+    sender.commit(token_id=1)
+    assert len(link.sent) - 1 == slices
+
+
 def test_addresses_must_fit_the_layout(stream: Stream) -> None:
     destination = msgspec.structs.replace(stream.destination, layout=msgspec.structs.replace(LAYOUT, tp=2))
     with pytest.raises(TransportUnavailable, match="2 ranks"):

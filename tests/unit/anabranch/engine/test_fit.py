@@ -8,12 +8,14 @@ import msgspec
 import pytest
 import torch
 
+from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine import fit
 from anabranch.errors import ConfigError
 from anabranch.model.config import ModelConfig
 from anabranch.model.size import weight_bytes
 from anabranch.model.sources import resolve_model
+from anabranch.parallel.reshard import tokens_of
 from tests.support.families import build
 
 pytestmark = pytest.mark.unit
@@ -126,3 +128,22 @@ def test_each_rank_has_its_share_of_cores() -> None:
         ((4, 5), 1),
     ]
     assert fit.rank_config(worker(tp=2, cores=(4, 5), threads=3), 1).threads == 3
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 100, 32_768])
+@pytest.mark.parametrize("cp", [2, 3, 4, 8])
+def test_a_context_takes_one_cp_th_of_the_blocks_on_each_rank(model: ModelConfig, cp: int, num_tokens: int) -> None:
+    alone, layout = (fit.kv_layout(worker(cp=degree), model) for degree in (1, cp))
+    caches = [
+        KvCacheManager(num_blocks=4096, block_size=one.block_size * one.cp, prefix_cache=False)
+        for one in (alone, layout)
+    ]
+    whole, share = (len(cache.admit(("a", 0), range(num_tokens), num_tokens).block_ids) for cache in caches)
+    assert fit.block_bytes(layout) == fit.block_bytes(alone)
+    assert whole == -(-num_tokens // alone.block_size)
+    assert share == -(-whole // cp)
+    # Nor does any rank hold a block's tokens more than another.
+    held = [sum(map(len, tokens_of(layout, rank, range(num_tokens)))) for rank in range(cp)]
+    assert sum(held) == num_tokens
+    assert max(held) - min(held) <= layout.block_size
+    assert max(held) <= share * layout.block_size
