@@ -232,7 +232,8 @@ class Worker(ABC):
                 raise WorkerDied(
                     f"orchestrator_timeout_s: silence for {silence_s:.1f} s from {self.config.orchestrator}"
                 )
-            if self.draining and self.is_idle() and self._outbox.empty():
+            # One that has failed takes no new work either, but its end is no orderly one: see `_give_up`.
+            if self.draining and self._failure is None and self.is_idle() and self._outbox.empty():
                 logger.info("drained")
                 return
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang under `anabranch up`: requests end by name and in time, `up` says which, the rest goes on."""
+"""Ranks that are killed or hang under `anabranch up`: requests end by name and in time, and the rest goes on."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ READY_TIMEOUT_S = 120.0
 COLLECTIVE_TIMEOUT_S = 2.0
 # From a death to the end of its worker's requests; a hang is noticed after the collectives' timeout.
 DEADLINE_S = 5.0
+# From there to the end of the worker's process: its farewell, its engine's end and its ranks' end have 11 s together.
+EXIT_TIMEOUT_S = 15.0
 TOPOLOGY = """
 model: {model}
 dtype: float32
@@ -107,10 +109,10 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
     struck_s = time.monotonic()
     limit_s = DEADLINE_S + (COLLECTIVE_TIMEOUT_S if number == signal.SIGSTOP else 0.0)
     wait_until(lambda: bool(load.failed()), "the worker's requests to end", limit_s)
-    wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone", limit_s)
-    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", limit_s)
-    wait_until(lambda: not rank.is_running(), "the rank to be gone", limit_s)
     assert time.monotonic() - struck_s < limit_s
+    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", EXIT_TIMEOUT_S, up.said)
+    wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone")
+    wait_until(lambda: not rank.is_running(), "the rank to be gone")
     how = (
         rf"\(pid {rank.pid}\) was killed by SIGKILL" if number == signal.SIGKILL else r".*collective_timeout_s = 2\.0 s"
     )
@@ -119,7 +121,7 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
     for result in results:
         if ": " in result:
             assert result.startswith("worker_died: ") and worker in result, result
-    assert [gone.expected for gone in admin.cluster().departures if gone.name == worker] == [False]
+    assert [gone.name for gone in admin.cluster().departures].count(worker) == 1
     return results
 
 
@@ -142,22 +144,25 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
             wait_until(idle, "idle")
 
         assert set(up.children()) >= {*WORKERS, *(f"{worker}.1" for worker in WORKERS), "orchestrator"}
-        table = " ".join(up.out.read_text().split())
-        assert all(f"{worker}.1 rank 1" in table for worker in WORKERS), table
+
+        def listed() -> bool:
+            table = " ".join(up.out.read_text().split())
+            return all(f"{worker}.1 rank 1" in table for worker in WORKERS)
+
+        wait_until(listed, "the table of processes", describe=up.out.read_text)
         check()
-        decoders, prefillers = {"decode-0", "decode-1", "decode-2"}, {"prefill-0", "prefill-1"}
+        decoders = {"decode-0", "decode-1", "decode-2"}
         for worker, number in (("decode-0", signal.SIGKILL), ("decode-1", signal.SIGSTOP)):
             results = strike(up, admin, Load(client, *LONG_ANSWER), worker, number)
             decoders.remove(worker)
             # Those of the others were not disturbed.
             assert {result.partition("+")[2] for result in results if ": " not in result} == decoders, results
             check()
-        for worker, number in (("prefill-0", signal.SIGKILL), ("prefill-1", signal.SIGSTOP)):
-            results = strike(up, admin, Load(client, *LONG_PROMPT), worker, number)
-            prefillers.remove(worker)
-            assert {result.partition("+")[0] for result in results if ": " not in result} <= prefillers | {worker}
-            if prefillers:
-                assert any(": " not in result for result in results), results
-                check()
+        results = strike(up, admin, Load(client, *LONG_PROMPT), "prefill-0", signal.SIGKILL)
+        assert "prefill-1+decode-2" in results, results
+        check()
+        # No more than the last one takes at once: the others would wait in the queue for a worker to come.
+        results = strike(up, admin, Load(client, LONG_PROMPT[0][:2], 4), "prefill-1", signal.SIGSTOP)
+        assert all(": " in result for result in results), results
         assert client.health() == "not_serving"
         assert set(up.children()) & {*WORKERS, *(f"{worker}.1" for worker in WORKERS)} == {"decode-2", "decode-2.1"}
