@@ -28,6 +28,8 @@ READY_TIMEOUT_S = 120.0
 COLLECTIVE_TIMEOUT_S = 2.0
 # From a death to the end of its worker's requests; a hang is noticed after the collectives' timeout.
 DEADLINE_S = 5.0
+# From there to the end of the worker's process: its farewell, its engine's end and its ranks' end have 11 s together.
+EXIT_TIMEOUT_S = 15.0
 TOPOLOGY = """
 model: {model}
 dtype: float32
@@ -107,10 +109,10 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
     struck_s = time.monotonic()
     limit_s = DEADLINE_S + (COLLECTIVE_TIMEOUT_S if number == signal.SIGSTOP else 0.0)
     wait_until(lambda: bool(load.failed()), "the worker's requests to end", limit_s)
-    wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone", limit_s)
-    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", limit_s)
-    wait_until(lambda: not rank.is_running(), "the rank to be gone", limit_s)
     assert time.monotonic() - struck_s < limit_s
+    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", EXIT_TIMEOUT_S, up.said)
+    wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone")
+    wait_until(lambda: not rank.is_running(), "the rank to be gone")
     how = (
         rf"\(pid {rank.pid}\) was killed by SIGKILL" if number == signal.SIGKILL else r".*collective_timeout_s = 2\.0 s"
     )

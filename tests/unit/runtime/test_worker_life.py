@@ -283,6 +283,21 @@ def test_a_failure_ends_its_requests_and_then_the_worker(with_room) -> None:
     with_room(act)
 
 
+def test_a_failure_is_no_drain(with_room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it looks whether it has drained: a worker that fails ends with its error."""
+    monkeypatch.setattr("runtime.worker.TICK_S", 0.0005)
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually(lambda: room.held)
+        await asyncio.to_thread(room.fail, WorkerDied("rank 1 was killed"))
+        with pytest.raises(WorkerDied, match="rank 1 was killed"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
 def test_a_build_that_fails_is_closed_and_never_registers(tmp_path: Path) -> None:
     async def scenario() -> None:
         orchestrator = ScriptedOrchestrator(tmp_path, "m", "colocated", Room)
