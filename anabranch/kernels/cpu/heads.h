@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -102,13 +103,12 @@ inline void add_value_pairs(float* o, long d, const float* p, const bf16* const*
 }
 #endif
 
-// One pass of online softmax for G heads over `count` tokens; arrays of SPAN pointers, those past `count` valid.
+// One pass of online softmax for G heads over `count` tokens, whose scores are in p[g * SPAN + i]; the arrays have
+// SPAN pointers, those past `count` valid.
 template <class E, int G>
-inline void attend_heads(const E* const* keys, const E* const* values, int count, const E* q, long q_stride, long d,
-                         float scale, float* o, float* m, float* l) {
-    float p[G * SPAN];
+inline void attend_heads(float* p, const E* const* values, int count, long d, float scale, float* o, float* m,
+                         float* l) {
     const int blocks = (count + LANES - 1) / LANES;
-    for (int b = 0; b < blocks; b++) dot16<E, G>(keys + b * LANES, q, q_stride, d, p + b * LANES);
     for (int g = 0; g < G; g++) {
         float* row = p + g * SPAN;
         for (int i = count; i < blocks * LANES; i++) row[i] = -INF;
@@ -138,15 +138,21 @@ inline void attend_heads(const E* const* keys, const E* const* values, int count
     for (; i < d; i += LANES) add_values<E, G, 1>(o + i, d, p, values, i, count);
 }
 
-// Any number of heads, four at a time.
-template <class E>
-inline void attend_group(const E* const* keys, const E* const* values, int count, const E* q, long q_stride, long d,
-                         float scale, long heads, float* o, float* m, float* l) {
-    for (; heads >= 4; heads -= 4, q += 4 * q_stride, o += 4 * d, m += 4, l += 4)
-        attend_heads<E, 4>(keys, values, count, q, q_stride, d, scale, o, m, l);
-    if (heads == 3) attend_heads<E, 3>(keys, values, count, q, q_stride, d, scale, o, m, l);
-    if (heads == 2) attend_heads<E, 2>(keys, values, count, q, q_stride, d, scale, o, m, l);
-    if (heads == 1) attend_heads<E, 1>(keys, values, count, q, q_stride, d, scale, o, m, l);
+// One KV head's query heads at a span of keys and values. `Scores` fills p: scores.get<G>(first head, p).
+template <class E, class Scores>
+inline void attend_group(const Scores& scores, const E* const* values, int count, long d, float scale, long heads,
+                         float* o, float* m, float* l) {
+    const auto some = [&](auto size, long from) {
+        constexpr int G = decltype(size)::value;
+        float p[G * SPAN];
+        scores.template get<G>(from, p);
+        attend_heads<E, G>(p, values, count, d, scale, o + from * d, m + from, l + from);
+    };
+    long from = 0;
+    for (; heads - from >= 4; from += 4) some(std::integral_constant<int, 4>(), from);
+    if (heads - from == 3) some(std::integral_constant<int, 3>(), from);
+    if (heads - from == 2) some(std::integral_constant<int, 2>(), from);
+    if (heads - from == 1) some(std::integral_constant<int, 1>(), from);
 }
 
 }  // namespace ab

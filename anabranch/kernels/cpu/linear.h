@@ -48,51 +48,76 @@ struct TiledLinear {
         }
     }
 
+    // A product whose result is still to be written: tiles' stores are slow to come back, so that one product is
+    // written while the next is computed.
+    struct Pending {
+        alignas(64) float buffers[2][4 * TILE * TILE];
+        float* c = nullptr;
+        long f[2], panel;
+        int num_features, num_panels;
+    };
+
+    void write(const Pending& done) const {
+        const long ldc = done.num_panels * TILE;
+        for (int n = 0; n < done.num_panels; n++) {
+            const float* c = done.c + n * TILE;
+            if (op.gated) {
+                put_gated(done.f[0], done.panel + n, c, c + TILE * ldc, ldc);
+                continue;
+            }
+            for (int m = 0; m < done.num_features; m++) put(done.f[m], done.panel + n, c + m * TILE * ldc, ldc);
+        }
+    }
+
     template <int MT, int NT>
-    void product(const long* f, long panel, long ahead) const {
-        alignas(64) float c[MT * TILE * NT * TILE];
+    void product(const long* f, long panel, const Ahead& ahead, Pending& last) const {
+        float* c = last.buffers[last.c == last.buffers[0]];
         const bf16 *a[2], *b[2];
         for (int m = 0; m < MT; m++) a[m] = weight(f[m]);
         for (int n = 0; n < NT; n++) b[n] = panels + (panel + n) * panel_elements;
         tile_gemm<MT, NT>(a, op.num_channels, b, op.num_channels / TILE_K, c, NT * TILE, false, ahead);
-        for (int n = 0; n < NT; n++) {
-            if constexpr (MT == 2)
-                if (op.gated) {
-                    put_gated(f[0], panel + n, c + n * TILE, c + TILE * NT * TILE + n * TILE, NT * TILE);
-                    continue;
-                }
-            for (int m = 0; m < MT; m++) put(f[m], panel + n, c + m * TILE * NT * TILE + n * TILE, NT * TILE);
-        }
+        if (last.c) write(last);
+        last.c = c;
+        last.panel = panel;
+        last.num_features = MT;
+        last.num_panels = NT;
+        for (int m = 0; m < MT; m++) last.f[m] = f[m];
     }
 
     // The 16 features at f[0] (and f[1], where MT is 2) of all rows.
     template <int MT>
-    void features(const long* f, long num_panels) const {
-        // The next rows of each stream, once.
-        const long ahead = TILE * op.num_channels;
-        long panel = 0;
-        for (; panel + 2 <= num_panels; panel += 2) product<MT, 2>(f, panel, panel ? 0 : ahead);
-        if (panel < num_panels) product<MT, 1>(f, panel, panel ? 0 : ahead);
+    void features(const long* f, long num_panels, Pending& last) const {
+        const long passes = ceil_div(num_panels, 2);
+        for (long pass = 0; pass < passes; pass++) {
+            // The next rows of each stream, once, a part of them in each pass.
+            const Ahead ahead{TILE * op.num_channels, TILE * pass / passes, TILE * (pass + 1) / passes};
+            if (2 * pass + 2 <= num_panels)
+                product<MT, 2>(f, 2 * pass, ahead, last);
+            else
+                product<MT, 1>(f, 2 * pass, ahead, last);
+        }
     }
 
     // Tile units [from, to) of 16 output features, as two far-apart streams.
     void units(long from, long to, long num_panels) const {
+        Pending last;
         if (op.gated) {
             for (long u = from; u < to; u++) {
                 const long f[2] = {u * TILE, u * TILE + op.num_features / 2};
-                features<2>(f, num_panels);
+                features<2>(f, num_panels, last);
             }
-            return;
+        } else {
+            const long pairs = (to - from) / 2;
+            for (long i = from; i < from + pairs; i++) {
+                const long f[2] = {i * TILE, (i + pairs) * TILE};
+                features<2>(f, num_panels, last);
+            }
+            if ((to - from) % 2) {
+                const long f[1] = {(to - 1) * TILE};
+                features<1>(f, num_panels, last);
+            }
         }
-        const long pairs = (to - from) / 2;
-        for (long i = from; i < from + pairs; i++) {
-            const long f[2] = {i * TILE, (i + pairs) * TILE};
-            features<2>(f, num_panels);
-        }
-        if ((to - from) % 2) {
-            const long f[1] = {(to - 1) * TILE};
-            features<1>(f, num_panels);
-        }
+        if (last.c) write(last);
     }
 };
 

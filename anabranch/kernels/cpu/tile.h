@@ -91,10 +91,21 @@ inline void pack_step(const bf16* rows, long stride, int count, bf16* panel) {
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(panel + i * 32, r[i]);
 }
 
+// What a product of weights from memory fetches meanwhile, for another, into the second-level cache: of as many
+// elements as a row tile has, `elements` beyond its start, in the order of memory, the lines [from, to) of each 16.
+struct Ahead {
+    long elements = 0, from = 0, to = 0;
+
+    void fetch(const bf16* tile, long step) const {
+        const bf16* next = tile + elements + step * PANEL_STEP;
+        for (long i = from; i < to; i++) _mm_prefetch((const char*)(next + i * 32), _MM_HINT_T1);
+    }
+};
+
 #if defined(AB_AMX)
 template <int MT, int NT>
 inline void tile_gemm_amx(const bf16* const* a, long lda, const bf16* const* b, long steps, float* c, long ldc,
-                          bool accumulate, long ahead) {
+                          bool accumulate, const Ahead& ahead) {
     const long row = lda * 2, c_row = ldc * 4;
     if (accumulate) {
         _tile_loadd(0, c, c_row);
@@ -110,11 +121,10 @@ inline void tile_gemm_amx(const bf16* const* a, long lda, const bf16* const* b, 
     for (long k = 0; k < steps; k++) {
         const bf16 *a0 = a[0] + k * TILE_K, *b0 = b[0] + k * PANEL_STEP;
         const bf16* a1 = MT == 2 ? a[1] + k * TILE_K : nullptr;
-        if (ahead)
-            for (int i = 0; i < 16; i++) {
-                _mm_prefetch((const char*)(a[0] + ahead + k * PANEL_STEP + i * 32), _MM_HINT_T1);
-                if constexpr (MT == 2) _mm_prefetch((const char*)(a[1] + ahead + k * PANEL_STEP + i * 32), _MM_HINT_T1);
-            }
+        if (ahead.to) {
+            ahead.fetch(a[0], k);
+            if constexpr (MT == 2) ahead.fetch(a[1], k);
+        }
         _tile_loadd(4, a0, row);
         _tile_loadd(6, b0, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -137,7 +147,7 @@ inline void tile_gemm_amx(const bf16* const* a, long lda, const bf16* const* b, 
 
 template <int MT, int NT>
 inline void tile_gemm_avx512(const bf16* const* a, long lda, const bf16* const* b, long steps, float* c, long ldc,
-                             bool accumulate, long ahead) {
+                             bool accumulate, const Ahead& ahead) {
     constexpr int ROWS = 8;
     for (int block = 0; block < MT * 16 / ROWS; block++) {
         const bf16* rows = a[block * ROWS / 16] + (block * ROWS % 16) * lda;
@@ -147,8 +157,7 @@ inline void tile_gemm_avx512(const bf16* const* a, long lda, const bf16* const* 
             for (int n = 0; n < NT; n++)
                 acc[i][n] = accumulate ? _mm512_loadu_ps(to + i * ldc + n * 16) : _mm512_setzero_ps();
         for (long p = 0; p < steps * TILE_K / 2; p++) {
-            if (ahead && p % 16 == 0)
-                for (int i = 0; i < ROWS; i++) _mm_prefetch((const char*)(rows + ahead + p * ROWS * 2 + i * 32), _MM_HINT_T1);
+            if (ahead.to && p % 16 == 0 && block % 2 == 0) ahead.fetch(a[block / 2], p / 16);
             __m512bh columns[NT];
             for (int n = 0; n < NT; n++) columns[n] = (__m512bh)_mm512_loadu_si512(b[n] + p * 32);
             for (int i = 0; i < ROWS; i++) {
@@ -164,11 +173,9 @@ inline void tile_gemm_avx512(const bf16* const* a, long lda, const bf16* const* 
 }
 
 // MT row tiles (each at its own address, rows `lda` elements apart) by NT panels, `steps` of 32 k.
-// `ahead`: elements beyond a row tile's start from which as many again are fetched meanwhile, in the order of
-// memory, into the second-level cache; 0: none.
 template <int MT, int NT>
 inline void tile_gemm(const bf16* const* a, long lda, const bf16* const* b, long steps, float* c, long ldc,
-                      bool accumulate, long ahead = 0) {
+                      bool accumulate, const Ahead& ahead = {}) {
 #if defined(AB_AMX)
     if (amx_allowed()) return tile_gemm_amx<MT, NT>(a, lda, b, steps, c, ldc, accumulate, ahead);
 #endif

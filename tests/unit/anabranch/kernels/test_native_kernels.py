@@ -234,3 +234,16 @@ def test_experts(native: NativeKernels, dtype: torch.dtype, num_tokens: int) -> 
     weights = torch.rand(num_tokens, 3)
     got = native.experts(x, weights, experts, gate_up, down)
     close(got, plain.experts(x, weights, experts, gate_up, down), dtype)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 49152), (3, 101), (2, 1), (5, 16), (4, 70)])
+def test_argmax(native: NativeKernels, dtype: torch.dtype, rows: int, width: int) -> None:
+    x = (torch.randn(rows, width) * 4).to(dtype)
+    assert native.argmax(x).tolist() == x.float().argmax(-1).tolist()
+    # Equals: the first one. A strided row. Minus infinity alone.
+    coarse = torch.randint(-2, 3, (rows, width + 3)).to(dtype)[:, :width]
+    assert native.argmax(coarse).tolist() == coarse.float().argmax(-1).tolist()
+    assert native.argmax(torch.full((rows, width), -torch.inf).to(dtype)).tolist() == [0] * rows
+    for place in {0, width // 2, width - 1}:
+        x[:, place] = torch.nan
+        assert native.argmax(x).tolist() == x.float().argmax(-1).tolist()
