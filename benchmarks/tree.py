@@ -9,7 +9,8 @@ sequence. Four ways, all exact and the same bits on every rank:
     ring     KV shards travel, as in ring attention: the paper's V_ring
 
 Bytes and rounds are counted at CP 2 to 8 with contexts of 1k to 128k tokens; the target is the formula, not a byte
-more. Latency is of a whole layer step on two processes of one thread each, and of one process; the contexts from
+more. So are the bytes between hosts of a tree on two levels, which is counted alone: ranks of a worker share a host
+so far. Latency is of a whole layer step on two processes of one thread each, and of one process; the contexts from
 which the tree is faster than the ring, and than one process, are named at the end.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -189,6 +190,34 @@ def counted_figures(degrees: list[int], contexts: list[int], batch: int) -> list
     return figures
 
 
+def hosts_figures(meshes: Sequence[tuple[int, int]]) -> list[Figure]:
+    """Bytes between hosts of a tree on two levels: each rank sends one part for each doubling of the hosts."""
+    part_bytes = HEADS * (HEAD_DIM + 2) * 4
+    figures = []
+    for hosts, ranks_per_host in meshes:
+        num_ranks = hosts * ranks_per_host
+
+        def rank_main(group: ThreadGroup, ranks_per_host: int = ranks_per_host) -> int:
+            exchange = CountingExchange(group)
+            out_THD, lse_TH = torch.randn(1, HEADS, HEAD_DIM), torch.zeros(1, HEADS)
+            TreeReduction(exchange, ranks_per_host).reduce(out_THD, lse_TH)
+            host = group.rank // ranks_per_host
+            return sum(sent for to, sent in exchange.sent_bytes_to.items() if to // ranks_per_host != host)
+
+        figures.append(
+            Figure(
+                key=f"tree on two levels, {hosts} hosts of {ranks_per_host} ranks: bytes between hosts",
+                value=sum(run_threads(num_ranks, rank_main)),
+                unit="B/layer",
+                reference=num_ranks * (hosts.bit_length() - 1) * part_bytes,
+                reference_name="formula",
+                target=1.0,
+                higher_is_better=False,
+            )
+        )
+    return figures
+
+
 def latency_figures(contexts_of: dict[int, list[int]]) -> list[Figure]:
     """One layer step by batch and context: the tree at CP 2 against one rank, every way against the ring."""
     cases = [[batch, context] for batch, contexts in contexts_of.items() for context in contexts]
@@ -251,6 +280,7 @@ def main() -> int:
         timed = {1: [64, 256, 1024, 4096, 16384, 65536, 131072], 16: [64, 256, 1024, 4096]}
     torch.set_num_threads(1)
     figures = counted_figures(degrees, counted, batch=1)
+    figures += hosts_figures([(2, 2), (2, 3), (4, 2)])
     figures += latency_figures(timed)
     return report("tree", figures, options.json)
 

@@ -19,6 +19,7 @@ from anabranch.errors import ConfigError
 from anabranch.model.sources import resolve_model
 from anabranch_client import Client, ClientError, Completion, Sampling
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
+from launch.mesh_option import with_meshes
 from launch.prompts import VerifyPrompt, default_prompts, read_prompts
 from launch.report import EXIT_FAILED, interrupt_on_signals, reported
 from launch.show import err, out
@@ -81,6 +82,10 @@ def verify(
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to compare for each prompt.")] = 64,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     ready_timeout: Annotated[float, typer.Option(metavar="S", help="Wait for the cluster, seconds.")] = READY_TIMEOUT_S,
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TPxCP:TPxCP", help="Meshes of the prefill and decode pools in place of the topology's."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Echo the logs of all processes.")] = False,
 ) -> None:
@@ -89,16 +94,19 @@ def verify(
     Starts the topology, runs all prompts at once and then one by one, and
     compares each answer with what transformers computes from the same weights.
     `dtype: auto` is verified in float32.
+    `--mesh` may be given many times: the topology is verified with each in turn,
+    against answers that transformers computes once.
     Ends with exit code 1 and the first difference where there is one.
 
     \b
     Examples:
       anabranch verify cluster.yaml
-      anabranch verify cluster.yaml --prompts prompts.txt --max-tokens 128 --json"""
+      anabranch verify cluster.yaml --prompts prompts.txt --max-tokens 128 --json
+      anabranch verify cluster.yaml --mesh 2x1:1x3 --mesh 1x2:4x1"""
     topology = load_topology(topology_file)
+    topologies = {text: with_meshes(topology, text) for text in mesh} if mesh else {"": topology}
     interrupt_on_signals()
-    report = verify_topology(
-        topology,
+    verifier = Verifier(
         prompts_file=prompts,
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
@@ -106,67 +114,105 @@ def verify(
         verbose=verbose,
         say=lambda text: err.print(f"[dim]{escape(text)}[/dim]"),
     )
+    reports = {}
+    for text, variant in topologies.items():
+        reports[text] = verifier.verify(variant)
+        if not as_json:
+            if text:
+                out.print(f"[bold]{text}[/bold] ", end="")
+            print_report(reports[text])
+    ok = all(report.ok for report in reports.values())
     if as_json:
-        print(json.dumps({"ok": report.ok, **asdict(report)}, ensure_ascii=False))
-    else:
-        print_report(report)
-    if not report.ok:
+        by_mesh = {text: {"ok": report.ok, **asdict(report)} for text, report in reports.items()}
+        print(json.dumps({"ok": ok, "meshes": by_mesh} if mesh else by_mesh[""], ensure_ascii=False))
+    if not ok:
         raise typer.Exit(EXIT_FAILED)
 
 
-def verify_topology(
-    topology: Topology,
-    *,
-    prompts_file: Path | None = None,
-    max_tokens: int = 64,
-    ignore_eos: bool = False,
-    ready_timeout_s: float = READY_TIMEOUT_S,
-    verbose: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> VerifyReport:
-    """Run a topology and the reference on the same prompts and compare.
+class Verifier:
+    """Runs topologies of one model and the reference on the same prompts and compares.
 
-    Raises:
-        ConfigError: the prompts make no sense for the model.
-        AnabranchError: the cluster could not be started.
+    The reference computes each answer once, however many topologies are compared with it.
     """
-    if topology.dtype == "auto":
-        topology = msgspec.structs.replace(topology, dtype="float32")
-    say(f"starting {topology.model} in {topology.dtype} ...")
-    with LocalCluster(topology, ready_timeout_s=ready_timeout_s, verbose=verbose) as cluster:
-        from launch.reference import Reference
 
-        say("loading the reference into transformers ...")
-        reference = Reference(resolve_model(topology.model), topology.dtype)
-        with Client(cluster.endpoint, timeout_s=ANSWER_TIMEOUT_S) as client:
-            max_prompt_tokens = min(client.model().max_context, reference.max_context) - max_tokens
-            if max_prompt_tokens < 1:
-                raise ConfigError("--max-tokens", max_tokens, "leaves no room for a prompt in the context; give fewer")
-            chosen = (
-                read_prompts(prompts_file, reference)
-                if prompts_file is not None
-                else default_prompts(reference, reference.vocab_size, max_prompt_tokens)
+    def __init__(
+        self,
+        *,
+        prompts_file: Path | None = None,
+        max_tokens: int = 64,
+        ignore_eos: bool = False,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        verbose: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._prompts_file = prompts_file
+        self._max_tokens = max_tokens
+        self._ignore_eos = ignore_eos
+        self._ready_timeout_s = ready_timeout_s
+        self._verbose = verbose
+        self._say = say
+        self._reference: Reference | None = None
+        self._answers: dict[tuple[int, ...], ReferenceAnswer] = {}
+
+    def verify(self, topology: Topology) -> VerifyReport:
+        """Start a topology and compare it.
+
+        Raises:
+            ConfigError: the prompts make no sense for the model.
+            AnabranchError: the cluster could not be started.
+        """
+        if topology.dtype == "auto":
+            topology = msgspec.structs.replace(topology, dtype="float32")
+        say = self._say
+        say(f"starting {topology.model} in {topology.dtype} ...")
+        with LocalCluster(topology, ready_timeout_s=self._ready_timeout_s, verbose=self._verbose) as cluster:
+            reference = self._load(topology)
+            with Client(cluster.endpoint, timeout_s=ANSWER_TIMEOUT_S) as client:
+                chosen = self._choose(reference, min(client.model().max_context, reference.max_context))
+                expected = [self._answer(reference, prompt) for prompt in chosen]
+                comparison = Comparison(client, reference, chosen, expected, self._max_tokens, self._ignore_eos)
+                say("all at once ...")
+                comparison.run("together")
+                say("one by one ...")
+                comparison.run("alone")
+        return VerifyReport(
+            model=topology.model,
+            dtype=topology.dtype,
+            num_prompts=len(chosen),
+            num_tokens=comparison.num_tokens,
+            transports=tuple(sorted(comparison.transports)),
+            differences=tuple(comparison.differences),
+        )
+
+    def _load(self, topology: Topology) -> Reference:
+        if self._reference is None:
+            from launch.reference import Reference
+
+            self._say("loading the reference into transformers ...")
+            self._reference = Reference(resolve_model(topology.model), topology.dtype)
+        return self._reference
+
+    def _choose(self, reference: Reference, max_context: int) -> list[VerifyPrompt]:
+        max_prompt_tokens = max_context - self._max_tokens
+        if max_prompt_tokens < 1:
+            raise ConfigError(
+                "--max-tokens", self._max_tokens, "leaves no room for a prompt in the context; give fewer"
             )
-            check_prompts(chosen, reference.vocab_size, max_prompt_tokens)
-            lengths = [len(prompt.token_ids) for prompt in chosen]
-            say(f"{len(chosen)} prompts of {min(lengths)} to {max(lengths)} tokens: the reference ...")
-            expected = []
-            for prompt in chosen:
-                expected.append(reference.generate(prompt.token_ids, max_tokens, ignore_eos=ignore_eos))
-                say(f"  {prompt.name}: {len(expected[-1].token_ids)} tokens")
-            comparison = Comparison(client, reference, chosen, expected, max_tokens, ignore_eos)
-            say("all at once ...")
-            comparison.run("together")
-            say("one by one ...")
-            comparison.run("alone")
-    return VerifyReport(
-        model=topology.model,
-        dtype=topology.dtype,
-        num_prompts=len(chosen),
-        num_tokens=comparison.num_tokens,
-        transports=tuple(sorted(comparison.transports)),
-        differences=tuple(comparison.differences),
-    )
+        chosen = (
+            read_prompts(self._prompts_file, reference)
+            if self._prompts_file is not None
+            else default_prompts(reference, reference.vocab_size, max_prompt_tokens)
+        )
+        check_prompts(chosen, reference.vocab_size, max_prompt_tokens)
+        return chosen
+
+    def _answer(self, reference: Reference, prompt: VerifyPrompt) -> ReferenceAnswer:
+        answer = self._answers.get(prompt.token_ids)
+        if answer is None:
+            answer = reference.generate(prompt.token_ids, self._max_tokens, ignore_eos=self._ignore_eos)
+            self._answers[prompt.token_ids] = answer
+            self._say(f"  reference, {prompt.name}: {len(prompt.token_ids)} + {len(answer.token_ids)} tokens")
+        return answer
 
 
 class Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ class CountingExchange:
 
     Attributes:
         sent_bytes: handed to `post` for sending.
+        sent_bytes_to: the same by rank.
         num_messages: posts that send something.
         num_rounds: times that a post followed a wait (or nothing): steps that cannot overlap.
     """
@@ -21,9 +23,13 @@ class CountingExchange:
     def __init__(self, inner: Exchange) -> None:
         self._inner = inner
         self._waited = True
-        self.sent_bytes = 0
+        self.sent_bytes_to: Counter[int] = Counter()
         self.num_messages = 0
         self.num_rounds = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.sent_bytes_to.total()
 
     @property
     def rank(self) -> int:
@@ -35,7 +41,8 @@ class CountingExchange:
 
     def post(self, send: Sequence[torch.Tensor], to: int, receive: Sequence[torch.Tensor], source: int) -> Handle:
         """See `Exchange.post`."""
-        self.sent_bytes += sum(tensor.nbytes for tensor in send)
+        if send:
+            self.sent_bytes_to[to] += sum(tensor.nbytes for tensor in send)
         self.num_messages += bool(send)
         if send or receive:
             self.num_rounds += self._waited

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 import launch.verify
+from anabranch.config.topology import Topology
 from anabranch.errors import ConfigError
 from anabranch_client import Client, ClientError, Completion, KvTransfer, Sampling, ServerFailed, Usage
 from anabranch_client.types import FinishReason
 from launch.cli import app
 from launch.prompts import VerifyPrompt
 from launch.reference import Reference, ReferenceAnswer
-from launch.verify import Comparison, Difference, VerifyReport, check_prompts
+from launch.verify import Comparison, Difference, Verifier, VerifyReport, check_prompts
 
 pytestmark = pytest.mark.unit
 
+DIFFERENCE = Difference(
+    prompt="b", mode="together", index=1, expected_token=21, got_token=99, expected_text="x", got_text="y"
+)
 PROMPTS = [VerifyPrompt(name="a", token_ids=(1,)), VerifyPrompt(name="b", token_ids=(2,), text="two")]
 
 
@@ -112,25 +118,28 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         check_prompts([VerifyPrompt(name="a", token_ids=(10,))], 10, 3)
 
 
+def report(*differences: Difference) -> VerifyReport:
+    return VerifyReport(
+        model="m", dtype="float32", num_prompts=2, num_tokens=12, transports=("tcp",), differences=differences
+    )
+
+
+def verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Callable[[Topology], VerifyReport], *options: str
+) -> Result:
+    """What `anabranch verify` says of a topology."""
+    monkeypatch.setattr(Verifier, "verify", lambda _, topology: found(topology))
+    monkeypatch.setattr(launch.verify, "interrupt_on_signals", lambda: None)
+    topology = tmp_path / "topology.yaml"
+    topology.write_text("pools: {prefill: {}, decode: {}}")
+    return CliRunner().invoke(app, ["verify", str(topology), *options])
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("equal", [True, False])
 def test_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool, equal: bool) -> None:
-    difference = Difference(
-        prompt="b", mode="together", index=1, expected_token=21, got_token=99, expected_text="x", got_text="y"
-    )
-    report = VerifyReport(
-        model="m",
-        dtype="float32",
-        num_prompts=2,
-        num_tokens=12,
-        transports=("tcp",),
-        differences=() if equal else (difference,),
-    )
-    monkeypatch.setattr(launch.verify, "verify_topology", lambda *_, **__: report)
-    monkeypatch.setattr(launch.verify, "interrupt_on_signals", lambda: None)
-    topology = tmp_path / "topology.yaml"
-    topology.write_text("colocated: {}")
-    result = CliRunner().invoke(app, ["verify", str(topology), *(["--json"] if as_json else [])])
+    found = report() if equal else report(DIFFERENCE)
+    result = verdict(tmp_path, monkeypatch, lambda _: found, *(["--json"] if as_json else []))
     assert result.exit_code == (0 if equal else 1)
     if as_json:
         parsed = json.loads(result.stdout)
@@ -142,3 +151,19 @@ def test_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: b
         assert "different: 1 answers; the first" in result.stdout
         assert "expected  21" in result.stdout
         assert "got       99" in result.stdout
+
+
+def test_the_verdict_of_each_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(topology: Topology) -> VerifyReport:
+        assert topology.pools.decode is not None
+        return report(DIFFERENCE) if topology.pools.decode.cp == 3 else report()
+
+    meshes = ("--mesh", "2x1:1x1", "--mesh", "1x2:1x3")
+    told = verdict(tmp_path, monkeypatch, found, *meshes)
+    assert told.exit_code == 1
+    assert "2x1:1x1 equal" in told.stdout
+    assert "1x2:1x3 different" in told.stdout
+    parsed = json.loads(verdict(tmp_path, monkeypatch, found, *meshes, "--json").stdout)
+    assert parsed["ok"] is False
+    assert {text: each["ok"] for text, each in parsed["meshes"].items()} == {"2x1:1x1": True, "1x2:1x3": False}
+    assert verdict(tmp_path, monkeypatch, found, "--mesh", "2x1").exit_code == 2
