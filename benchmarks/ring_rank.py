@@ -194,7 +194,8 @@ def ring(group: ShmGroup, num_new: int, cached: int, variant: Variant, sharding:
     run = attention(watched)
     exposed = []
     for _ in range(WATCHED_REPEATS):
-        watched.exposed_s, watched.sent_bytes = 0.0, 0
+        watched.exposed_s = 0.0
+        watched.sent_bytes_to.clear()
         run()
         exposed.append(watched.exposed_s)
     # The first fills fresh buffers.

@@ -137,7 +137,7 @@ class Worker(ABC):
         self._loop = asyncio.get_running_loop()
         client: ControlClient | None = None
         try:
-            info = await asyncio.to_thread(self.build)
+            info = await self._build()
             # Not the bare name: a second process of that name must not take over the first one's connection.
             identity = f"{self.config.name}.{os.getpid()}".encode()
             client = ControlClient(self.config.orchestrator, ToWorker, identity=identity)
@@ -147,6 +147,15 @@ class Worker(ABC):
             await asyncio.to_thread(self.close)
             if client is not None:
                 client.close()
+
+    async def _build(self) -> WorkerInfo:
+        """`build` on a thread; a worker that is cancelled meanwhile waits for it, or it would outlive `close`."""
+        building = asyncio.create_task(asyncio.to_thread(self.build))
+        try:
+            return await asyncio.shield(building)
+        except asyncio.CancelledError:
+            await asyncio.gather(building, return_exceptions=True)
+            raise
 
     async def _register(self, client: ControlClient, info: WorkerInfo) -> None:
         await client.send(Register(worker=info))

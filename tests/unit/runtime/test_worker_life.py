@@ -310,3 +310,28 @@ def test_a_build_that_fails_is_closed_and_never_registers(tmp_path: Path) -> Non
         orchestrator._server.close()
 
     play(scenario)
+
+
+def test_one_that_is_cancelled_while_it_builds_leaves_nothing(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class SlowRoom(Room):
+        def build(self) -> WorkerInfo:
+            begun.set()
+            assert go_on.wait(DEADLINE_S)
+            return super().build()
+
+    async def scenario() -> None:
+        room = SlowRoom(
+            WorkerConfig(role="colocated", name="w", orchestrator=f"ipc://{tmp_path}/none", model="m", kv_cache_bytes=1)
+        )
+        run = asyncio.create_task(room.run())
+        await eventually(begun.is_set)
+        run.cancel()
+        asyncio.get_running_loop().call_later(0.2, go_on.set)  # long enough to be closed too early
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        assert room.num_closes == 1
+
+    play(scenario)
+    assert not our_threads()
