@@ -45,6 +45,13 @@ TOPOLOGIES: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
     "tcp": (("prefill", "decode"), {"kv_transport": "tcp"}),
     "ucx": (("prefill", "decode"), {"kv_transport": "ucx", "max_step_tokens": 97, "native_kernels": True}),
 }
+PLANES = ("inproc", "tcp", "ucx")
+# Every family colocated and over one of the planes, in turn.
+PAIRS = [
+    (recipe, topology)
+    for number, recipe in enumerate(FAMILIES)
+    for topology in ("colocated", PLANES[number % len(PLANES)])
+]
 LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 90, 130, 257, 400)
 CONTEXT = 448
 NUM_TOKENS = 24
@@ -84,9 +91,14 @@ def answers(known: Callable[..., Known]) -> Callable[[str], dict[Prompt, Prompt]
 @pytest.fixture(params=TOPOLOGIES)
 def topology(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name != "colocated" and name not in usable_planes():
-        pytest.skip(f"the {name} plane cannot be used here")
+    need(name)
     return name
+
+
+def need(topology: str) -> None:
+    """Skip where a topology's plane cannot be used."""
+    if topology in PLANES and topology not in usable_planes():
+        pytest.skip(f"the {topology} plane cannot be used here")
 
 
 def ask(client: Client, prompt: Prompt, num_tokens: int) -> Completion:
@@ -102,7 +114,7 @@ def check_all(client: Client, expected: dict[Prompt, Prompt], at_once: int = 16)
     return found
 
 
-@pytest.mark.parametrize("recipe", FAMILIES)
+@pytest.mark.parametrize(("recipe", "topology"), PAIRS)
 def test_tokens_equal_transformers(
     recipe: str,
     topology: str,
@@ -110,6 +122,7 @@ def test_tokens_equal_transformers(
     answers: Callable[[str], dict[Prompt, Prompt]],
     tmp_path: Path,
 ) -> None:
+    need(topology)
     expected = answers(recipe)
     roles, options = TOPOLOGIES[topology]
     with (
@@ -145,10 +158,19 @@ def test_a_common_beginning_is_computed_once(topology: str, known: Callable[...,
         cluster.wait_idle()
 
 
-@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "qwen2-moe-norm-window"])
+@pytest.mark.parametrize(
+    ("recipe", "topology"),
+    [
+        ("llama-gqa-tied", "colocated"),
+        ("llama-gqa-tied", "tcp"),
+        ("qwen2-moe-norm-window", "inproc"),
+        ("qwen2-moe-norm-window", "ucx"),
+    ],
+)
 def test_requests_that_give_way_go_on_where_they_were(
     recipe: str, topology: str, known: Callable[..., Known], tmp_path: Path
 ) -> None:
+    need(topology)
     model = known(recipe)
     expected = dict(model.clear(length, 60) for length in (5, 9, 12, 20, 26, 31, 40, 44))
     roles, options = TOPOLOGIES[topology]

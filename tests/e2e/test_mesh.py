@@ -250,16 +250,15 @@ def test_colocated_meshes_equal_transformers(
         cluster.wait_idle()
 
 
-@pytest.mark.parametrize("preemption", ["offload", "recompute"])
 @pytest.mark.parametrize(
-    ("roles", "prefill", "decode"),
+    ("roles", "prefill", "decode", "preemption"),
     [
-        (("prefill", "decode"), (1, 1), (1, 1)),
-        (("prefill", "decode"), (1, 2), (1, 3)),
-        (("prefill", "decode"), (2, 1), (2, 2)),
-        (("colocated",), (1, 1), (1, 1)),
-        (("colocated",), (1, 1), (1, 2)),
-        (("colocated",), (1, 1), (2, 2)),
+        (("prefill", "decode"), (1, 1), (1, 1), "offload"),
+        (("prefill", "decode"), (1, 2), (1, 3), "recompute"),
+        (("prefill", "decode"), (2, 1), (2, 2), "offload"),
+        (("colocated",), (1, 1), (1, 1), "offload"),
+        (("colocated",), (1, 1), (1, 2), "offload"),
+        (("colocated",), (1, 1), (2, 2), "recompute"),
     ],
 )
 def test_those_that_give_way_go_on_where_they_were(

@@ -38,7 +38,6 @@ SPLIT = ("prefill", "decode")
 TOPOLOGIES = {
     "colocated": Case(roles=("colocated",), lengths=(2, 65, 130)),
     "colocated-native": Case(roles=("colocated",), lengths=tuple(WANTED), options={"native_kernels": True}),
-    "split-inproc": Case(roles=SPLIT, lengths=(1, 17, 31), options={"kv_transport": "inproc"}),
     "split-tcp": Case(roles=SPLIT, lengths=SHORT, options={"kv_transport": "tcp", "native_kernels": True}),
     "gguf-native": Case(roles=("colocated",), lengths=(48, 90), options={"native_kernels": True}, gguf=True),
     "split-ucx": Case(
