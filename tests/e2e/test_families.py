@@ -6,13 +6,11 @@ pools so small that requests give way to each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from anabranch_client import Client, Completion, Sampling
 from tests.support.families import RECIPES
@@ -20,7 +18,7 @@ from tests.support.in_process import InProcessCluster
 from tests.support.known import Known, Prompt
 from transport.planes import usable_planes
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("one_thread")]
 
 # One or two of each family; between them windows, biases, every rope, dense and sparse layers mixed.
 FAMILIES = (
@@ -55,37 +53,6 @@ PAIRS = [
 LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 90, 130, 257, 400)
 CONTEXT = 448
 NUM_TOKENS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Known]:
-    """`known(recipe, context)`, made once."""
-
-    @cache
-    def make(recipe: str, context: int = CONTEXT) -> Known:
-        return Known(recipe, tmp_path_factory.mktemp(recipe), context)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def answers(known: Callable[..., Known]) -> Callable[[str], dict[Prompt, Prompt]]:
-    """A recipe's prompts of all lengths and their answers, computed once for all topologies."""
-
-    @cache
-    def make(recipe: str) -> dict[Prompt, Prompt]:
-        model = known(recipe)
-        return dict(model.clear(length, NUM_TOKENS) for length in LENGTHS)
-
-    return make
 
 
 @pytest.fixture(params=TOPOLOGIES)

@@ -7,14 +7,12 @@ Most pairs run their ranks as threads of the test's process, with real sockets a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from anabranch_client import Client, Completion, Sampling, Tokens
 from tests.support.families import RECIPES, VOCAB
@@ -22,7 +20,7 @@ from tests.support.in_process import InProcessCluster
 from tests.support.known import Known, Prompt
 from transport.planes import usable_planes
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("one_thread")]
 
 CONTEXT = 640
 LENGTHS = (1, 2, 5, 17, 63, 410)
@@ -105,36 +103,6 @@ COLOCATED = (
     ((1, 4), "qwen2-window-layers", False),
     ((4, 1), "llama-gqa-tied", False),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Known]:
-    """`known(recipe, context)`, made once."""
-
-    @cache
-    def make(recipe: str, context: int = CONTEXT) -> Known:
-        return Known(recipe, tmp_path_factory.mktemp(recipe), context)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def answers(known: Callable[..., Known]) -> Callable[[str], Answers]:
-    """A recipe's prompts of all lengths and their answers, computed once."""
-
-    @cache
-    def make(recipe: str) -> Answers:
-        return dict(known(recipe).clear(length, NUM_TOKENS) for length in LENGTHS)
-
-    return make
 
 
 def mesh_of(degrees: Degrees, **options: object) -> dict[str, object]:
