@@ -51,7 +51,7 @@ class Kernels(Protocol):
         ...
 
     def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:
-        """Write new tokens' K and V to their slots."""
+        """Write new tokens' K and V to their slots; `kv`: the pool, or a view of some of its heads."""
         ...
 
     def paged_attention(

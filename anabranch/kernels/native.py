@@ -262,9 +262,19 @@ class NativeKernels:
         """See `Kernels.store_kv`."""
         k_t, k_h, k_d = k_TKD.stride()
         v_t, v_h, v_d = v_TKD.stride()
-        if k_TKD.dtype is not kv.k.dtype or v_TKD.dtype is not kv.v.dtype or k_d != 1 or v_d != 1:
-            return self._plain.store_kv(k_TKD, v_TKD, kv, slots_T)
         num_tokens, heads, head_dim = k_TKD.shape
+        # Of the pool, or of some of its heads.
+        slot_stride = kv.k.stride(1)
+        strides = (kv.k.shape[1] * slot_stride, slot_stride, head_dim, 1)
+        if (
+            k_TKD.dtype is not kv.k.dtype
+            or v_TKD.dtype is not kv.v.dtype
+            or k_d != 1
+            or v_d != 1
+            or kv.k.stride() != strides
+            or kv.v.stride() != strides
+        ):
+            return self._plain.store_kv(k_TKD, v_TKD, kv, slots_T)
         size = kv.k.element_size()
         self._functions.store_kv.run(num_tokens * heads * head_dim >= MIN_RELEASED_ELEMENTS)(
             k_TKD.data_ptr(),
@@ -276,6 +286,7 @@ class NativeKernels:
             k_h * size,
             v_t * size,
             v_h * size,
+            slot_stride * size,
             num_tokens,
             heads,
             head_dim * size,
@@ -466,7 +477,7 @@ def _bind(library: ctypes.CDLL, suffix: str) -> _Functions:
         add_rms_norm=bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int),
         silu_mul=bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
         rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
-        store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
+        store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 8, c_int),
         linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
         attention_short=bind(f"ab_attention_short_{suffix}", *attention),
         attention_long=long,

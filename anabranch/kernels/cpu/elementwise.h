@@ -137,14 +137,14 @@ void argmax(const E* x, long stride, int64_t* out, long rows, long n, int thread
     });
 }
 
-// Copies [T, K, D] rows of K and V to their slots.
+// Copies [T, K, D] rows of K and V to their slots; a pool may have more heads than these.
 inline void store_kv(const char* k, const char* v, long k_stride_t, long k_stride_h, long v_stride_t, long v_stride_h,
-                     char* k_pool, char* v_pool, const int64_t* slots, long num_t, long num_h, long row_bytes,
-                     int threads) {
+                     char* k_pool, char* v_pool, long slot_bytes, const int64_t* slots, long num_t, long num_h,
+                     long row_bytes, int threads) {
     parallel(threads, num_t * num_h * row_bytes, [&](int rank, int size) {
         for (long t = num_t * rank / size; t < num_t * (rank + 1) / size; t++)
             for (long h = 0; h < num_h; h++) {
-                const long to = (slots[t] * num_h + h) * row_bytes;
+                const long to = slots[t] * slot_bytes + h * row_bytes;
                 memcpy(k_pool + to, k + t * k_stride_t + h * k_stride_h, row_bytes);
                 memcpy(v_pool + to, v + t * v_stride_t + h * v_stride_h, row_bytes);
             }

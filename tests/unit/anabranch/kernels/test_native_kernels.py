@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from anabranch.cache.paged_kv import LayerKv
 from anabranch.kernels.compiler import NativeUnavailable, load_library, native_status
 from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
@@ -154,6 +155,20 @@ def test_store_kv(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase
     k, v = qkv[:, kv_heads : 2 * kv_heads], qkv[:, 2 * kv_heads :]
     native.store_kv(k, v, ours.kv, ours.batch.slots_T)
     plain.store_kv(k, v, theirs.kv, theirs.batch.slots_T)
+    assert torch.equal(ours.kv.k, theirs.kv.k)
+    assert torch.equal(ours.kv.v, theirs.kv.v)
+
+
+@pytest.mark.parametrize("head_dim", [64, 5])
+def test_store_some_of_the_heads(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase, head_dim: int) -> None:
+    """As KV arrives from ranks that hold fewer heads."""
+    sizes = {"lens": [(3, 7), (9, 12)], "heads": 3, "kv_heads": 3, "head_dim": head_dim}
+    ours, theirs = (make_case(**sizes, block_size=4, dtype=dtype) for _ in range(2))
+    for heads in (slice(0, 2), slice(2, 3)):
+        k, v = torch.randn(2, 12, heads.stop - heads.start, head_dim).to(dtype)
+        for kernels, case in ((native, ours), (plain, theirs)):
+            some = LayerKv(case.kv.k[:, :, heads], case.kv.v[:, :, heads])
+            kernels.store_kv(k, v, some, case.batch.slots_T)
     assert torch.equal(ours.kv.k, theirs.kv.k)
     assert torch.equal(ours.kv.v, theirs.kv.v)
 
