@@ -185,6 +185,29 @@ def test_an_answer_may_be_sent_from_within_the_handler(pair: Pair) -> None:
         echo.close()
 
 
+@needs_ucx
+def test_ucx_goes_on_without_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are missed now and then on a busy machine: here, all of them."""
+    from transport.planes.ucx_link import UcxLink
+
+    start = UcxLink.start
+
+    def start_deaf(link: UcxLink) -> None:
+        start(link)
+        link._owner.loop.unwatch(link._worker.epoll_file_descriptor)
+
+    monkeypatch.setattr(UcxLink, "start", start_deaf)
+    pair = open_pair("ucx")
+    try:
+        for number, size in enumerate((0, 10, 100_000, 5_000_000)):
+            pair.link.send(b"%d" % number, payload_of(size)).result(WAIT_S)
+            eventually(lambda wanted=number + 1: len(pair.at_b.messages) == wanted)
+            eventually(lambda: not any(link.hot for link in pair.b._links))
+    finally:
+        pair.a.close()
+        pair.b.close()
+
+
 def test_links_do_not_disturb_each_other(pair: Pair) -> None:
     links = [pair.link, *(pair.a.connect(pair.b.address, 5.0) for _ in range(4))]
 
