@@ -2,8 +2,9 @@
 
 A socket with a handshake (as in the TCP plane) joins two ends first; over it they exchange their UCX addresses,
 and it stays open: when it ends, the peer has ended. The progress thread polls a link while something moves and
-for a moment after, then dozes, then sleeps on UCX's event descriptor. Events have been missed on a busy machine, so a
-link with a message under way is never left to them alone, and the others are looked at a few times a second.
+for a moment after, then dozes, then sleeps on UCX's event descriptor. A link with a message
+under way is not left to that event alone, and one that rests is looked at a few times a second, so that an event
+which does not come costs time and no message.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_an_answer_may_be_sent_from_within_the_handler(pair: Pair) -> None:
 
 @needs_ucx
 def test_ucx_goes_on_without_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events are missed now and then on a busy machine: here, all of them."""
+    """No event comes: messages arrive late, and all of them do."""
     from transport.planes.ucx_link import UcxLink
 
     start = UcxLink.start
