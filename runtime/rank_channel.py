@@ -91,7 +91,8 @@ class RankChannel:
         self._context = context
         self._where = where
         self._rank = rank
-        self._outbox: queue.SimpleQueue[msgspec.Struct | None] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` can miss its timeout for good.
+        self._outbox: queue.Queue[msgspec.Struct | None] = queue.Queue()
         self._commands = context.socket(zmq.PULL)
         self._commands.setsockopt(zmq.MAXMSGSIZE, MAX_COMMAND_BYTES)
         self._commands.setsockopt(zmq.LINGER, 0)

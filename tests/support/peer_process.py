@@ -6,21 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 WAIT_S = 30.0
 _ROOT = Path(__file__).parents[2]
-
-
-def eventually(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
-    """Poll until `condition` holds; fails with `what` where it does not in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(0.002)
 
 
 class PeerProcess:

@@ -29,6 +29,7 @@ from anabranch.sampling.params import SamplingParams
 from decode.worker import DecodeWorker
 from prefill.worker import PrefillWorker
 from runtime.worker import Worker
+from tests.support.waiting import eventually_async
 from transport.control import ControlServer
 
 DEADLINE_S = 10.0
@@ -135,7 +136,7 @@ class ScriptedOrchestrator:
 
     async def idle(self) -> None:
         """Wait until the worker has all its blocks and no request."""
-        await eventually(
+        await eventually_async(
             lambda: (
                 self.worker.is_idle()
                 and self.worker.stats().num_free_blocks == self.worker.stats().num_total_blocks
@@ -143,13 +144,6 @@ class ScriptedOrchestrator:
             )
         )
         self.worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
-
-
-async def eventually(condition: Callable[[], object]) -> None:
-    """Wait until `condition` holds."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def request(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import selectors
 import threading
 import time
@@ -34,7 +33,9 @@ class ProgressLoop:
         self._calls: deque[Callable[[], None]] = deque()
         self._sleeping = False
         self._dozing = False
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Held but for a moment after a ring. A queue.SimpleQueue would do, but its `get` can miss its timeout for good.
+        self._bell = threading.Lock()
+        self._bell.acquire()
         self._running = True
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -58,7 +59,8 @@ class ProgressLoop:
         """Let the thread take another turn. Cheap where it is awake."""
         if self._dozing:
             self._dozing = False
-            self._bell.put(None)
+            with contextlib.suppress(RuntimeError):  # somebody else rang
+                self._bell.release()
         # The loop sets `_sleeping` before it looks at its queues for the last time, so no wake is missed.
         if self._sleeping:
             self._sleeping = False
@@ -133,8 +135,7 @@ class ProgressLoop:
     def _doze(self, timeout_s: float) -> None:
         self._dozing = True
         if not self._calls:
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=timeout_s)
+            self._bell.acquire(timeout=timeout_s)
         self._dozing = False
 
     def _guard(self, call: Callable[[], None]) -> None:

@@ -2,9 +2,7 @@
 
 A socket with a handshake (as in the TCP plane) joins two ends first; over it they exchange their UCX addresses,
 and it stays open: when it ends, the peer has ended. The progress thread polls a link while something moves and
-for a moment after, then dozes, then sleeps on UCX's event descriptor. A link with a message
-under way is not left to that event alone, and one that rests is looked at a few times a second, so that an event
-which does not come costs time and no message.
+for a moment after, then dozes, then sleeps on UCX's event descriptor.
 """
 
 from __future__ import annotations
@@ -29,9 +27,6 @@ SCHEME = "ucx"
 SPIN_S = 50e-6
 DOZE_S = 100e-6
 LINGER_S = 1e-3
-# Longest time between two looks at a link with a message under way, and at one that rests.
-MAX_DOZE_S = 5e-3
-MAX_REST_S = 0.1
 POLLS_PER_TURN = 16
 
 # Unlike os.sched_yield, this lets go of the interpreter lock first.
@@ -149,14 +144,11 @@ class UcxPlane:
             if all(now - link.quiet_since > SPIN_S for link in hot):
                 break
         for link in list(hot):
-            if link.hot and now - link.quiet_since > LINGER_S and not link.is_busy and link.rest():
+            if link.hot and now - link.quiet_since > LINGER_S and link.rest():
                 hot.remove(link)
         left = self._acceptor.expire(now)
         for link in list(self._links):
-            if not link.hot and link.poll():
-                link.heat()
-            left = min(left, link.expire(now), MAX_REST_S)
+            left = min(left, link.expire(now))
         if hot:
-            quiet_s = now - max(link.quiet_since for link in hot)
-            return 0.0 if quiet_s <= SPIN_S else min(max(DOZE_S, quiet_s / 8), MAX_DOZE_S)
+            return DOZE_S if all(now - link.quiet_since > SPIN_S for link in hot) else 0.0
         return max(MIN_SELECT_S, left)

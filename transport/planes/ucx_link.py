@@ -128,11 +128,6 @@ class UcxLink:
             self.quiet_since = time.monotonic()
             self._owner.heated(self)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a message is under way, either way."""
-        return self._outbox.deadline is not None or self._inbox.deadline is not None
-
     def rest(self) -> bool:
         """Stop polling until UCX or a sender calls; False when there is something to do after all."""
         self.hot = False

@@ -6,7 +6,6 @@ The model's tokens are bytes: token 97 is "a". Token 0 ends an answer.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -40,6 +39,7 @@ from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMat
 from anabranch.sampling.params import SamplingParams
 from anabranch_client import AsyncClient
 from orchestrator.service import Orchestrator
+from tests.support.waiting import eventually_async
 from transport.control import ControlClient
 
 DEADLINE_S = 10.0
@@ -48,16 +48,6 @@ VOCAB = 256
 EOS = 0
 
 M = TypeVar("M")
-
-
-async def eventually(condition: Callable[[], object], within_s: float = DEADLINE_S) -> None:
-    """Wait until `condition` (which may be a coroutine function) holds."""
-    async with asyncio.timeout(within_s):
-        while True:
-            holds = condition()
-            if await holds if inspect.isawaitable(holds) else holds:
-                return
-            await asyncio.sleep(0.005)
 
 
 class ByteText:
@@ -280,7 +270,7 @@ class World:
             return ""
 
         try:
-            await eventually(lambda: not left())
+            await eventually_async(lambda: not left())
         except TimeoutError:
             pytest.fail(f"left behind: {left()}")
 
@@ -348,7 +338,7 @@ def to_prefilling() -> Callable[..., Awaitable[Request]]:
 
 @pytest.fixture
 def wait() -> Callable[..., Awaitable[None]]:
-    return eventually
+    return eventually_async
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ class Group:
     """Ranks, and what was heard of them."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        self.events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        self.failures: queue.SimpleQueue[WorkerDied] = queue.SimpleQueue()
+        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
+        self.failures: queue.Queue[WorkerDied] = queue.Queue()
         self.ranks = Ranks[Command, Event](
             config,
             ROOM,

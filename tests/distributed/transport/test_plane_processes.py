@@ -12,7 +12,8 @@ import pytest
 
 from anabranch.errors import DeadlineExceeded, PeerLost, TransportError
 from tests.support import plane_peer
-from tests.support.peer_process import WAIT_S, PeerProcess, eventually, peer_processes
+from tests.support.peer_process import WAIT_S, PeerProcess, peer_processes
+from tests.support.waiting import eventually
 from transport.planes import Link, Plane, available_planes, stall
 
 pytestmark = pytest.mark.distributed

@@ -11,7 +11,8 @@ from anabranch.errors import PeerLost
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
 from tests.support import stream_peer
-from tests.support.peer_process import WAIT_S, PeerProcess, eventually, peer_processes
+from tests.support.peer_process import WAIT_S, PeerProcess, peer_processes
+from tests.support.waiting import eventually
 from transport.kv_stream import KvStreamReceiver, KvStreamSource
 from transport.planes import available_planes, create_plane
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,22 +22,13 @@ from anabranch_client import WorkerDied as RequestLost
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.process import ProcessExit
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 READY_TIMEOUT_S = 120.0
 DEADLINE_S = 30.0
 COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache="32MiB", threads=1)))
-
-
-def eventually(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool:
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        threading.Event().wait(0.02)
-    return True
 
 
 def gone(pid: int) -> bool:
@@ -72,7 +63,7 @@ def test_a_cluster_serves_and_leaves_nothing() -> None:
     assert not folder.exists()
     assert sweeper.marked_processes(str(folder)) == []
     assert shm_entries() <= shm
-    assert eventually(lambda: threading.active_count() <= threads)
+    eventually(lambda: threading.active_count() <= threads)
 
 
 def test_prefill_and_decode_share_a_process_in_process() -> None:
@@ -107,7 +98,7 @@ def test_a_killed_worker_is_named_and_its_requests_end() -> None:
             with pytest.raises(RequestLost, match=holder.name):
                 list(stream)
             assert time.monotonic() - killed < 5.0
-            assert eventually(lambda: deaths == [death])
+            eventually(lambda: deaths == [death])
             departures = admin.cluster().departures
             assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]
             other = client.complete("The capital of France is", Sampling(max_tokens=4))
@@ -148,7 +139,7 @@ def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen
     )
     try:
         ready = tmp_path / "ready.json"
-        assert eventually(lambda: ready.exists() or process.poll() is not None, READY_TIMEOUT_S)
+        eventually(lambda: ready.exists() or process.poll() is not None, READY_TIMEOUT_S)
         assert process.poll() is None, process.communicate()
         yield process
     finally:
@@ -213,7 +204,7 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path, up: subprocess.Popen[s
     assert len(children) >= 3
     up.kill()
     up.wait(DEADLINE_S)
-    assert eventually(lambda: all(gone(pid) for pid in children))
+    eventually(lambda: all(gone(pid) for pid in children))
     assert not (tmp_path / "ready.json").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
@@ -224,7 +215,7 @@ def test_up_says_what_died(up: subprocess.Popen[str], tmp_path: Path) -> None:
     worker = next(process for process in ready["processes"] if process["name"] == "colocated-0")
     os.kill(worker["pid"], signal.SIGKILL)
     with Client(ready["grpc"]) as client:
-        assert eventually(lambda: client.health() == "not_serving")
+        eventually(lambda: client.health() == "not_serving")
         with pytest.raises(ClientError):
             client.complete("hello", Sampling(max_tokens=1), timeout_s=1.0)
     up.send_signal(signal.SIGINT)

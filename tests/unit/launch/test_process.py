@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +16,11 @@ import pytest
 
 from launch import sweeper
 from launch.process import ChildProcess, ProcessExit, stop_all
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
 DEADLINE_S = 20.0
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition comes true within the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        threading.Event().wait(0.01)
-    return True
 
 
 @pytest.fixture
@@ -63,8 +53,8 @@ READY_THEN_SLEEP = """
 """
 
 
-def ready(child: ChildProcess) -> bool:
-    return eventually(lambda: child.log_tail() == ("ready",))
+def wait_ready(child: ChildProcess) -> None:
+    eventually(lambda: child.log_tail() == ("ready",))
 
 
 def test_exit_code_log_and_callback(child: Callable[..., ChildProcess]) -> None:
@@ -75,14 +65,14 @@ def test_exit_code_log_and_callback(child: Callable[..., ChildProcess]) -> None:
     assert end.code == 3
     assert end.reason == "exited with code 3"
     assert end.log_tail == ("['a', 'b c'] __main__",)
-    assert eventually(lambda: ends == [end])
+    eventually(lambda: ends == [end])
     assert not process.alive
 
 
 def test_a_killed_child_is_noticed_at_once(child: Callable[..., ChildProcess]) -> None:
     noticed = threading.Event()
     process = child(READY_THEN_SLEEP, on_exit=lambda _: noticed.set())
-    assert ready(process)
+    wait_ready(process)
     os.kill(process.pid, signal.SIGKILL)
     assert noticed.wait(1.0)
     assert process.exit is not None
@@ -91,7 +81,7 @@ def test_a_killed_child_is_noticed_at_once(child: Callable[..., ChildProcess]) -
 
 def test_a_child_is_named(child: Callable[..., ChildProcess]) -> None:
     process = child(READY_THEN_SLEEP, name="prefill-7")
-    assert ready(process)
+    wait_ready(process)
     assert Path(f"/proc/{process.pid}/comm").read_text().strip() == "prefill-7"
     process.kill()
     assert process.wait(DEADLINE_S) is not None
@@ -116,8 +106,8 @@ def test_stop_asks_before_it_kills(child: Callable[..., ChildProcess]) -> None:
         """,
         name="deaf",
     )
-    assert ready(gentle)
-    assert ready(deaf)
+    wait_ready(gentle)
+    wait_ready(deaf)
     killed = stop_all([gentle, deaf], drain_timeout_s=0.2, term_timeout_s=0.2, kill_timeout_s=DEADLINE_S)
     assert killed == ["deaf"]
     assert gentle.exit is not None
@@ -155,10 +145,10 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text("import signal\nprint('ready', flush=True)\nsignal.pause()\n")
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    assert eventually(lambda: (tmp_path / "x.log").exists() and "ready" in (tmp_path / "x.log").read_text())
+    eventually(lambda: (tmp_path / "x.log").exists() and "ready" in (tmp_path / "x.log").read_text())
     parent.kill()
     parent.wait(DEADLINE_S)
-    assert eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     parent.stdout.close()
 
 

@@ -34,7 +34,8 @@ from anabranch.protocol.workers import (
 )
 from runtime.worker import Worker, unexpected
 from tests.support.resources import our_threads
-from tests.support.scripted import DEADLINE_S, ScriptedOrchestrator, eventually, play, request
+from tests.support.scripted import DEADLINE_S, ScriptedOrchestrator, play, request
+from tests.support.waiting import eventually_async
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -152,7 +153,7 @@ def test_it_serves_and_beats_with_its_load(with_room) -> None:
         assert room.built_on != threading.main_thread().name
         await orchestrator.accept()
         await orchestrator.send(Generate(request=request((1,), 2)))
-        await eventually(lambda: room.held == {("a", 0)})
+        await eventually_async(lambda: room.held == {("a", 0)})
         await orchestrator.send(Cancel(request_id="a", epoch=0))
         message = await orchestrator.expect(Ended)
         assert (message.request_id, message.reason) == ("a", "cancelled")
@@ -169,7 +170,7 @@ def test_what_a_room_refuses_ends_nothing(with_room, caplog) -> None:
         await orchestrator.send(Generate(request=request((9,), 2)))
         await orchestrator.send(Reserve(request=request((1,), 2)))
         await orchestrator.send(Generate(request=request((1,), 2, "b")))
-        await eventually(lambda: room.held == {("b", 0)})
+        await eventually_async(lambda: room.held == {("b", 0)})
         assert "Generate: prompt_ids: is nine" in caplog.text
         assert "Reserve: a colocated worker takes no Reserve" in caplog.text
 
@@ -208,7 +209,7 @@ def test_being_fenced_later_ends_it(with_room) -> None:
     async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
         await orchestrator.accept()
         await orchestrator.accept()  # a second answer without an error changes nothing
-        await eventually(lambda: orchestrator.beats or room.num_ticks)
+        await eventually_async(lambda: orchestrator.beats or room.num_ticks)
         await orchestrator.send(Registered(error=WireError.of(WorkerDied("it counts as dead"))))
         with pytest.raises(WorkerDied, match="it counts as dead"):
             await ended(orchestrator)
@@ -242,7 +243,7 @@ def test_shutdown_ends_it_at_once(with_room) -> None:
     async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
         await orchestrator.accept()
         await orchestrator.send(Generate(request=request((1,), 2)))
-        await eventually(lambda: room.held)
+        await eventually_async(lambda: room.held)
         await orchestrator.send(Shutdown())
         await ended(orchestrator)
 
@@ -253,11 +254,11 @@ def test_drain_waits_for_what_is_held(with_room) -> None:
     async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
         await orchestrator.accept()
         await orchestrator.send(Generate(request=request((1,), 2)))
-        await eventually(lambda: room.held)
+        await eventually_async(lambda: room.held)
         await orchestrator.send(Drain())
-        await eventually(lambda: room.draining)
+        await eventually_async(lambda: room.draining)
         ticks = room.num_ticks
-        await eventually(lambda: room.num_ticks > ticks + 1)
+        await eventually_async(lambda: room.num_ticks > ticks + 1)
         assert not orchestrator.run.done()
         await orchestrator.send(Cancel(request_id="a", epoch=0))
         assert (await orchestrator.expect(Ended)).reason == "cancelled"
@@ -271,7 +272,7 @@ def test_a_failure_ends_its_requests_and_then_the_worker(with_room) -> None:
         await orchestrator.accept()
         for name in "ab":
             await orchestrator.send(Generate(request=request((1,), 2, name)))
-        await eventually(lambda: len(room.held) == 2)
+        await eventually_async(lambda: len(room.held) == 2)
         await asyncio.to_thread(room.fail, WorkerDied("rank 1 was killed"))
         await asyncio.to_thread(room.fail, WorkerDied("rank 2 was killed"))
         for _ in range(2):
@@ -290,7 +291,7 @@ def test_a_failure_is_no_drain(with_room, monkeypatch: pytest.MonkeyPatch) -> No
     async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
         await orchestrator.accept()
         await orchestrator.send(Generate(request=request((1,), 2)))
-        await eventually(lambda: room.held)
+        await eventually_async(lambda: room.held)
         await asyncio.to_thread(room.fail, WorkerDied("rank 1 was killed"))
         with pytest.raises(WorkerDied, match="rank 1 was killed"):
             await ended(orchestrator)
@@ -326,7 +327,7 @@ def test_one_that_is_cancelled_while_it_builds_leaves_nothing(tmp_path: Path) ->
             WorkerConfig(role="colocated", name="w", orchestrator=f"ipc://{tmp_path}/none", model="m", kv_cache_bytes=1)
         )
         run = asyncio.create_task(room.run())
-        await eventually(begun.is_set)
+        await eventually_async(begun.is_set)
         run.cancel()
         asyncio.get_running_loop().call_later(0.2, go_on.set)  # long enough to be closed too early
         with pytest.raises(asyncio.CancelledError):

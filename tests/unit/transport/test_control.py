@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, FrameTooLarge, MalformedMessage, Overloaded, PeerLost
 from anabranch.protocol.workers import Beat, Cancel, Drain, ToOrchestrator, ToWorker, WorkerStats
+from tests.support.waiting import eventually_async
 from transport.control import ControlClient, ControlServer
 from transport.control import socket as control_socket
 from transport.control.codec import Codec
@@ -27,13 +28,6 @@ WAIT_S = 10.0
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 30))
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    deadline = asyncio.get_running_loop().time() + WAIT_S
-    while not condition():
-        assert asyncio.get_running_loop().time() < deadline, "the condition did not come true"
-        await asyncio.sleep(0.005)
 
 
 def open_pair(bind: str = "tcp://127.0.0.1:*", name: bytes | None = b"decode-0") -> tuple[ControlServer, ControlClient]:
@@ -192,7 +186,7 @@ def test_garbage_is_counted_and_the_channel_goes_on(frames: list[bytes]) -> None
         stranger = Stranger(server)
         receiving = asyncio.create_task(server.recv())
         await stranger.socket.send_multipart(frames)
-        await eventually(lambda: server.num_malformed == 1)
+        await eventually_async(lambda: server.num_malformed == 1)
         assert not receiving.done()
         await client.send(Beat())
         assert await receiving == (b"decode-0", Beat())
@@ -210,7 +204,7 @@ def test_an_oversized_frame_never_arrives_and_others_do() -> None:
         stranger = Stranger(server)
         receiving = asyncio.create_task(server.recv())
         await stranger.socket.send(b"x" * 1001)
-        await eventually(lambda: server.num_malformed == 1)
+        await eventually_async(lambda: server.num_malformed == 1)
         await stranger.socket.send(b"x" * 1_000_000)
         await client.send(Beat())
         assert await receiving == (b"c", Beat())
@@ -246,7 +240,7 @@ def test_no_bytes_at_all_make_recv_raise(messages: list[list[bytes]]) -> None:
         receiving = asyncio.create_task(server.recv())
         for frames in messages:
             await stranger.socket.send_multipart(frames)
-        await eventually(lambda: server.num_malformed == len(messages))
+        await eventually_async(lambda: server.num_malformed == len(messages))
         await client.send(Beat())
         assert await receiving == (b"decode-0", Beat())
         stranger.close()
@@ -309,6 +303,6 @@ def test_close_ends_a_waiting_recv_and_returns_every_descriptor() -> None:
             await receiving
         client.close()
         client.close()
-        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+        await eventually_async(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
     run(scenario)

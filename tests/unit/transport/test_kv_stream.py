@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination
 from anabranch.protocol.requests import TokenLogprob
+from tests.support.waiting import eventually
 from transport.kv_stream import Abort, Ack, Commit, KvStreamReceiver, KvStreamSender, KvStreamSource, Slice
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.messages import decode_to_receiver, decode_to_sender, encode
@@ -46,13 +46,6 @@ PLANES = ["inproc", "tcp", pytest.param("ucx", marks=needs_ucx)]
 
 LAYOUT = KvLayout(dtype="float32", num_layers=3, num_kv_heads=4, head_dim=8, block_size=4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def eventually(condition: Callable[[], bool], what: str = "the condition") -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come true"
-        time.sleep(0.002)
 
 
 def make_kv(layout: KvLayout, num_tokens: int, seed: int = 0) -> torch.Tensor:

@@ -23,6 +23,7 @@ from anabranch.errors import (
     TransportError,
     TransportUnavailable,
 )
+from tests.support.waiting import eventually
 from transport.planes import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -46,13 +47,6 @@ WAIT_S = 10.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 PLANES = ["inproc", "tcp", pytest.param("ucx", marks=needs_ucx)]
-
-
-def eventually(condition: Callable[[], bool], what: str = "the condition") -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come true"
-        time.sleep(0.002)
 
 
 def num_descriptors() -> int:
@@ -183,29 +177,6 @@ def test_an_answer_may_be_sent_from_within_the_handler(pair: Pair) -> None:
         assert pair.at_a.messages == [(b"echo x", bytes(payload_of(50_000)))]
     finally:
         echo.close()
-
-
-@needs_ucx
-def test_ucx_goes_on_without_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No event comes: messages arrive late, and all of them do."""
-    from transport.planes.ucx_link import UcxLink
-
-    start = UcxLink.start
-
-    def start_deaf(link: UcxLink) -> None:
-        start(link)
-        link._owner.loop.unwatch(link._worker.epoll_file_descriptor)
-
-    monkeypatch.setattr(UcxLink, "start", start_deaf)
-    pair = open_pair("ucx")
-    try:
-        for number, size in enumerate((0, 10, 100_000, 5_000_000)):
-            pair.link.send(b"%d" % number, payload_of(size)).result(WAIT_S)
-            eventually(lambda wanted=number + 1: len(pair.at_b.messages) == wanted)
-            eventually(lambda: not any(link.hot for link in pair.b._links))
-    finally:
-        pair.a.close()
-        pair.b.close()
 
 
 def test_links_do_not_disturb_each_other(pair: Pair) -> None:
