@@ -59,11 +59,9 @@ class PoolSink:
         blocks_N = torch.randperm(kv.num_blocks)[: -(-num_tokens // kv.block_size)]
         self._slots_T = (blocks_N[:, None] * kv.block_size + torch.arange(kv.block_size)).flatten()
 
-    def place(
-        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
-        slots_T = self._slots_T[tokens_T]
-        self._kernels.store_kv(k_TKD, v_TKD, self._kv.layer(layer), slots_T)
+    def place(self, layer: int, head_start: int, tokens_T: torch.Tensor, kv_L2TKD: torch.Tensor) -> None:
+        pool = self._kv.data[layer : layer + kv_L2TKD.shape[0]]
+        self._kernels.import_kv(kv_L2TKD, pool, self._slots_T[tokens_T])
 
     def touch(self) -> None: ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from anabranch.cache.paged_kv import LayerKv, PagedKv
+from anabranch.cache.paged_kv import PagedKv
 from anabranch.errors import AnabranchError
 from anabranch.kernels.base import Kernels
 from anabranch.protocol.requests import WireError
@@ -49,22 +49,15 @@ class KvImport:
         self._device = kv.data.device
         self._tokens_T: torch.Tensor | None = None
         self._slots_of = self._slots_T
-        self._pools: dict[tuple[int, range], LayerKv] = {}
 
-    def place(
-        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
+    def place(self, layer: int, head_start: int, tokens_T: torch.Tensor, kv_L2TKD: torch.Tensor) -> None:
         """Copy rows into the pool. See `KvSink.place`."""
-        # Consecutive layers bring the same tokens: what is the same for them is made once.
+        # Consecutive slices bring the same tokens: what is the same for them is made once.
         if tokens_T is not self._tokens_T:
             self._tokens_T, self._slots_of = tokens_T, self._slots_T.index_select(0, tokens_T).to(self._device)
-        heads = range(head_start, head_start + k_TKD.shape[1])
-        pool = self._pools.get((layer, heads))
-        if pool is None:
-            whole = self.kv.layer(layer)
-            span = slice(heads.start - self._head_start, heads.stop - self._head_start)
-            pool = self._pools[layer, heads] = LayerKv(whole.k[:, :, span], whole.v[:, :, span])
-        self.kernels.store_kv(k_TKD.to(self._device), v_TKD.to(self._device), pool, self._slots_of)
+        first = head_start - self._head_start
+        pool = self.kv.data[layer : layer + kv_L2TKD.shape[0], ..., first : first + kv_L2TKD.shape[3], :]
+        self.kernels.import_kv(kv_L2TKD.to(self._device), pool, self._slots_of)
 
     def touch(self) -> None:
         now = time.monotonic()

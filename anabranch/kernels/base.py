@@ -51,7 +51,19 @@ class Kernels(Protocol):
         ...
 
     def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:
-        """Write new tokens' K and V to their slots; `kv`: the pool, or a view of some of its heads."""
+        """Write new tokens' K and V to their slots."""
+        ...
+
+    def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """Write K and V that came from elsewhere to their slots, several layers at once.
+
+        Nobody reads them soon, so they are not kept in the caches.
+
+        Args:
+            kv_L2TKD: contiguous.
+            pool_L2NBKD: the same layers of `PagedKv.data`, and of its heads those that came.
+            slots_T: int64; the same in every layer.
+        """
         ...
 
     def paged_attention(

@@ -71,6 +71,7 @@ class _Functions:
     silu_mul: NativeFunction
     rotary: NativeFunction
     store_kv: NativeFunction
+    import_kv: NativeFunction
     linear: NativeFunction
     attention_short: NativeFunction
     attention_long: NativeFunction | None
@@ -263,16 +264,13 @@ class NativeKernels:
         k_t, k_h, k_d = k_TKD.stride()
         v_t, v_h, v_d = v_TKD.stride()
         num_tokens, heads, head_dim = k_TKD.shape
-        # Of the pool, or of some of its heads.
-        slot_stride = kv.k.stride(1)
-        strides = (kv.k.shape[1] * slot_stride, slot_stride, head_dim, 1)
         if (
             k_TKD.dtype is not kv.k.dtype
             or v_TKD.dtype is not kv.v.dtype
             or k_d != 1
             or v_d != 1
-            or kv.k.stride() != strides
-            or kv.v.stride() != strides
+            or not kv.k.is_contiguous()
+            or not kv.v.is_contiguous()
         ):
             return self._plain.store_kv(k_TKD, v_TKD, kv, slots_T)
         size = kv.k.element_size()
@@ -286,10 +284,29 @@ class NativeKernels:
             k_h * size,
             v_t * size,
             v_h * size,
-            slot_stride * size,
             num_tokens,
             heads,
             head_dim * size,
+            get_num_threads(),
+        )
+
+    def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """See `Kernels.import_kv`."""
+        num_layers, _, num_tokens, heads, head_dim = kv_L2TKD.shape
+        plane_stride, _, slot_stride = pool_L2NBKD.stride()[1:4]
+        strides = (2 * plane_stride, plane_stride, pool_L2NBKD.shape[3] * slot_stride, slot_stride, head_dim, 1)
+        if kv_L2TKD.dtype is not pool_L2NBKD.dtype or pool_L2NBKD.stride() != strides or not kv_L2TKD.is_contiguous():
+            return self._plain.import_kv(kv_L2TKD, pool_L2NBKD, slots_T)
+        size = pool_L2NBKD.element_size()
+        self._functions.import_kv.run(kv_L2TKD.numel() >= MIN_RELEASED_ELEMENTS)(
+            kv_L2TKD.data_ptr(),
+            pool_L2NBKD.data_ptr(),
+            slots_T.data_ptr(),
+            2 * num_layers,
+            plane_stride * size,
+            slot_stride * size,
+            num_tokens,
+            heads * head_dim * size,
             get_num_threads(),
         )
 
@@ -477,7 +494,8 @@ def _bind(library: ctypes.CDLL, suffix: str) -> _Functions:
         add_rms_norm=bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int),
         silu_mul=bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
         rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
-        store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 8, c_int),
+        store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
+        import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5, c_int),
         linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
         attention_short=bind(f"ab_attention_short_{suffix}", *attention),
         attention_long=long,

@@ -59,6 +59,11 @@ class PlainKernels:
         k_slots.index_copy_(0, slots_T, k_TKD)
         v_slots.index_copy_(0, slots_T, v_TKD)
 
+    def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+        """See `Kernels.import_kv`."""
+        num_layers, _, _, _, heads, head_dim = pool_L2NBKD.shape
+        pool_L2NBKD.view(num_layers, 2, -1, heads, head_dim).index_copy_(2, slots_T, kv_L2TKD)
+
     def paged_attention(
         self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

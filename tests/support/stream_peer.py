@@ -41,11 +41,8 @@ class Pool:
         self.token: int | None = None
         self.code: str | None = None
 
-    def place(
-        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
-        self.kv[layer, 0, tokens_T] = k_TKD
-        self.kv[layer, 1, tokens_T] = v_TKD
+    def place(self, layer: int, head_start: int, tokens_T: torch.Tensor, kv_L2TKD: torch.Tensor) -> None:
+        self.kv[layer : layer + kv_L2TKD.shape[0], :, tokens_T] = kv_L2TKD
 
     def touch(self) -> None: ...
 

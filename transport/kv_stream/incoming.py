@@ -105,8 +105,7 @@ class IncomingStream:
             .view(self._dtype)
             .view(slice_.num_layers, 2, positions_T.shape[0], slice_.num_heads, self.layout.head_dim)
         )
-        for layer, (k_TKD, v_TKD) in enumerate(kv_L2TKD.unbind(0), slice_.layer):
-            self.sink.place(layer, slice_.head_start, positions_T, k_TKD, v_TKD)
+        self.sink.place(slice_.layer, slice_.head_start, positions_T, kv_L2TKD)
 
     def commit(self, commit: Commit, link: Link) -> bool:
         """Note a source's commit; whether it was the last one and the stream is complete.

@@ -41,39 +41,45 @@ class Cut:
     rows: slice | torch.Tensor
     num_rows: int
 
+    def layer_bytes(self, k_TKD: torch.Tensor) -> int:
+        """Of K and V of its rows of a layer's tensors."""
+        return 2 * self.num_rows * k_TKD.shape[1] * k_TKD.shape[2] * k_TKD.element_size()
+
 
 class PackedSlice:
     """Consecutive layers of one rectangle of heads and tokens, packed."""
 
-    __slots__ = ("cut", "head_start", "layer", "num_bytes", "num_heads", "num_layers", "staging")
+    __slots__ = ("_layer_bytes", "_room_L2TKD", "cut", "head_start", "layer", "num_heads", "num_layers", "staging")
 
-    def __init__(self, layer: int, head_start: int, num_heads: int, cut: Cut, staging: Staging) -> None:
+    def __init__(self, layer: int, head_start: int, k_TKD: torch.Tensor, cut: Cut, staging: Staging) -> None:
+        num_heads, head_dim = k_TKD.shape[1:]
         self.layer = layer
         self.num_layers = 0
         self.head_start = head_start
         self.num_heads = num_heads
         self.cut = cut
         self.staging = staging
-        self.num_bytes = 0
+        self._layer_bytes = cut.layer_bytes(k_TKD)
+        room = staging.data[: staging.capacity // self._layer_bytes * self._layer_bytes].view(k_TKD.dtype)
+        self._room_L2TKD = room.view(-1, 2, cut.num_rows, num_heads, head_dim)
 
-    def takes(self, layer: int, head_start: int, num_heads: int, cut: Cut, num_bytes: int) -> bool:
-        """Whether the piece can be appended."""
+    @property
+    def num_bytes(self) -> int:
+        return self.num_layers * self._layer_bytes
+
+    def takes(self, layer: int, head_start: int, num_heads: int, cut: Cut) -> bool:
+        """Whether a layer's rows can be appended."""
         return (
             layer == self.layer + self.num_layers
             and cut is self.cut
             and (head_start, num_heads) == (self.head_start, self.num_heads)
-            and self.num_bytes + num_bytes <= self.staging.capacity
+            and self.num_layers < self._room_L2TKD.shape[0]
         )
 
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, num_bytes: int) -> None:
+    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Copy one layer's rows, K then V, behind what is packed."""
         rows = self.cut.rows
-        target_2TKD = (
-            self.staging.data[self.num_bytes : self.num_bytes + num_bytes]
-            .view(k_TKD.dtype)
-            .view(2, self.cut.num_rows, k_TKD.shape[1], k_TKD.shape[2])
-        )
-        for target_TKD, source_TKD in zip(target_2TKD.unbind(0), (k_TKD, v_TKD), strict=True):
+        for target_TKD, source_TKD in zip(self._room_L2TKD[self.num_layers].unbind(0), (k_TKD, v_TKD), strict=True):
             if isinstance(rows, slice):
                 target_TKD.copy_(source_TKD[rows])
             elif source_TKD.is_cpu:
@@ -82,7 +88,6 @@ class PackedSlice:
             else:
                 target_TKD.copy_(source_TKD.index_select(0, rows.to(source_TKD.device)))
         self.num_layers += 1
-        self.num_bytes += num_bytes
 
 
 class RowMap:
@@ -140,16 +145,13 @@ class Packer:
 
     def add(self, layer: int, head_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cuts: list[Cut]) -> None:
         """Pack one layer's rows; cuts of one chunk are the same objects for every layer."""
-        num_heads = k_TKD.shape[1]
-        row_bytes = 2 * num_heads * k_TKD.shape[2] * k_TKD.element_size()
         for cut in cuts:
-            num_bytes = row_bytes * cut.num_rows
-            if self._open is None or not self._open.takes(layer, head_start, num_heads, cut, num_bytes):
+            if self._open is None or not self._open.takes(layer, head_start, k_TKD.shape[1], cut):
                 self.flush()
                 self._full_bytes = self._coalesce_bytes()
-                staging = self._take(max(num_bytes, self._full_bytes))
-                self._open = PackedSlice(layer, head_start, num_heads, cut, staging)
-            self._open.append(k_TKD, v_TKD, num_bytes)
+                staging = self._take(max(cut.layer_bytes(k_TKD), self._full_bytes))
+                self._open = PackedSlice(layer, head_start, k_TKD, cut, staging)
+            self._open.append(k_TKD, v_TKD)
             if self._open.num_bytes >= self._full_bytes:
                 self.flush()
 

@@ -88,7 +88,7 @@ class KvStreamSender:
         self._done: Future[KvStreamStats] = Future()
         self._first_slice_s = 0.0
         self._commit_s = 0.0
-        self._plan_key: tuple[range, range, range] | None = None
+        self._plan_key: tuple[range, range | None, range] | None = None
         self._plan: list[list[Piece]] = []
         self._targets = [_Target(link) for link in links]
         for target in self._targets:
@@ -129,19 +129,16 @@ class KvStreamSender:
         self._check()
         assert k_TKD.dtype == v_TKD.dtype == self._dtype, f"{k_TKD.dtype} in a stream of {self._dtype}"
         assert k_TKD.shape == v_TKD.shape, "K and V differ in shape"
-        cp_rank = self._source_rank // self._source_layout.tp
-        if chunk is None:
-            held = [range(token_start, token_start + k_TKD.shape[0])]
-        else:
-            held = tokens_of(self._source_layout, cp_rank, chunk)
-        assert k_TKD.shape[0] == sum(map(len, held)), "rows and tokens differ in number"
-        tokens = range(held[0].start, held[-1].stop) if held else range(0)
-        heads = range(head_start, head_start + k_TKD.shape[1])
+        num_rows, num_heads = k_TKD.shape[:2]
+        heads = range(head_start, head_start + num_heads)
         try:
             with self._packing:
-                plan = self._pieces(held, tokens, chunk or tokens, heads)
+                plan = self._pieces(range(token_start, token_start + num_rows), chunk, heads)
                 for target, pieces in zip(self._targets, plan, strict=True):
                     for wanted, cuts in pieces:
+                        if wanted == heads:
+                            target.packer.add(layer, head_start, k_TKD, v_TKD, cuts)
+                            continue
                         span = slice(wanted.start - head_start, wanted.stop - head_start)
                         target.packer.add(layer, wanted.start, k_TKD[:, span], v_TKD[:, span], cuts)
         except AnabranchError as error:
@@ -219,12 +216,21 @@ class KvStreamSender:
 
     # Slices ---------------------------------------------------------------------------------------------
 
-    def _pieces(self, held: list[range], tokens: range, chunk: range, heads: range) -> list[list[Piece]]:
-        """For each destination rank, the heads of `heads` and the rows of `held` that this rank has to send it."""
-        key = (tokens, chunk, heads)
+    def _pieces(self, rows: range, chunk: range | None, heads: range) -> list[list[Piece]]:
+        """For each destination rank, the heads of `heads` and the rows that this rank has to send it.
+
+        `rows`: as many consecutive tokens as there are rows, which they are unless there is a `chunk`.
+        """
+        key = (rows, chunk, heads)
         if key == self._plan_key:  # the same for every layer
             return self._plan
-        rows = RowMap(held)
+        if chunk is None:
+            chunk, held = rows, [rows]
+        else:
+            held = tokens_of(self._source_layout, self._source_rank // self._source_layout.tp, chunk)
+        assert len(rows) == sum(map(len, held)), "rows and tokens differ in number"
+        tokens = range(held[0].start, held[-1].stop) if held else range(0)
+        row_map = RowMap(held)
         layout = self.destination.layout
         plan: list[list[Piece]] = []
         for asked in self._asked(tokens, chunk):
@@ -233,7 +239,7 @@ class KvStreamSender:
                 sent = range(max(wanted.start, heads.start), min(wanted.stop, heads.stop))
                 if sent:
                     row_bytes = 2 * len(sent) * layout.head_dim * layout.element_bytes
-                    pieces.append((sent, rows.cuts(runs, row_bytes)))
+                    pieces.append((sent, row_map.cuts(runs, row_bytes)))
             plan.append(pieces)
         self._plan_key, self._plan = key, plan
         return plan

@@ -13,13 +13,12 @@ from transport.kv_stream.messages import Commit
 class KvSink(Protocol):
     """One stream's destination. All methods run on a plane's progress thread and must not block."""
 
-    def place(
-        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
+    def place(self, layer: int, head_start: int, tokens_T: torch.Tensor, kv_L2TKD: torch.Tensor) -> None:
         """Copy the rows of the tokens at positions `tokens_T` (int64, CPU) into the pool before returning.
 
-        `k_TKD` and `v_TKD` are contiguous CPU views `[T, K, D]` in the layout's dtype, valid during the call
-        only; head `head_start` (its number in the whole model) is their first. Raising fails the stream.
+        `kv_L2TKD` is a contiguous CPU view `[L, 2, T, K, D]` in the layout's dtype, valid during the call only:
+        K and V of consecutive layers from `layer` on, of heads from `head_start` on (its number in the whole model).
+        Raising fails the stream.
         """
         ...
 

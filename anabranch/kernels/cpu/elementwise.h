@@ -139,15 +139,42 @@ void argmax(const E* x, long stride, int64_t* out, long rows, long n, int thread
 
 // Copies [T, K, D] rows of K and V to their slots; a pool may have more heads than these.
 inline void store_kv(const char* k, const char* v, long k_stride_t, long k_stride_h, long v_stride_t, long v_stride_h,
-                     char* k_pool, char* v_pool, long slot_bytes, const int64_t* slots, long num_t, long num_h,
-                     long row_bytes, int threads) {
+                     char* k_pool, char* v_pool, const int64_t* slots, long num_t, long num_h, long row_bytes,
+                     int threads) {
     parallel(threads, num_t * num_h * row_bytes, [&](int rank, int size) {
         for (long t = num_t * rank / size; t < num_t * (rank + 1) / size; t++)
             for (long h = 0; h < num_h; h++) {
-                const long to = slots[t] * slot_bytes + h * row_bytes;
+                const long to = (slots[t] * num_h + h) * row_bytes;
                 memcpy(k_pool + to, k + t * k_stride_t + h * k_stride_h, row_bytes);
                 memcpy(v_pool + to, v + t * v_stride_t + h * v_stride_h, row_bytes);
             }
+    });
+}
+
+// K and V of some layers, `num_planes` times `num_t` rows, to the same slots of as many planes of a pool. Past the
+// caches where rows are aligned: a line that nobody reads soon is not fetched to be overwritten, and drives none out.
+inline void import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,
+                      long slot_bytes, long num_t, long row_bytes, int threads) {
+#if defined(__x86_64__)
+    const bool past_caches = ((uintptr_t)pool | plane_bytes | slot_bytes | row_bytes) % sizeof(__m128i) == 0;
+#endif
+    const long rows = num_planes * num_t;
+    parallel(threads, rows * row_bytes, [&](int rank, int size) {
+        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++) {
+            const char* from = kv + r * row_bytes;
+            char* to = pool + r / num_t * plane_bytes + slots[r % num_t] * slot_bytes;
+#if defined(__x86_64__)
+            if (past_caches) {
+                for (long i = 0; i < row_bytes; i += sizeof(__m128i))
+                    _mm_stream_si128((__m128i*)(to + i), _mm_loadu_si128((const __m128i*)(from + i)));
+                continue;
+            }
+#endif
+            memcpy(to, from, row_bytes);
+        }
+#if defined(__x86_64__)
+        if (past_caches) _mm_sfence();
+#endif
     });
 }
 

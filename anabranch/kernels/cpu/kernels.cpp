@@ -97,10 +97,15 @@ AB_API int ab_attention_long_bfloat16(const bf16* q, const bf16* k, const bf16* 
 }
 
 AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool, const int64_t* slots, long k_stride_t,
-                        long k_stride_h, long v_stride_t, long v_stride_h, long slot_bytes, long num_t, long num_h,
-                        long row_bytes, int threads) {
-    ab::store_kv(k, v, k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_pool, v_pool, slot_bytes, slots, num_t, num_h,
-                 row_bytes, threads);
+                        long k_stride_h, long v_stride_t, long v_stride_h, long num_t, long num_h, long row_bytes,
+                        int threads) {
+    ab::store_kv(k, v, k_stride_t, k_stride_h, v_stride_t, v_stride_h, k_pool, v_pool, slots, num_t, num_h, row_bytes,
+                 threads);
+}
+
+AB_API void ab_import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,
+                         long slot_bytes, long num_t, long row_bytes, int threads) {
+    ab::import_kv(kv, pool, slots, num_planes, plane_bytes, slot_bytes, num_t, row_bytes, threads);
 }
 
 #define AB_ENTRY(name) {#name, ab::Unpacked<name>::call}

@@ -250,8 +250,8 @@ class Sink:
         self.ended = threading.Event()
         self.placed = 0
 
-    def place(self, layer, head_start, tokens_T, k_TKD, v_TKD) -> None:
-        self.placed += k_TKD.shape[0]
+    def place(self, layer, head_start, tokens_T, kv_L2TKD) -> None:
+        self.placed += kv_L2TKD.shape[0] * kv_L2TKD.shape[2]
 
     def touch(self) -> None: ...
 
@@ -342,9 +342,9 @@ def test_a_destination_that_cannot_be_reached(known, tmp_path) -> None:
 
 def test_a_destination_that_refuses_in_the_middle(known, tmp_path, plane) -> None:
     class Refuses(Sink):
-        def place(self, layer, head_start, tokens_T, k_TKD, v_TKD) -> None:
-            super().place(layer, head_start, tokens_T, k_TKD, v_TKD)
-            if layer == 1:
+        def place(self, layer, head_start, tokens_T, kv_L2TKD) -> None:
+            super().place(layer, head_start, tokens_T, kv_L2TKD)
+            if layer + kv_L2TKD.shape[0] > 1:
                 raise RuntimeError("the pool is on fire")
 
     async def scenario() -> None:

@@ -52,8 +52,8 @@ def test_rows_cross_blocks_in_the_order_of_the_table() -> None:
     kv = pool()
     k_TKD = rows(2, 7, HEADS)
     sink = importer(kv, [])
-    sink.place(1, 0, torch.arange(2, 7), k_TKD[:5], -k_TKD[:5])
-    sink.place(1, 0, torch.arange(7, 9), k_TKD[5:], -k_TKD[5:])
+    sink.place(1, 0, torch.arange(2, 7), torch.stack((k_TKD[:5], -k_TKD[:5]))[None])
+    sink.place(1, 0, torch.arange(7, 9), torch.stack((k_TKD[5:], -k_TKD[5:]))[None])
     k_slots, v_slots = kv.layer(1).slots()
     # Tokens 2 to 8: the end of block 5, block 0, the beginning of block 3.
     slots = [22, 23, 0, 1, 2, 3, 12]
@@ -69,16 +69,17 @@ def test_tokens_with_gaps_and_many_layers_of_the_same_tokens() -> None:
     kv = pool()
     sink = importer(kv, [])
     tokens_T = torch.tensor([0, 1, 8, 9])
-    for layer in range(2):
-        k_TKD = rows(layer, 4, HEADS)
-        sink.place(layer, 0, tokens_T, k_TKD, k_TKD)
-        assert torch.equal(kv.layer(layer).slots()[0][[20, 21, 12, 13]], k_TKD)
+    kv_L2TKD = torch.stack([rows(first, 4, HEADS) for first in range(4)]).view(2, 2, 4, HEADS, DIM)
+    sink.place(0, 0, tokens_T, kv_L2TKD)
+    for layer, landed in enumerate(kv_L2TKD):
+        for slots_SKD, rows_TKD in zip(kv.layer(layer).slots(), landed, strict=True):
+            assert torch.equal(slots_SKD[[20, 21, 12, 13]], rows_TKD)
 
 
 def test_some_heads_of_a_rank_that_holds_later_ones() -> None:
     kv = pool()
     k_TKD = rows(0, 1, 2)
-    importer(kv, [], head_start=4).place(0, 5, torch.tensor([0]), k_TKD, k_TKD)
+    importer(kv, [], head_start=4).place(0, 5, torch.tensor([0]), torch.stack((k_TKD, k_TKD))[None])
     k_slots, _ = kv.layer(0).slots()
     assert torch.equal(k_slots[20, 1:], k_TKD[0])
     assert not k_slots[20, 0].any()

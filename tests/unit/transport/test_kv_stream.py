@@ -72,14 +72,12 @@ class Pool:
         self.kv = torch.zeros_like(make_kv(self.layout, self.num_tokens))
         self.times = torch.zeros(self.layout.num_layers, self.num_tokens, self.layout.num_kv_heads, dtype=torch.int64)
 
-    def place(
-        self, layer: int, head_start: int, tokens_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
+    def place(self, layer: int, head_start: int, tokens_T: torch.Tensor, kv_L2TKD: torch.Tensor) -> None:
         self.before_place()
-        heads = slice(head_start, head_start + k_TKD.shape[1])
-        self.kv[layer, 0, tokens_T, heads] = k_TKD
-        self.kv[layer, 1, tokens_T, heads] = v_TKD
-        self.times[layer, tokens_T, heads] += 1
+        layers = slice(layer, layer + kv_L2TKD.shape[0])
+        heads = slice(head_start, head_start + kv_L2TKD.shape[3])
+        self.kv[layers, :, tokens_T, heads] = kv_L2TKD
+        self.times[layers, tokens_T, heads] += 1
 
     def touch(self) -> None:
         self.num_touched += 1

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from anabranch.cache.paged_kv import LayerKv
 from anabranch.kernels.compiler import NativeUnavailable, load_library, native_status
 from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
@@ -159,18 +158,17 @@ def test_store_kv(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase
     assert torch.equal(ours.kv.v, theirs.kv.v)
 
 
-@pytest.mark.parametrize("head_dim", [64, 5])
-def test_store_some_of_the_heads(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase, head_dim: int) -> None:
-    """As KV arrives from ranks that hold fewer heads."""
-    sizes = {"lens": [(3, 7), (9, 12)], "heads": 3, "kv_heads": 3, "head_dim": head_dim}
-    ours, theirs = (make_case(**sizes, block_size=4, dtype=dtype) for _ in range(2))
-    for heads in (slice(0, 2), slice(2, 3)):
-        k, v = torch.randn(2, 12, heads.stop - heads.start, head_dim).to(dtype)
-        for kernels, case in ((native, ours), (plain, theirs)):
-            some = LayerKv(case.kv.k[:, :, heads], case.kv.v[:, :, heads])
-            kernels.store_kv(k, v, some, case.batch.slots_T)
-    assert torch.equal(ours.kv.k, theirs.kv.k)
-    assert torch.equal(ours.kv.v, theirs.kv.v)
+@pytest.mark.parametrize("head_dim", [64, 8, 5])
+@pytest.mark.parametrize("heads", [slice(0, 3), slice(0, 2), slice(2, 3)])
+def test_import_kv(native: NativeKernels, dtype: torch.dtype, heads: slice, head_dim: int) -> None:
+    """Some layers of some heads, from ranks that hold no others."""
+    slots_T = torch.tensor([3, 17, 0, 8, 9, 10, 11])
+    kv = torch.randn(2, 2, 7, heads.stop - heads.start, head_dim).to(dtype)
+    ours, theirs = (torch.zeros(4, 2, 5, 4, 3, head_dim, dtype=dtype) for _ in range(2))
+    for kernels, pool in ((native, ours), (plain, theirs)):
+        kernels.import_kv(kv, pool[1:3, ..., heads, :], slots_T)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours[1:3].flatten(2, 3)[:, :, slots_T][..., heads, :], kv)
 
 
 BATCHES = {
