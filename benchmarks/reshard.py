@@ -2,7 +2,8 @@
 
 Every rank is a process with the parts that a worker's rank has: sources, planes and links on one side; planes,
 receivers, the importer and a paged pool on the other. A prompt's KV is sent layer by layer in chunks, as prefill
-does, and the clock runs from the first rank's first layer to the last rank's acknowledgement.
+does, and the clock runs from the first rank's first layer to the last rank's acknowledgement. The first stream of
+each way is looked at, byte by byte.
 
 Each pair of meshes takes turns with two references that move the same bytes with the same block size; medians.
 
@@ -127,15 +128,17 @@ class Bench:
         self._destinations = [Peer(plane_name, cores[-1]) for _ in range(MAX_RANKS)]
         self._stream_id = 0
 
-    def stream(self, source: KvLayout, to: KvLayout, num_tokens: int) -> Streamed:
-        """Send a prompt's KV once, from mesh to mesh."""
+    def stream(self, source: KvLayout, to: KvLayout, num_tokens: int, look: bool) -> Streamed:
+        """Send a prompt's KV once, from mesh to mesh; `look`: and see that every byte is where it belongs."""
         senders, receivers = self._sources[: source.num_ranks], self._destinations[: to.num_ranks]
         destination = self._expect(receivers, to, num_tokens)
         for rank, peer in enumerate(senders):
             peer.ask(Prepare(layout=source, destination=destination, rank=rank))
-        return self._run(senders, receivers, [destination.stream_id])
+        return self._run(senders, receivers, [destination.stream_id], look)
 
-    def stream_apart(self, single: KvLayout, num_sources: int, num_destinations: int, num_tokens: int) -> Streamed:
+    def stream_apart(
+        self, single: KvLayout, num_sources: int, num_destinations: int, num_tokens: int, look: bool
+    ) -> Streamed:
         """The same bytes between so many ranks, every stream from one to one; all ranks of a side have even shares."""
         senders, receivers = self._sources[:num_sources], self._destinations[:num_destinations]
         num_streams = math.lcm(num_sources, num_destinations)
@@ -149,7 +152,7 @@ class Bench:
                 Prepare(layout=single, destination=destination, rank=0, chunk_tokens=chunk_tokens, part=part)
             )
             stream_ids.append(destination.stream_id)
-        return self._run(senders, receivers, stream_ids)
+        return self._run(senders, receivers, stream_ids, look)
 
     def clear(self) -> None:
         """Let go of the last shapes' memory."""
@@ -175,12 +178,12 @@ class Bench:
             lease_s=TIMEOUT_S,
         )
 
-    def _run(self, senders: list[Peer], receivers: list[Peer], stream_ids: list[int]) -> Streamed:
+    def _run(self, senders: list[Peer], receivers: list[Peer], stream_ids: list[int], look: bool) -> Streamed:
         """Send what was prepared."""
         for peer in senders:
             peer.tell(Go())
         sent = [peer.answer() for peer in senders]
-        came = [peer.ask(Forget(stream_id=stream_id)) for stream_id in stream_ids for peer in receivers]
+        came = [peer.ask(Forget(stream_id=stream_id, look=look)) for stream_id in stream_ids for peer in receivers]
         errors = [answer.error for answer in came if answer.error]
         assert not errors, errors
         return Streamed(
@@ -199,18 +202,18 @@ def compare(bench: Bench, shape: Shape, pair: tuple[Mesh, Mesh], rounds: int) ->
     source, to = (shape.layout(mesh) for mesh in pair)
     single = shape.layout((1, 1, to.block_size))
     num_tokens = shape.num_tokens
-    ways: tuple[Callable[[], Streamed], ...] = (
-        lambda: bench.stream(source, to, num_tokens),
-        lambda: bench.stream_apart(single, source.num_ranks, to.num_ranks, num_tokens),
-        lambda: bench.stream_apart(single, 1, 1, num_tokens),
+    ways: tuple[Callable[[bool], Streamed], ...] = (
+        lambda look: bench.stream(source, to, num_tokens, look),
+        lambda look: bench.stream_apart(single, source.num_ranks, to.num_ranks, num_tokens, look),
+        lambda look: bench.stream_apart(single, 1, 1, num_tokens, look),
     )
     kept: tuple[list[Streamed], ...] = ([], [], [])
     bench.clear()
     for turn in range(rounds + 1):
         for place in range(len(ways)):
             way = (turn + place) % len(ways)  # none always follows the same other
-            streamed = ways[way]()
-            if turn:  # the first connects and touches memory
+            streamed = ways[way](turn == 0)
+            if turn:  # the first connects, touches memory and shows that all of it lands
                 kept[way].append(streamed)
     ours, same_ranks, _ = kept
     key = f"{bench.plane_name}, {shape.name}: {mesh_text(pair[0])} to {mesh_text(pair[1])}"

@@ -48,9 +48,14 @@ class Expect(msgspec.Struct, frozen=True, kw_only=True, tag="expect"):
 
 
 class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
-    """The stream has ended; answered with what came."""
+    """The stream has ended; answered with what came.
+
+    Attributes:
+        look: whether every byte is where it belongs is looked at first.
+    """
 
     stream_id: int
+    look: bool = False
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
@@ -119,12 +124,14 @@ class Receiving:
         self._error = ""
         self._kernels: dict[str, Kernels] = {}
         self._pools: dict[tuple[KvLayout, int, int, int], PagedKv] = {}
+        self._expected: dict[int, tuple[Expect, list[int]]] = {}
 
     def expect(self, request: Expect) -> Answer:
         """Open a stream into blocks that lie scattered over the pool."""
         layout, pool = request.layout, self._pool(request)
         blocks = list(range(pool.num_blocks))
         random.Random(request.stream_id).shuffle(blocks)
+        self._expected[request.stream_id] = request, blocks
         if layout.dtype not in self._kernels:
             self._kernels[layout.dtype] = select_kernels(CPU, DTYPES[layout.dtype])
         sink = KvImport(
@@ -156,6 +163,9 @@ class Receiving:
     def forget(self, request: Forget) -> Answer:
         self._receiver.close(request.stream_id)
         num_slices, self._receiver.num_slices = self._receiver.num_slices, 0
+        expected = self._expected.pop(request.stream_id, None)
+        if request.look and expected is not None and not self._error:
+            self._look(*expected)
         return Answer(num_slices=num_slices, error=self._error)
 
     def clear(self) -> None:
@@ -167,6 +177,21 @@ class Receiving:
     def _hear(self, event: DecodeEvent) -> None:
         if isinstance(event, StreamFailed):
             self._error = event.error.message
+
+    def _look(self, request: Expect, blocks: list[int]) -> None:
+        """Compare what lies in the stream's blocks with what was sent."""
+        layout = request.layout
+        cp_rank, tp_rank = divmod(request.rank, layout.tp)
+        heads = layout.heads_of(tp_rank)
+        tokens_T = held_tokens(layout, cp_rank, range(request.num_tokens))
+        span = layout.block_size * layout.cp
+        slots_T = torch.tensor(blocks)[tokens_T // span] * layout.block_size + tokens_T % layout.block_size
+        landed = self._pool(request).data.flatten(2, 3)
+        for layer, sent_2TKD in enumerate(whole_kv(layout, request.num_tokens)):
+            wanted = sent_2TKD[:, tokens_T, heads.start : heads.stop]
+            if not torch.equal(landed[layer][:, slots_T].view(torch.uint8), wanted.contiguous().view(torch.uint8)):
+                self._error = f"stream {request.stream_id}, rank {request.rank}, layer {layer}: not what was sent"
+                return
 
     def _pool(self, request: Expect) -> PagedKv:
         layout, num_tokens = request.layout, request.num_tokens
@@ -201,7 +226,7 @@ class Sending:
         key = layout, num_tokens, request.rank, request.part
         if key not in self._kept:
             self._kept[key] = [
-                (chunk, make_kv(layout, request.rank, chunk))
+                (chunk, make_kv(layout, request.rank, chunk, num_tokens))
                 for start in range(0, num_tokens, step)
                 for chunk in (range(start, min(start + step, num_tokens)),)
             ]
@@ -235,11 +260,24 @@ class Sending:
         self._source.close()
 
 
-def make_kv(layout: KvLayout, rank: int, chunk: range) -> torch.Tensor:
-    """Random K and V of what a rank has of a chunk, all layers: `[L, 2, T, K, D]`."""
-    held = sum(map(len, tokens_of(layout, rank // layout.tp, chunk)))
-    num_heads = len(layout.heads_of(rank % layout.tp))
-    return torch.randn(layout.num_layers, 2, held, num_heads, layout.head_dim).to(DTYPES[layout.dtype])
+def whole_kv(layout: KvLayout, num_tokens: int) -> torch.Tensor:
+    """K and V of all tokens and heads, the same in every process: `[L, 2, T, K, D]` of random bytes."""
+    shape = (layout.num_layers, 2, num_tokens, layout.num_kv_heads, layout.head_dim * layout.element_bytes)
+    bytes_ = torch.empty(shape, dtype=torch.uint8).random_(generator=torch.Generator().manual_seed(num_tokens))
+    return bytes_.view(DTYPES[layout.dtype])
+
+
+def held_tokens(layout: KvLayout, cp_rank: int, chunk: range) -> torch.Tensor:
+    """Those of a chunk that a CP rank holds: int64 `[T]`, ascending."""
+    return torch.tensor([token for run in tokens_of(layout, cp_rank, chunk) for token in run], dtype=torch.int64)
+
+
+def make_kv(layout: KvLayout, rank: int, chunk: range, num_tokens: int) -> torch.Tensor:
+    """K and V of what a rank has of a chunk, all layers: `[L, 2, T, K, D]`."""
+    cp_rank, tp_rank = divmod(rank, layout.tp)
+    heads = layout.heads_of(tp_rank)
+    tokens_T = held_tokens(layout, cp_rank, chunk)
+    return whole_kv(layout, num_tokens)[:, :, tokens_T, heads.start : heads.stop].contiguous()
 
 
 def serve(plane_name: str, core: int) -> None:
