@@ -26,6 +26,7 @@ from typing import IO
 import msgspec
 import torch
 
+from anabranch.kernels.native import select_kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
 from benchmarks.report import Figure, parse_options, report
@@ -258,7 +259,8 @@ def measure_planes(names: tuple[str, ...], quick: bool) -> list[Figure]:
         plane.close()
     stream_id = 0
     for name in names:
-        source = KvStreamSource(planes=(name,), configured=name)
+        kernels = select_kernels(torch.device("cpu"), DTYPES[LAYOUT.dtype])
+        source = KvStreamSource(planes=(name,), configured=name, kernels=kernels)
         for num_bytes in (s for s in sizes if s >= 8 * KIB):
             values = []
             for _ in range(rounds):

@@ -217,7 +217,8 @@ class Sending:
     """What a prefill rank has, without a model: its part of a prompt's KV, every layer in its own memory."""
 
     def __init__(self, plane_name: str) -> None:
-        self._source = KvStreamSource(planes=(plane_name,), configured=plane_name)
+        kernels = select_kernels(CPU, torch.bfloat16)
+        self._source = KvStreamSource(planes=(plane_name,), configured=plane_name, kernels=kernels)
         self._kept: dict[tuple[KvLayout, int, int, int], Chunks] = {}
         self._next: list[tuple[KvStreamSender, Prepare, Chunks]] = []
 

@@ -59,6 +59,7 @@ class PrefillRank:
         self._senders: dict[Key, KvStreamSender] = {}
         self._source = KvStreamSource(
             planes=usable_planes(),
+            kernels=engine.runner.kernels,
             configured=config.kv_transport,
             listen_host=config.listen_host,
             # While one rank waits for a slow destination, the others wait for it: that must end first.

@@ -54,6 +54,22 @@ class Kernels(Protocol):
         """Write new tokens' K and V to their slots."""
         ...
 
+    def export_kv(
+        self,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        rows: slice | torch.Tensor,
+        heads: slice,
+        room_L2RKD: torch.Tensor,
+        index: int,
+    ) -> None:
+        """Copy some rows and heads of a layer's K and V to `room_L2RKD[index]`, which is contiguous CPU memory.
+
+        Args:
+            rows: a span, or int64 indices on the CPU, ascending.
+        """
+        ...
+
     def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """Write K and V that came from elsewhere to their slots, several layers at once.
 

@@ -71,6 +71,7 @@ class _Functions:
     silu_mul: NativeFunction
     rotary: NativeFunction
     store_kv: NativeFunction
+    export_kv: NativeFunction
     import_kv: NativeFunction
     linear: NativeFunction
     attention_short: NativeFunction
@@ -290,6 +291,36 @@ class NativeKernels:
             get_num_threads(),
         )
 
+    def export_kv(
+        self,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        rows: slice | torch.Tensor,
+        heads: slice,
+        room_L2RKD: torch.Tensor,
+        index: int,
+    ) -> None:
+        """See `Kernels.export_kv`."""
+        k_t, k_h, k_d = k_TKD.stride()
+        v_t, v_h, v_d = v_TKD.stride()
+        _, _, num_rows, num_heads, head_dim = room_L2RKD.shape
+        if k_TKD.dtype is not v_TKD.dtype or k_d != 1 or v_d != 1 or k_h != head_dim or v_h != head_dim:
+            return self._plain.export_kv(k_TKD, v_TKD, rows, heads, room_L2RKD, index)
+        size = k_TKD.element_size()
+        row_bytes = num_heads * head_dim * size
+        self._functions.export_kv.run(num_rows * num_heads * head_dim >= MIN_RELEASED_ELEMENTS)(
+            k_TKD.data_ptr() + heads.start * head_dim * size,
+            v_TKD.data_ptr() + heads.start * head_dim * size,
+            room_L2RKD.data_ptr() + index * 2 * num_rows * row_bytes,
+            None if isinstance(rows, slice) else rows.data_ptr(),
+            rows.start if isinstance(rows, slice) else 0,
+            num_rows,
+            k_t * size,
+            v_t * size,
+            row_bytes,
+            get_num_threads(),
+        )
+
     def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """See `Kernels.import_kv`."""
         num_layers, _, num_tokens, heads, head_dim = kv_L2TKD.shape
@@ -495,6 +526,7 @@ def _bind(library: ctypes.CDLL, suffix: str) -> _Functions:
         silu_mul=bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
         rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
         store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
+        export_kv=bind("ab_export_kv", *[pointer] * 4, *[number] * 5, c_int),
         import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5, c_int),
         linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
         attention_short=bind(f"ab_attention_short_{suffix}", *attention),

@@ -59,6 +59,22 @@ class PlainKernels:
         k_slots.index_copy_(0, slots_T, k_TKD)
         v_slots.index_copy_(0, slots_T, v_TKD)
 
+    def export_kv(
+        self,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        rows: slice | torch.Tensor,
+        heads: slice,
+        room_L2RKD: torch.Tensor,
+        index: int,
+    ) -> None:
+        """See `Kernels.export_kv`."""
+        for room_RKD, source_TKD in zip(room_L2RKD[index].unbind(0), (k_TKD, v_TKD), strict=True):
+            if isinstance(rows, slice):
+                room_RKD.copy_(source_TKD[rows, heads])
+            else:
+                room_RKD.copy_(source_TKD[:, heads].index_select(0, rows.to(source_TKD.device)))
+
     def import_kv(self, kv_L2TKD: torch.Tensor, pool_L2NBKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """See `Kernels.import_kv`."""
         num_layers, _, _, _, heads, head_dim = pool_L2NBKD.shape

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from anabranch.kernels.base import Kernels
 from transport.kv_stream.staging import Staging
 
 SLICE_BYTES = 2 << 20
@@ -41,27 +42,33 @@ class Cut:
     rows: slice | torch.Tensor
     num_rows: int
 
-    def layer_bytes(self, k_TKD: torch.Tensor) -> int:
-        """Of K and V of its rows of a layer's tensors."""
-        return 2 * self.num_rows * k_TKD.shape[1] * k_TKD.shape[2] * k_TKD.element_size()
+    def layer_bytes(self, num_heads: int, like_TKD: torch.Tensor) -> int:
+        """Of K and V of its rows and so many heads of a layer's tensors."""
+        return 2 * self.num_rows * num_heads * like_TKD.shape[2] * like_TKD.element_size()
 
 
 class PackedSlice:
-    """Consecutive layers of one rectangle of heads and tokens, packed."""
+    """Consecutive layers of one rectangle of heads and tokens, packed.
 
-    __slots__ = ("_layer_bytes", "_room_L2TKD", "cut", "head_start", "layer", "num_heads", "num_layers", "staging")
+    Attributes:
+        head_start, num_heads: by their number in the whole model.
+    """
 
-    def __init__(self, layer: int, head_start: int, k_TKD: torch.Tensor, cut: Cut, staging: Staging) -> None:
-        num_heads, head_dim = k_TKD.shape[1:]
+    __slots__ = ("_layer_bytes", "cut", "head_start", "layer", "num_heads", "num_layers", "room_L2RKD", "staging")
+
+    def __init__(
+        self, layer: int, head_start: int, num_heads: int, cut: Cut, like_TKD: torch.Tensor, staging: Staging
+    ) -> None:
+        head_dim = like_TKD.shape[2]
         self.layer = layer
         self.num_layers = 0
         self.head_start = head_start
         self.num_heads = num_heads
         self.cut = cut
         self.staging = staging
-        self._layer_bytes = cut.layer_bytes(k_TKD)
-        room = staging.data[: staging.capacity // self._layer_bytes * self._layer_bytes].view(k_TKD.dtype)
-        self._room_L2TKD = room.view(-1, 2, cut.num_rows, num_heads, head_dim)
+        self._layer_bytes = cut.layer_bytes(num_heads, like_TKD)
+        room = staging.data[: staging.capacity // self._layer_bytes * self._layer_bytes].view(like_TKD.dtype)
+        self.room_L2RKD = room.view(-1, 2, cut.num_rows, num_heads, head_dim)
 
     @property
     def num_bytes(self) -> int:
@@ -73,21 +80,8 @@ class PackedSlice:
             layer == self.layer + self.num_layers
             and cut is self.cut
             and (head_start, num_heads) == (self.head_start, self.num_heads)
-            and self.num_layers < self._room_L2TKD.shape[0]
+            and self.num_layers < self.room_L2RKD.shape[0]
         )
-
-    def append(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        """Copy one layer's rows, K then V, behind what is packed."""
-        rows = self.cut.rows
-        for target_TKD, source_TKD in zip(self._room_L2TKD[self.num_layers].unbind(0), (k_TKD, v_TKD), strict=True):
-            if isinstance(rows, slice):
-                target_TKD.copy_(source_TKD[rows])
-            elif source_TKD.is_cpu:
-                # As fast as copying one piece, however many runs there are.
-                torch.index_select(source_TKD, 0, rows, out=target_TKD)
-            else:
-                target_TKD.copy_(source_TKD.index_select(0, rows.to(source_TKD.device)))
-        self.num_layers += 1
 
 
 class RowMap:
@@ -123,6 +117,7 @@ class Packer:
     """The slices of one (stream, destination rank), in the order in which they shall leave.
 
     Args:
+        kernels: copy the rows.
         take: gives a staging buffer of at least so many bytes; may wait, may raise.
         give: takes back a buffer that was not sent.
         send: takes a packed slice.
@@ -131,11 +126,13 @@ class Packer:
 
     def __init__(
         self,
+        kernels: Kernels,
         take: Callable[[int], Staging],
         give: Callable[[Staging], None],
         send: Callable[[PackedSlice], None],
         coalesce_bytes: Callable[[], int],
     ) -> None:
+        self._kernels = kernels
         self._take = take
         self._give = give
         self._send = send
@@ -143,16 +140,26 @@ class Packer:
         self._full_bytes = 0
         self._open: PackedSlice | None = None
 
-    def add(self, layer: int, head_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cuts: list[Cut]) -> None:
-        """Pack one layer's rows; cuts of one chunk are the same objects for every layer."""
+    def add(
+        self, layer: int, head_start: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, heads: slice, cuts: list[Cut]
+    ) -> None:
+        """Pack one layer's rows of some heads; cuts of one chunk are the same objects for every layer.
+
+        Args:
+            head_start: number of the first of `heads` in the whole model.
+            heads: where they are in the tensors.
+        """
+        num_heads = heads.stop - heads.start
         for cut in cuts:
-            if self._open is None or not self._open.takes(layer, head_start, k_TKD.shape[1], cut):
+            if self._open is None or not self._open.takes(layer, head_start, num_heads, cut):
                 self.flush()
                 self._full_bytes = self._coalesce_bytes()
-                staging = self._take(max(cut.layer_bytes(k_TKD), self._full_bytes))
-                self._open = PackedSlice(layer, head_start, k_TKD, cut, staging)
-            self._open.append(k_TKD, v_TKD)
-            if self._open.num_bytes >= self._full_bytes:
+                staging = self._take(max(cut.layer_bytes(num_heads, k_TKD), self._full_bytes))
+                self._open = PackedSlice(layer, head_start, num_heads, cut, k_TKD, staging)
+            packed = self._open
+            self._kernels.export_kv(k_TKD, v_TKD, cut.rows, heads, packed.room_L2RKD, packed.num_layers)
+            packed.num_layers += 1
+            if packed.num_bytes >= self._full_bytes:
                 self.flush()
 
     def flush(self) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, InvalidStateError
 import torch
 
 from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost
+from anabranch.kernels.base import Kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination, KvStreamStats
@@ -65,6 +66,7 @@ class KvStreamSender:
         source_layout: KvLayout,
         source_rank: int,
         transport: str,
+        kernels: Kernels,
         pool: StagingPool,
         max_in_flight_bytes: int,
         send_timeout_s: float,
@@ -93,7 +95,7 @@ class KvStreamSender:
         self._targets = [_Target(link) for link in links]
         for target in self._targets:
             send = functools.partial(self._post, target)
-            target.packer = Packer(self._take, self._give, send, self._coalesce_bytes)
+            target.packer = Packer(kernels, self._take, self._give, send, self._coalesce_bytes)
 
     @property
     def links(self) -> list[Link]:
@@ -136,11 +138,8 @@ class KvStreamSender:
                 plan = self._pieces(range(token_start, token_start + num_rows), chunk, heads)
                 for target, pieces in zip(self._targets, plan, strict=True):
                     for wanted, cuts in pieces:
-                        if wanted == heads:
-                            target.packer.add(layer, head_start, k_TKD, v_TKD, cuts)
-                            continue
                         span = slice(wanted.start - head_start, wanted.stop - head_start)
-                        target.packer.add(layer, wanted.start, k_TKD[:, span], v_TKD[:, span], cuts)
+                        target.packer.add(layer, wanted.start, k_TKD, v_TKD, span, cuts)
         except AnabranchError as error:
             self._end(error, tell=True)
             raise

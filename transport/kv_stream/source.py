@@ -6,6 +6,8 @@ import threading
 import weakref
 
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
+from anabranch.kernels.base import Kernels
+from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
 from transport.kv_stream.messages import decode_to_sender
@@ -23,6 +25,7 @@ class KvStreamSource:
 
     Args:
         planes: names that may be used here (`usable_planes()`).
+        kernels: pack slices; None: PyTorch operations.
         configured: a plane's name, or auto.
         listen_host: interface for the planes' own sockets.
         connect_timeout_s: longest wait for a link.
@@ -34,6 +37,7 @@ class KvStreamSource:
         self,
         *,
         planes: tuple[str, ...],
+        kernels: Kernels | None = None,
         configured: str = "auto",
         listen_host: str = "127.0.0.1",
         connect_timeout_s: float = 5.0,
@@ -41,6 +45,7 @@ class KvStreamSource:
         max_in_flight_bytes: int = 16 << 20,
     ) -> None:
         self._names = planes
+        self._kernels = kernels or PlainKernels()
         self._configured = configured
         self._listen_host = listen_host
         self._connect_timeout_s = connect_timeout_s
@@ -86,6 +91,7 @@ class KvStreamSource:
             source_layout=source_layout,
             source_rank=source_rank,
             transport="+".join(sorted(set(names))),
+            kernels=self._kernels,
             pool=self._pool,
             max_in_flight_bytes=self._max_in_flight_bytes,
             send_timeout_s=self._send_timeout_s,

@@ -151,6 +151,28 @@ inline void store_kv(const char* k, const char* v, long k_stride_t, long k_strid
     });
 }
 
+// Some rows of K, then the same rows of V, one after the other: those listed, or a span where there is no list.
+inline void export_kv(const char* k, const char* v, char* out, const int64_t* rows, long first_row, long num_rows,
+                      long k_stride_t, long v_stride_t, long row_bytes, int threads) {
+    parallel(threads, 2 * num_rows * row_bytes, [&](int rank, int size) {
+        const long begin = num_rows * rank / size, end = num_rows * (rank + 1) / size;
+        for (int plane = 0; plane < 2; plane++) {
+            const char* from = plane ? v : k;
+            const long stride = plane ? v_stride_t : k_stride_t;
+            char* to = out + (plane * num_rows + begin) * row_bytes;
+            for (long r = begin; r < end;) {
+                const long row = rows ? rows[r] : first_row + r;
+                long count = 1;
+                if (stride == row_bytes)
+                    while (r + count < end && (!rows || rows[r + count] == row + count)) count++;
+                memcpy(to, from + row * stride, count * row_bytes);
+                to += count * row_bytes;
+                r += count;
+            }
+        }
+    });
+}
+
 // K and V of some layers, `num_planes` times `num_t` rows, to the same slots of as many planes of a pool. Past the
 // caches where rows are aligned: a line that nobody reads soon is not fetched to be overwritten, and drives none out.
 inline void import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,

@@ -103,6 +103,11 @@ AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool
                  threads);
 }
 
+AB_API void ab_export_kv(const char* k, const char* v, char* out, const int64_t* rows, long first_row, long num_rows,
+                         long k_stride_t, long v_stride_t, long row_bytes, int threads) {
+    ab::export_kv(k, v, out, rows, first_row, num_rows, k_stride_t, v_stride_t, row_bytes, threads);
+}
+
 AB_API void ab_import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,
                          long slot_bytes, long num_t, long row_bytes, int threads) {
     ab::import_kv(kv, pool, slots, num_planes, plane_bytes, slot_bytes, num_t, row_bytes, threads);

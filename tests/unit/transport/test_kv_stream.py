@@ -26,6 +26,7 @@ from anabranch.errors import (
     StaleLease,
     TransportUnavailable,
 )
+from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination
@@ -659,6 +660,7 @@ def test_bytes_in_flight_are_bounded_and_the_wait_has_a_deadline() -> None:
         source_layout=layout,
         source_rank=0,
         transport="deaf",
+        kernels=PlainKernels(),
         pool=pool,
         max_in_flight_bytes=8 << 20,
         send_timeout_s=0.1,
@@ -686,6 +688,7 @@ def test_slices_that_wait_for_layers_leave_room_for_many_destinations() -> None:
         source_layout=msgspec.structs.replace(to, cp=1),
         source_rank=0,
         transport="deaf",
+        kernels=PlainKernels(),
         pool=pool,
         max_in_flight_bytes=4 << 20,
         send_timeout_s=0.1,
@@ -709,6 +712,7 @@ def test_layers_share_slices_of_at_most_a_share_of_the_stream(num_tokens: int, s
         source_layout=layout,
         source_rank=0,
         transport="deaf",
+        kernels=PlainKernels(),
         pool=StagingPool(1 << 30),
         max_in_flight_bytes=1 << 29,
         send_timeout_s=WAIT_S,

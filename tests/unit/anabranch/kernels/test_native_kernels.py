@@ -158,6 +158,30 @@ def test_store_kv(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase
     assert torch.equal(ours.kv.v, theirs.kv.v)
 
 
+ROWS = {"a span": slice(2, 9), "runs": torch.tensor([0, 1, 2, 5, 8, 9, 10]), "one": torch.tensor([6])}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=list(ROWS))
+@pytest.mark.parametrize("heads", [slice(0, 3), slice(1, 3)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_export_kv(
+    native: NativeKernels, dtype: torch.dtype, rows: slice | torch.Tensor, heads: slice, apart: bool
+) -> None:
+    """Some rows and heads, of tensors of their own or as they lie beside the queries."""
+    qkv = torch.randn(11, 9, 8).to(dtype)
+    k, v = (qkv[:, first : first + 3] for first in (3, 6))
+    if apart:
+        k, v = k.contiguous(), v.contiguous()
+    num_rows = 7 if isinstance(rows, slice) else rows.shape[0]
+    ours, theirs = (torch.zeros(3, 2, num_rows, heads.stop - heads.start, 8, dtype=dtype) for _ in range(2))
+    for kernels, room in ((native, ours), (plain, theirs)):
+        kernels.export_kv(k, v, rows, heads, room, 1)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours[1, 0], k[rows][:, heads])
+    assert torch.equal(ours[1, 1], v[rows][:, heads])
+    assert not ours[::2].any()
+
+
 @pytest.mark.parametrize("head_dim", [64, 8, 5])
 @pytest.mark.parametrize("heads", [slice(0, 3), slice(0, 2), slice(2, 3)])
 def test_import_kv(native: NativeKernels, dtype: torch.dtype, heads: slice, head_dim: int) -> None:
