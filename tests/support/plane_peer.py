@@ -15,7 +15,7 @@ import sys
 from transport.planes import Link, Plane, PlaneHandler, create_plane
 from transport.planes.ucx import UcxPlane
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 
 
 def make_plane(kind: str, handler: PlaneHandler) -> Plane:

@@ -89,7 +89,7 @@ class UcxPlane:
         return link
 
     def heated(self, link: UcxLink) -> None:
-        """See `LinkOwner`."""
+        """See `UcxLinkOwner`."""
         self._hot.append(link)
 
     def dropped(self, link: UcxLink) -> None:

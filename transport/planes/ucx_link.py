@@ -15,8 +15,7 @@ from typing import Protocol
 
 from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError, TransportUnavailable
 from transport.planes import futures
-from transport.planes.base import PlaneHandler
-from transport.planes.loop import ProgressLoop
+from transport.planes.link_owner import LinkOwner
 from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, load
 from transport.planes.ucx_inbox import UcxInbox
 from transport.planes.ucx_outbox import UcxOutbox
@@ -26,21 +25,11 @@ logger = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 1.0
 
 
-class LinkOwner(Protocol):
+class UcxLinkOwner(LinkOwner["UcxLink"], Protocol):
     """The plane, as its links see it."""
-
-    @property
-    def loop(self) -> ProgressLoop: ...
-
-    @property
-    def handler(self) -> PlaneHandler: ...
 
     def heated(self, link: UcxLink) -> None:
         """`link` is to be polled."""
-        ...
-
-    def dropped(self, link: UcxLink) -> None:
-        """`link` has ended."""
         ...
 
 
@@ -62,7 +51,7 @@ class UcxLink:
     """
 
     def __init__(
-        self, owner: LinkOwner, worker: UcxWorker, peer_address: bytes, side: socket.socket, peer: str
+        self, owner: UcxLinkOwner, worker: UcxWorker, peer_address: bytes, side: socket.socket, peer: str
     ) -> None:
         core = load()
         self.peer = peer

@@ -20,7 +20,8 @@ from transport.kv_stream.messages import Abort, Commit, encode
 from transport.planes import create_plane, usable_planes
 from transport.planes.handshake import MAX_BODY_BYTES, Introduction
 from transport.planes.handshake import encode as introduce
-from transport.planes.tcp import KIND, MAGIC, PREFIX, VERSION
+from transport.planes.tcp import KIND
+from transport.planes.tcp_link import MAGIC, PREFIX, VERSION
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
 

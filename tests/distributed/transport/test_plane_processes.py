@@ -22,7 +22,7 @@ NOTICE_S = 3.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 KINDS = ["tcp", pytest.param("ucx", marks=needs_ucx), pytest.param("ucx-net", marks=needs_ucx)]
-BIG = 256 << 20
+BIG = 64 << 20
 
 
 class Recorder:

@@ -38,7 +38,8 @@ from transport.planes import (
     tcp,
     usable_planes,
 )
-from transport.planes.tcp import PREFIX, TcpPlane
+from transport.planes.tcp import TcpPlane
+from transport.planes.tcp_link import PREFIX
 
 pytestmark = pytest.mark.unit
 
