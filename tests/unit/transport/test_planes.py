@@ -39,7 +39,7 @@ from transport.planes import (
     usable_planes,
 )
 from transport.planes.tcp import TcpPlane
-from transport.planes.tcp_link import PREFIX
+from transport.planes.tcp_link import MAGIC, PREFIX, VERSION
 
 pytestmark = pytest.mark.unit
 
@@ -429,7 +429,7 @@ def raw_connection(plane: TcpPlane) -> socket.socket:
     return sock
 
 
-def prefix(*, magic: bytes = tcp.MAGIC, version: int = tcp.VERSION, flags: int = 0, header_bytes: int = 1,
+def prefix(*, magic: bytes = MAGIC, version: int = VERSION, flags: int = 0, header_bytes: int = 1,
            reserved: int = 0, payload_bytes: int = 0) -> bytes:  # fmt: skip
     return PREFIX.pack(magic, version, flags, header_bytes, reserved, payload_bytes)
 
