@@ -13,6 +13,11 @@ import psutil
 _OURS = ("cluster", "engine", "plane-", "connect", "encode", "rank-")
 
 
+def num_descriptors() -> int:
+    """Of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
 def our_threads() -> list[str]:
     """Names of this process's threads that belong to a cluster."""
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(_OURS))

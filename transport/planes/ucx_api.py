@@ -8,7 +8,9 @@ other one dies in the middle of a transfer. A peer that dies without a transfer 
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -82,6 +84,9 @@ class UcxWorker(Protocol):
 
 class UcxEndpoint(Protocol):
     @property
+    def ucxx_ptr(self) -> int: ...
+
+    @property
     def alive(self) -> bool: ...
 
     def tag_send(self, array: object, tag: object) -> UcxRequest: ...
@@ -120,6 +125,28 @@ def make_worker(context: object) -> UcxWorker:
     worker: UcxWorker = load().UCXWorker(context)
     worker.init_blocking_progress_mode()
     return worker
+
+
+def forget_cancelled(endpoint: UcxEndpoint) -> None:
+    """Let go of those requests that were under way when an endpoint was closed and that have ended since.
+
+    ucxx keeps them in a list of the endpoint that it looks through in `getCancelingSize` alone, which nobody calls
+    where there is no progress thread of its own; until then they hold the endpoint, and with it the worker.
+    """
+    _canceling_size()(endpoint.ucxx_ptr)
+
+
+@cache
+def _canceling_size() -> Callable[[int], int]:
+    """`size_t ucxx::Endpoint::getCancelingSize() const`."""
+    load()
+    try:
+        function = ctypes.CDLL("libucxx.so", ctypes.RTLD_GLOBAL)._ZNK4ucxx8Endpoint16getCancelingSizeEv
+    except (OSError, AttributeError):
+        return lambda endpoint: 0  # another ucxx: what was under way may be kept
+    function.argtypes = [ctypes.c_void_p]
+    function.restype = ctypes.c_size_t
+    return function
 
 
 def describe() -> str:

@@ -16,7 +16,7 @@ from typing import Protocol
 from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError, TransportUnavailable
 from transport.planes import futures
 from transport.planes.link_owner import LinkOwner
-from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, load
+from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, forget_cancelled, load
 from transport.planes.ucx_inbox import UcxInbox
 from transport.planes.ucx_outbox import UcxOutbox
 
@@ -191,6 +191,7 @@ class UcxLink:
             if time.monotonic() > deadline:
                 logger.error("%s: UCX holds on to %d requests", self.peer, sum(not r.completed for r in requests))
                 break
+        forget_cancelled(self._endpoint)
         self._inbox.clear()
         unsent = self._outbox.clear()
         requests.clear()

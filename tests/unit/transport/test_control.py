@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, FrameTooLarge, MalformedMessage, Overloaded, PeerLost
 from anabranch.protocol.workers import Beat, Cancel, Drain, ToOrchestrator, ToWorker, WorkerStats
+from tests.support.resources import num_descriptors
 from tests.support.waiting import eventually_async
 from transport.control import ControlClient, ControlServer
 from transport.control import socket as control_socket
@@ -292,7 +293,7 @@ def test_what_is_not_an_identity_is_refused(identity: bytes) -> None:
 
 def test_close_ends_a_waiting_recv_and_returns_every_descriptor() -> None:
     async def scenario() -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = num_descriptors()
         server, client = open_pair()
         await client.send(Beat())
         await server.recv()
@@ -303,6 +304,6 @@ def test_close_ends_a_waiting_recv_and_returns_every_descriptor() -> None:
             await receiving
         client.close()
         client.close()
-        await eventually_async(lambda: len(os.listdir("/proc/self/fd")) <= before)
+        await eventually_async(lambda: num_descriptors() <= before)
 
     run(scenario)

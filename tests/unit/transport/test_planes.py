@@ -23,6 +23,7 @@ from anabranch.errors import (
     TransportError,
     TransportUnavailable,
 )
+from tests.support.resources import num_descriptors
 from tests.support.waiting import eventually
 from transport.planes import (
     MAX_HEADER_BYTES,
@@ -48,10 +49,6 @@ WAIT_S = 10.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 PLANES = ["inproc", "tcp", pytest.param("ucx", marks=needs_ucx)]
-
-
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @dataclass
