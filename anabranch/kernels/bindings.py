@@ -81,7 +81,7 @@ def bind_functions(library: ctypes.CDLL, suffix: str) -> Functions:
         rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
         store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
         export_kv=bind("ab_export_kv", *[pointer] * 4, *[number] * 5, c_int),
-        import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5, c_int),
+        import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5),
         linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
         attention_short=bind(f"ab_attention_short_{suffix}", *attention),
         attention_long=long,

@@ -289,7 +289,6 @@ class NativeKernels:
             slot_stride * size,
             num_tokens,
             heads * head_dim * size,
-            get_num_threads(),
         )
 
     def paged_attention(

@@ -175,29 +175,27 @@ inline void export_kv(const char* k, const char* v, char* out, const int64_t* ro
 
 // K and V of some layers, `num_planes` times `num_t` rows, to the same slots of as many planes of a pool. Past the
 // caches where rows are aligned: a line that nobody reads soon is not fetched to be overwritten, and drives none out.
+// On one thread, which memory is busy with already: it runs beside the steps of other requests.
 inline void import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,
-                      long slot_bytes, long num_t, long row_bytes, int threads) {
+                      long slot_bytes, long num_t, long row_bytes) {
 #if defined(__x86_64__)
     const bool past_caches = ((uintptr_t)pool | plane_bytes | slot_bytes | row_bytes) % sizeof(__m128i) == 0;
 #endif
-    const long rows = num_planes * num_t;
-    parallel(threads, rows * row_bytes, [&](int rank, int size) {
-        for (long r = rows * rank / size; r < rows * (rank + 1) / size; r++) {
-            const char* from = kv + r * row_bytes;
-            char* to = pool + r / num_t * plane_bytes + slots[r % num_t] * slot_bytes;
+    for (long plane = 0; plane < num_planes; plane++, pool += plane_bytes)
+        for (long t = 0; t < num_t; t++, kv += row_bytes) {
+            char* to = pool + slots[t] * slot_bytes;
 #if defined(__x86_64__)
             if (past_caches) {
                 for (long i = 0; i < row_bytes; i += sizeof(__m128i))
-                    _mm_stream_si128((__m128i*)(to + i), _mm_loadu_si128((const __m128i*)(from + i)));
+                    _mm_stream_si128((__m128i*)(to + i), _mm_loadu_si128((const __m128i*)(kv + i)));
                 continue;
             }
 #endif
-            memcpy(to, from, row_bytes);
+            memcpy(to, kv, row_bytes);
         }
 #if defined(__x86_64__)
-        if (past_caches) _mm_sfence();
+    if (past_caches) _mm_sfence();
 #endif
-    });
 }
 
 }  // namespace ab

@@ -109,8 +109,8 @@ AB_API void ab_export_kv(const char* k, const char* v, char* out, const int64_t*
 }
 
 AB_API void ab_import_kv(const char* kv, char* pool, const int64_t* slots, long num_planes, long plane_bytes,
-                         long slot_bytes, long num_t, long row_bytes, int threads) {
-    ab::import_kv(kv, pool, slots, num_planes, plane_bytes, slot_bytes, num_t, row_bytes, threads);
+                         long slot_bytes, long num_t, long row_bytes) {
+    ab::import_kv(kv, pool, slots, num_planes, plane_bytes, slot_bytes, num_t, row_bytes);
 }
 
 #define AB_ENTRY(name) {#name, ab::Unpacked<name>::call}
