@@ -141,7 +141,7 @@ def _canceling_size() -> Callable[[int], int]:
     """`size_t ucxx::Endpoint::getCancelingSize() const`."""
     load()
     try:
-        function = ctypes.CDLL("libucxx.so", ctypes.RTLD_GLOBAL)._ZNK4ucxx8Endpoint16getCancelingSizeEv
+        function = ctypes.CDLL("libucxx.so")._ZNK4ucxx8Endpoint16getCancelingSizeEv
     except (OSError, AttributeError):
         return lambda endpoint: 0  # another ucxx: what was under way may be kept
     function.argtypes = [ctypes.c_void_p]
