@@ -16,7 +16,6 @@ One step is scheduled ahead: while a step is in flight, the next one is planned,
 known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
 
     the token in flight will be the last by its number        the sequence is left out
-    choosing the token needs the one in flight (penalties)    nothing is planned before the result
     a prompt's chunk is in flight, which is long              nothing; who comes meanwhile joins the next step
     blocks have run out                                       nothing; then preemption sees every token
 """
@@ -259,13 +258,7 @@ class DecodeScheduler:
         return [pair for pair in pairs if self._sequences.get(pair[0].key) is pair[0]]
 
     def _may_plan_behind(self, flight: _Flight) -> bool:
-        if len(self._in_flight) == self.max_in_flight or flight.chunks:
-            return False
-        return not any(
-            sequence.request.sampling.needs_history and not self._ends_next(sequence)
-            for sequence in flight.places
-            if sequence in self.running
-        )
+        return len(self._in_flight) < self.max_in_flight and not flight.chunks
 
     def _ends_next(self, sequence: Sequence) -> bool:
         """Whether one more token is the last, whatever it is."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
-from anabranch.engine.plan import StepPlan
+from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.errors import AnabranchError
 
 
@@ -39,10 +40,26 @@ class LastTokens:
             row += len(sequence.token_ids)
         if not rows:
             return
+        both = torch.tensor((rows, places)).to(token_ids_T.device, non_blocking=True)
+        token_ids_T.index_copy_(0, both[0], self._previous().index_select(0, both[1]))
+
+    def specs(self, plan: StepPlan) -> list[SampleSpec]:
+        """Of a pass's sequences that sample, with the tokens that they follow where choosing asks for what came before.
+
+        On a GPU that waits for the step before. Raises as `fill_in` does.
+        """
+        return [self._spec(sequence, sequence.sample) for sequence in plan.sequences if sequence.sample is not None]
+
+    def _spec(self, sequence: SequencePlan, spec: SampleSpec) -> SampleSpec:
+        if sequence.follows is None or not spec.params.needs_history:
+            return spec
+        followed = int(self._previous()[sequence.follows])
+        return msgspec.structs.replace(spec, output_ids=(*spec.output_ids, followed))
+
+    def _previous(self) -> torch.Tensor:
         if self._before_S is None:
             raise AnabranchError("the step before failed, and with it the tokens that this one goes on with")
-        both = torch.tensor((rows, places)).to(token_ids_T.device, non_blocking=True)
-        token_ids_T.index_copy_(0, both[0], self._before_S.index_select(0, both[1]))
+        return self._before_S
 
     def keep(self, tokens_S: torch.Tensor) -> None:
         """Keep a step's tokens, int64, in the order of its plan's sequences that sample."""

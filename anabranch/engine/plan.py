@@ -19,7 +19,8 @@ class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         index: index of the token to be sampled among the request's generated tokens; with the seed it
             makes sampling repeatable on any worker.
-        prompt_ids, output_ids: set only where `params.needs_history`.
+        prompt_ids, output_ids: set only where `params.needs_history`; a sequence that `follows` lacks the token that
+            it follows, which the ranks know.
     """
 
     params: SamplingParams

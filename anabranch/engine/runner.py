@@ -144,14 +144,14 @@ class Runner:
     def _forward(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, Logprobs]:
         if sink is not None:
             sink.begin_pass(plan)
-        specs = [s.sample for s in plan.sequences if s.sample is not None]
         if sink is None and self.programs is not None and self.programs.covers(plan):
-            return self.sampler.sample(self.programs.forward(plan, self._last_tokens), specs)
+            share_SV = self.programs.forward(plan, self._last_tokens)
+            return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
         batch, attention = self._lay_out(plan, sink)
         self._last_tokens.fill_in(plan, batch.token_ids_T)
         rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
         share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, rows_S)
-        return self.sampler.sample(share_SV, specs)
+        return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:
         size, cp = self.kv.block_size, self.context.cp

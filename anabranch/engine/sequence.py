@@ -91,16 +91,7 @@ class Sequence:
         """The next `num_new` tokens as a part of a step; samples if they are the last ones."""
         assert self.table is not None and 0 < num_new <= self.num_remaining
         start = self.num_computed
-        params = self.request.sampling
-        sample = None
-        if start + num_new == len(self.tokens):
-            history = params.needs_history
-            sample = SampleSpec(
-                params=params,
-                index=self.num_output,
-                prompt_ids=self.request.prompt_ids if history else (),
-                output_ids=tuple(self.tokens[len(self.request.prompt_ids) :]) if history else (),
-            )
+        sample = self._spec(self.num_output) if start + num_new == len(self.tokens) else None
         if self.started_s is None:
             self.started_s = time.monotonic()
         return SequencePlan(
@@ -118,16 +109,26 @@ class Sequence:
         Args:
             place: see `SequencePlan.follows`.
         """
-        params = self.request.sampling
-        assert self.table is not None and self.num_remaining == 1 and not params.needs_history
+        assert self.table is not None and self.num_remaining == 1
         return SequencePlan(
             request_id=self.request.request_id,
             epoch=self.request.epoch,
             token_ids=(0,),
             start=len(self.tokens),
             block_ids=self.table.block_ids,
-            sample=SampleSpec(params=params, index=self.num_output + 1),
+            sample=self._spec(self.num_output + 1),
             follows=place,
+        )
+
+    def _spec(self, index: int) -> SampleSpec:
+        """How the token of that number is chosen; its history is what is known here."""
+        params = self.request.sampling
+        history = params.needs_history
+        return SampleSpec(
+            params=params,
+            index=index,
+            prompt_ids=self.request.prompt_ids if history else (),
+            output_ids=tuple(self.tokens[len(self.request.prompt_ids) :]) if history else (),
         )
 
     def append(self, token_id: int) -> None:

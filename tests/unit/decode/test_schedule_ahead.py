@@ -143,18 +143,21 @@ def test_a_sequence_that_is_cancelled_in_flight_gets_no_token() -> None:
     assert parts(launch(scheduler)) == [("a", (7,), 5, None, 1)]
 
 
-def test_what_needs_history_waits_for_the_token_in_flight() -> None:
+def test_a_history_lacks_the_token_in_flight_alone() -> None:
+    """Which the rank that chooses adds."""
+
+    def history(plan: StepPlan) -> tuple[int, ...]:
+        assert plan.sequences[1].sample is not None
+        return plan.sequences[1].sample.output_ids
+
     scheduler = make()
     join(scheduler, sequence("plain"))
-    join(scheduler, sequence("penal", arrival_s=1.0, max_tokens=3, frequency_penalty=1.0))
-    first = launch(scheduler)
-    assert scheduler.schedule() == (None, [])
+    join(scheduler, sequence("penal", arrival_s=1.0, frequency_penalty=1.0))
+    first, second = launch(scheduler), launch(scheduler)
+    assert (first.sequences[1].follows, history(first)) == (None, (7,))
+    assert (second.sequences[1].follows, history(second)) == (1, (7,))
     scheduler.update(first, answer(first, 8))
-    second = launch(scheduler)
-    assert second.sequences[1].sample is not None
-    assert second.sequences[1].sample.output_ids == (7, 8)
-    # Its third token is its last: nobody has to wait for it.
-    assert parts(launch(scheduler)) == [("plain", (0,), 7, 0, 3)]
+    assert history(launch(scheduler)) == (7, 8)
 
 
 def test_blocks_that_run_out_wait_for_the_result_before_anyone_is_sent_away() -> None:

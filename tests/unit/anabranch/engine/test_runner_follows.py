@@ -142,6 +142,43 @@ def test_tokens_are_the_same_as_one_by_one(tp: int, cp: int, folder: Path) -> No
     assert all(not any(tokens.values()) for tokens in others)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_penalties_know_the_token_in_flight(tp: int, folder: Path) -> None:
+    params = SamplingParams(logit_bias={42: 50.0}, presence_penalty=100.0)  # 42 comes first, and no token twice
+    prompt = PROMPTS["a"]
+
+    def planned(number: int, known: list[int], follows: int | None) -> StepPlan:
+        tokens, start = ((0,), len(prompt) + number - 1) if number else (prompt, 0)
+        spec = SampleSpec(params=params, index=number, prompt_ids=prompt, output_ids=tuple(known))
+        item = SequencePlan(
+            request_id="a",
+            epoch=0,
+            token_ids=tokens,
+            start=start,
+            block_ids=tuple(range(8)),
+            sample=spec,
+            follows=follows,
+        )
+        return step(number, item)
+
+    def rank(world) -> list[int]:  # type: ignore[no-untyped-def]
+        mesh = Mesh(tp=tp)
+        runner = engine(folder, RankContext(mesh=mesh, rank=world.rank, tp=world, cp=None)).runner
+        known: list[int] = []
+        flying = runner.launch(planned(0, known, None))
+        for number in range(1, 2 * NUM_OUTPUT):
+            following = runner.launch(planned(number, known, 0))  # before the result is looked at
+            known += [token.token_id for token in flying.result().tokens]
+            if world.rank:
+                known.append(0)  # ranks that do not choose are not told
+            flying = following
+        return known
+
+    tokens, *_ = run_ranks(tp, rank)
+    assert len(set(tokens)) == len(tokens) == 2 * NUM_OUTPUT - 1
+    assert tokens[0] == 42
+
+
 def test_nothing_follows_a_step_that_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = engine(folder)
     runner = one.runner
