@@ -39,7 +39,7 @@ class AttentionShape(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Functions:
-    """The compiled functions that a step calls."""
+    """The compiled functions, by what they compute."""
 
     rms_norm: NativeFunction
     add_rms_norm: NativeFunction

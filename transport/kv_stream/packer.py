@@ -54,7 +54,7 @@ class PackedSlice:
         head_start, num_heads: by their number in the whole model.
     """
 
-    __slots__ = ("_layer_bytes", "cut", "head_start", "layer", "num_heads", "num_layers", "room_L2RKD", "staging")
+    __slots__ = ("_layer_bytes", "_room_L2RKD", "cut", "head_start", "layer", "num_heads", "num_layers", "staging")
 
     def __init__(
         self, layer: int, head_start: int, num_heads: int, cut: Cut, like_TKD: torch.Tensor, staging: Staging
@@ -68,7 +68,7 @@ class PackedSlice:
         self.staging = staging
         self._layer_bytes = cut.layer_bytes(num_heads, like_TKD)
         room = staging.data[: staging.capacity // self._layer_bytes * self._layer_bytes].view(like_TKD.dtype)
-        self.room_L2RKD = room.view(-1, 2, cut.num_rows, num_heads, head_dim)
+        self._room_L2RKD = room.view(-1, 2, cut.num_rows, num_heads, head_dim)
 
     @property
     def num_bytes(self) -> int:
@@ -80,8 +80,13 @@ class PackedSlice:
             layer == self.layer + self.num_layers
             and cut is self.cut
             and (head_start, num_heads) == (self.head_start, self.num_heads)
-            and self.num_layers < self.room_L2RKD.shape[0]
+            and self.num_layers < self._room_L2RKD.shape[0]
         )
+
+    def append(self, kernels: Kernels, k_TKD: torch.Tensor, v_TKD: torch.Tensor, heads: slice) -> None:
+        """Copy one layer's rows of `heads` (where they are in the tensors), K then V, behind what is packed."""
+        kernels.export_kv(k_TKD, v_TKD, self.cut.rows, heads, self._room_L2RKD, self.num_layers)
+        self.num_layers += 1
 
 
 class RowMap:
@@ -156,10 +161,8 @@ class Packer:
                 self._full_bytes = self._coalesce_bytes()
                 staging = self._take(max(cut.layer_bytes(num_heads, k_TKD), self._full_bytes))
                 self._open = PackedSlice(layer, head_start, num_heads, cut, k_TKD, staging)
-            packed = self._open
-            self._kernels.export_kv(k_TKD, v_TKD, cut.rows, heads, packed.room_L2RKD, packed.num_layers)
-            packed.num_layers += 1
-            if packed.num_bytes >= self._full_bytes:
+            self._open.append(self._kernels, k_TKD, v_TKD, heads)
+            if self._open.num_bytes >= self._full_bytes:
                 self.flush()
 
     def flush(self) -> None:

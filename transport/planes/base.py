@@ -13,8 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
+from anabranch.errors import FrameTooLarge
+
 MAX_HEADER_BYTES = 4096
 MAX_PAYLOAD_BYTES = 1 << 30
+
+
+def too_large(header: bytes, payload: memoryview | None) -> FrameTooLarge | None:
+    """Why a message cannot be sent; None where it can."""
+    num_bytes = payload.nbytes if payload is not None else 0
+    if len(header) <= MAX_HEADER_BYTES and num_bytes <= MAX_PAYLOAD_BYTES:
+        return None
+    return FrameTooLarge(f"header {len(header)} of {MAX_HEADER_BYTES}, payload {num_bytes} of {MAX_PAYLOAD_BYTES}")
 
 
 class Link(Protocol):

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from anabranch.errors import FrameTooLarge, MalformedMessage, PeerLost, TransportError
+from anabranch.errors import MalformedMessage, PeerLost, TransportError
 from transport.planes import futures
-from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Link, PlaneHandler
+from transport.planes.base import Link, PlaneHandler, too_large
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,9 @@ class InprocLink:
         self.error: Exception | None = None
 
     def send(self, header: bytes, payload: memoryview | None = None) -> Future[None]:
-        num_bytes = payload.nbytes if payload is not None else 0
-        if len(header) > MAX_HEADER_BYTES or num_bytes > MAX_PAYLOAD_BYTES:
-            return futures.failed(
-                FrameTooLarge(f"header {len(header)} of {MAX_HEADER_BYTES}, payload {num_bytes} of {MAX_PAYLOAD_BYTES}")
-            )
+        refusal = too_large(header, payload)
+        if refusal is not None:
+            return futures.failed(refusal)
         future: Future[None] = Future()
         other = self.other
         if self.error is not None or other is None:

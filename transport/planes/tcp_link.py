@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 from anabranch.errors import DeadlineExceeded, FrameTooLarge, MalformedMessage, PeerLost, TransportError
 from transport.planes import futures
-from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, too_large
 from transport.planes.link_owner import LinkOwner
 from transport.planes.stall import message_deadline
 
@@ -75,11 +75,9 @@ class TcpLink:
         self._read_deadline: float | None = None
 
     def send(self, header: bytes, payload: memoryview | None = None) -> Future[None]:
-        num_bytes = payload.nbytes if payload is not None else 0
-        if len(header) > MAX_HEADER_BYTES or num_bytes > MAX_PAYLOAD_BYTES:
-            return futures.failed(
-                FrameTooLarge(f"header {len(header)} of {MAX_HEADER_BYTES}, payload {num_bytes} of {MAX_PAYLOAD_BYTES}")
-            )
+        refusal = too_large(header, payload)
+        if refusal is not None:
+            return futures.failed(refusal)
         future: Future[None] = Future()
         self._outgoing.append(_Outgoing(header, payload, future))
         if self._error is not None:  # after the append: either this or `_drop` sees the message

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import numpy as np
 
-from anabranch.errors import FrameTooLarge, PeerLost
+from anabranch.errors import PeerLost
 from transport.planes import futures
-from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+from transport.planes.base import too_large
 from transport.planes.stall import message_deadline
 from transport.planes.ucx_api import Bytes, UcxEndpoint, UcxRequest, UcxTags
 from transport.planes.ucx_envelope import ENVELOPE_BYTES, EnvelopeWriter
@@ -77,11 +77,9 @@ class UcxOutbox:
 
     def put(self, header: bytes, payload: memoryview | None) -> Future[None]:
         """Queue a message; see `Link.send`."""
-        num_bytes = payload.nbytes if payload is not None else 0
-        if len(header) > MAX_HEADER_BYTES or num_bytes > MAX_PAYLOAD_BYTES:
-            return futures.failed(
-                FrameTooLarge(f"header {len(header)} of {MAX_HEADER_BYTES}, payload {num_bytes} of {MAX_PAYLOAD_BYTES}")
-            )
+        refusal = too_large(header, payload)
+        if refusal is not None:
+            return futures.failed(refusal)
         future: Future[None] = Future()
         self._waiting.append(_Waiting(header, payload, future))
         return future
