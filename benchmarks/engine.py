@@ -45,7 +45,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tup
     cache = KvCacheManager(num_blocks=engine.kv.num_blocks, block_size=engine.kv.block_size, prefix_cache=False)
     scheduler = DecodeScheduler(
         cache,
-        StopChecker(eos_token_ids=(), max_context=engine.max_context),
+        StopChecker(max_context=engine.max_context),
         computes_prompts=True,
         max_running=len(prompts),
         max_step_tokens=max(2048, len(prompts)),
@@ -55,7 +55,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tup
             request_id=str(index),
             epoch=0,
             prompt_ids=tuple(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=max_tokens),
         )
         scheduler.add_prompt(Sequence(request))
     start_s = time.perf_counter()

@@ -80,7 +80,7 @@ class DecodeWorker(Worker):
     def build(self) -> WorkerInfo:
         self.engine: Engine = self.ranks.start()
         cache = self.engine.cache
-        stop = StopChecker(eos_token_ids=self.engine.model_config.eos_token_ids, max_context=self.engine.max_context)
+        stop = StopChecker(max_context=self.engine.max_context)
         self.scheduler = DecodeScheduler(
             cache,
             stop,

@@ -11,6 +11,8 @@ import transformers
 from anabranch.config.worker import DtypeName
 from anabranch.engine.device import resolve_dtype
 from anabranch.model.sources import ModelSource
+from anabranch.model.stop_ids import stop_ids
+from anabranch.model.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -50,16 +52,15 @@ class Reference:
         self.model.set_experts_implementation("eager")
         self.model.eval()
         has_tokenizer = source.kind == "gguf" or any((folder / name).exists() for name in _TOKENIZER_FILES)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where) if has_tokenizer else None
-        self.eos_token_ids = _eos_token_ids(self.model)
+        # transformers' own reader of GGUF tokenizers replaces, in silence, pre-tokenizers that it does not know.
+        self.tokenizer = Tokenizer(source) if has_tokenizer else None
+        config = source.config()
+        self.max_context = config.max_context
+        self.eos_token_ids = frozenset(stop_ids(config, self.tokenizer))
 
     @property
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
-
-    @property
-    def max_context(self) -> int:
-        return int(self.model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def generate(self, token_ids: tuple[int, ...], max_tokens: int, *, ignore_eos: bool = False) -> ReferenceAnswer:
@@ -84,20 +85,10 @@ class Reference:
         """Token ids of a plain text. Raises LookupError where the folder has no tokenizer."""
         if self.tokenizer is None:
             raise LookupError("the model folder has no tokenizer; give prompts as token ids")
-        return tuple(self.tokenizer(text)["input_ids"])
+        return tuple(self.tokenizer.encode(text))
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of token ids; the ids themselves where the folder has no tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
-        return str(self.tokenizer.decode(list(token_ids)))
-
-
-def _eos_token_ids(model: transformers.PreTrainedModel) -> frozenset[int]:
-    """The generation configuration's, else the model configuration's, as transformers chooses them."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = model.config.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -30,8 +30,12 @@ def request_id_of(request: pb.GenerateRequest) -> str:
     return request.request_id
 
 
-def sampling_of(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
-    """Sampling parameters, checked. Raises InvalidRequest."""
+def sampling_of(message: pb.SamplingParams, vocab_size: int, eos_token_ids: Sequence[int]) -> SamplingParams:
+    """Sampling parameters, checked; unless the client ignores them, with the model's own stop tokens.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
     given: dict[str, object] = {
         field.name: getattr(message, field.name)
         for field in message.DESCRIPTOR.fields
@@ -41,11 +45,13 @@ def sampling_of(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
     )
     sampling = msgspec.structs.replace(sampling, **given)
     sampling.validate(vocab_size)
-    return sampling
+    if message.ignore_eos:
+        return sampling
+    stop_token_ids = dict.fromkeys((*sampling.stop_token_ids, *eos_token_ids))
+    return msgspec.structs.replace(sampling, stop_token_ids=tuple(stop_token_ids))
 
 
 def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit) -> SamplingParams:

@@ -75,13 +75,10 @@ class Dispatcher:
         """Start a request. Raises InvalidRequest when its id is in flight."""
         self.check_id(request.request_id)
         sampling = request.sampling
-        silent = set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            silent.update(self._model.eos_token_ids)
         lifecycle = Lifecycle(
             request,
             text=self._model.text_stream(sampling),
-            silent_ids=frozenset(silent),
+            silent_ids=frozenset(sampling.stop_token_ids),
             cluster=self,
             config=self._config,
             accepted_at=accepted_at,

@@ -117,7 +117,7 @@ class Gateway:
         self._check_open()
         request_id = request_id_of(message)
         self._dispatcher.check_id(request_id)
-        sampling = sampling_of(message.sampling, self._model.vocab_size)
+        sampling = sampling_of(message.sampling, self._model.vocab_size, self._model.eos_token_ids)
         prompt = text_or_messages(message)
         self._dispatcher.check_room(self.num_encoding)
         if prompt is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
+from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
 from anabranch.sampling.params import SamplingParams
@@ -28,7 +29,7 @@ class CheckpointModel:
         self.identity = read_identity(source, config)
         self.vocab_size = config.vocab_size
         self.max_context = config.max_context
-        self.eos_token_ids = config.eos_token_ids or self._tokenizer.eos_token_ids
+        self.eos_token_ids = stop_ids(config, self._tokenizer)
         self.has_chat_template = self._tokenizer.has_chat_template
 
     def encode(self, text: str) -> list[int]:

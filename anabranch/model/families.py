@@ -166,9 +166,13 @@ def model_config(hf: PretrainedConfig, generation: dict[str, object] | None = No
         qk_norm=traits.qk_norm,
         windows=traits.windows,
         moe=traits.moe,
-        eos_token_ids=_token_ids(generation.get("eos_token_id", hf.eos_token_id)),
-        bos_token_id=next(iter(_token_ids(generation.get("bos_token_id", hf.bos_token_id))), None),
+        eos_token_ids=_token_ids(_first_given(generation.get("eos_token_id"), hf.eos_token_id)),
+        bos_token_id=next(iter(_token_ids(_first_given(generation.get("bos_token_id"), hf.bos_token_id))), None),
     )
+
+
+def _first_given(*values: object) -> object:
+    return next((value for value in values if value is not None), None)
 
 
 def _token_ids(value: object) -> tuple[int, ...]:

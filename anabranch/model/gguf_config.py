@@ -101,7 +101,7 @@ def _is_dense(file: GgufFile, layer: int) -> bool:
 
 
 def _eos(file: GgufFile) -> list[int]:
-    found = [file.number(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot")]
+    found = [file.number(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom")]
     return sorted({int(token) for token in found if token is not None})
 
 

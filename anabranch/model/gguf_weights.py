@@ -113,8 +113,7 @@ class GgufFile:
 
     def text(self, key: str) -> str:
         """A text field of the metadata; empty where there is none."""
-        field = self._reader.get_field(key)
-        value = field.contents() if field is not None else ""
+        value = self._content(key)
         return value if isinstance(value, str) else ""
 
     @overload
@@ -123,9 +122,27 @@ class GgufFile:
     def number(self, key: str, default: None) -> float | None: ...
     def number(self, key: str, default: float | None = 0) -> float | None:
         """A number in the metadata, an int or a float as the file has it; `default` where there is none."""
-        field = self._reader.get_field(key)
-        value = field.contents() if field is not None else None
+        value = self._content(key)
         return value if isinstance(value, int | float) else default
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A yes or no in the metadata; `default` where there is none."""
+        value = self._content(key)
+        return value if isinstance(value, bool) else default
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts in the metadata; empty where there is none."""
+        value = self._content(key)
+        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers in the metadata, as `number` gives them; empty where there is none."""
+        value = self._content(key)
+        return value if isinstance(value, list) and all(isinstance(item, int | float) for item in value) else []
+
+    def _content(self, key: str) -> object:
+        field = self._reader.get_field(key)
+        return field.contents() if field is not None else None
 
     def rope_factors(self) -> list[float] | None:
         """Divisors of the rotary frequencies, head_dim / 2 of them, where the file carries any."""

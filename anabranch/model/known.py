@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CONVERT_TIMEOUT_S = 600.0
 LOCK_POLL_S = 0.1
 # Raised when what a conversion writes changes, so that old folders are not taken for new ones.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 
 class KnownModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anabranch.errors import CheckpointError, InvalidRequest
+from anabranch.errors import CheckpointError, InvalidRequest, ModelError
+from anabranch.model.end_of_turn import END_OF_TURN
 from anabranch.model.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -15,8 +17,13 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A model's tokenizer.
 
+    Attributes:
+        eos_token_ids: the end-of-sequence token, and those that end a turn: of a folder, those that its chat template
+            writes; of a GGUF file, which often names but one, all that its vocabulary has.
+
     Raises:
         CheckpointError: the model brings no tokenizer, or a broken one.
+        UnsupportedArchitecture: a GGUF file's kind of vocabulary or pre-tokenizer is not known, by name.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -24,18 +31,24 @@ class Tokenizer:
 
         try:
             if source.kind == "gguf":
-                tokenizer = AutoTokenizer.from_pretrained(
-                    source.path.parent, gguf_file=source.path.name, local_files_only=True
-                )
+                from anabranch.model.gguf_tokenizer import read_gguf_tokenizer
+
+                tokenizer = read_gguf_tokenizer(source.path)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        except ModelError:
+            raise
         # transformers and tokenizers raise many kinds, bare Exception among them, for a bad tokenizer file.
         except Exception as error:
             raise CheckpointError(f"{source.path}: the tokenizer cannot be loaded: {error}") from error
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self.vocab_size: int = len(tokenizer)
-        self.eos_token_ids: tuple[int, ...] = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.eos_token_ids = _eos_token_ids(tokenizer, every_end_of_turn=source.kind == "gguf")
         self.has_chat_template: bool = tokenizer.chat_template is not None
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, chat template included."""
+        self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts the model's own around it (most often BOS)."""
@@ -69,3 +82,14 @@ class Tokenizer:
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses them: {error}", "messages") from error
         return [int(token) for token in ids]
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, *, every_end_of_turn: bool) -> tuple[int, ...]:
+    # A name counts where it is one token: in text that is cut to pieces it ends nothing.
+    turns = {name: token for name, token in tokenizer.get_added_vocab().items() if name in END_OF_TURN}
+    if not every_end_of_turn:
+        # Several templates are a dictionary.
+        written = str(tokenizer.chat_template or "")
+        turns = {name: token for name, token in turns.items() if name in written}
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys((*eos, *sorted(turns.values()))))

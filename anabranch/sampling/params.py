@@ -30,8 +30,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logit_bias: token id -> value added to its logit.
         logprobs: number of likeliest alternatives to report with each token; None reports nothing.
         stop: strings that end the answer; the string itself is not returned.
-        stop_token_ids: ids that end the answer.
-        ignore_eos: go on past the model's end-of-sequence token.
+        stop_token_ids: ids that end the answer, and have no text: the client's and, unless it asked to go on past
+            them, the model's. Workers know no others.
     """
 
     max_tokens: int | None = None
@@ -47,7 +47,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
 
     @property
     def greedy(self) -> bool:

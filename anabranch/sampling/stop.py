@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 from anabranch.sampling.params import SamplingParams
@@ -11,15 +10,13 @@ StopReason = Literal["stop", "length"]
 
 
 class StopChecker:
-    """Knows the model's ends and the context's.
+    """Knows where the context ends.
 
     Args:
-        eos_token_ids: ids that end an answer unless `ignore_eos`.
         max_context: most tokens, prompt and answer, of one request.
     """
 
-    def __init__(self, eos_token_ids: Iterable[int], max_context: int) -> None:
-        self.eos_token_ids = frozenset(eos_token_ids)
+    def __init__(self, max_context: int) -> None:
         self.max_context = max_context
 
     def check(self, params: SamplingParams, token_id: int, *, num_output: int, num_tokens: int) -> StopReason | None:
@@ -30,9 +27,9 @@ class StopChecker:
             num_tokens: prompt and generated tokens, this one included.
 
         Returns:
-            stop: an end token; length: `max_tokens` or the context is reached; None: go on.
+            stop: one of the request's stop tokens; length: `max_tokens` or the context is reached; None: go on.
         """
-        if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.eos_token_ids):
+        if token_id in params.stop_token_ids:
             return "stop"
         return "length" if self.is_full(params, num_output=num_output, num_tokens=num_tokens) else None
 

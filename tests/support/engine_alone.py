@@ -51,13 +51,13 @@ def engine_answers(
     )
     scheduler = DecodeScheduler(
         KvCacheManager(num_blocks=engine.kv.num_blocks, block_size=engine.kv.block_size, prefix_cache=False),
-        StopChecker(eos_token_ids=(), max_context=engine.max_context),
+        StopChecker(max_context=engine.max_context),
         computes_prompts=True,
         max_running=len(prompts),
         max_step_tokens=max_step_tokens,
     )
     for index, prompt in enumerate(prompts):
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=max_tokens)
         request = Request(request_id=str(index), epoch=0, prompt_ids=tuple(prompt), sampling=sampling)
         scheduler.add_prompt(Sequence(request))
     answers: list[list[int]] = [[] for _ in prompts]

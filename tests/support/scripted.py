@@ -150,7 +150,7 @@ def request(
     prompt: tuple[int, ...], max_tokens: int, name: str = "a", epoch: int = 0, output: tuple[int, ...] = ()
 ) -> Request:
     """A greedy request that goes on past the end of sequence."""
-    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=max_tokens)
     return Request(request_id=name, epoch=epoch, prompt_ids=prompt, output_ids=output, sampling=sampling)
 
 

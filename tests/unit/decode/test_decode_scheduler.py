@@ -18,7 +18,7 @@ EOS = 99
 def make(num_blocks: int = 16, *, computes_prompts: bool = True, max_step_tokens: int = 16) -> DecodeScheduler:
     return DecodeScheduler(
         KvCacheManager(num_blocks=num_blocks, block_size=4, prefix_cache=False),
-        StopChecker(eos_token_ids=(EOS,), max_context=64),
+        StopChecker(max_context=64),
         computes_prompts=computes_prompts,
         max_running=8,
         max_step_tokens=max_step_tokens,
@@ -30,7 +30,7 @@ def sequence(name: str, length: int, arrival_s: float, max_tokens: int = 8) -> S
         request_id=name,
         epoch=0,
         prompt_ids=tuple(range(length)),
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(EOS,)),
     )
     return Sequence(request, arrival_s)
 

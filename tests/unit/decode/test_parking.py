@@ -103,7 +103,7 @@ class World:
         self.parking = Parking(num_blocks=num_host, rule=rule, send=self.rank.send)
         self.scheduler = DecodeScheduler(
             KvCacheManager(num_blocks=num_blocks, block_size=BLOCK, prefix_cache=prefix_cache),
-            StopChecker(eos_token_ids=(), max_context=num_blocks * BLOCK),
+            StopChecker(max_context=num_blocks * BLOCK),
             computes_prompts=colocated,
             max_running=max_running,
             max_step_tokens=16,

@@ -26,7 +26,7 @@ def make(
 ) -> DecodeScheduler:
     return DecodeScheduler(
         KvCacheManager(num_blocks=num_blocks, block_size=BLOCK, prefix_cache=prefix_cache),
-        StopChecker(eos_token_ids=(EOS,), max_context=64),
+        StopChecker(max_context=64),
         computes_prompts=computes_prompts,
         max_running=8,
         max_step_tokens=16,
@@ -34,7 +34,7 @@ def make(
 
 
 def sequence(name: str, length: int = 5, arrival_s: float = 0.0, max_tokens: int = 20, **sampling: float) -> Sequence:
-    params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(EOS,), **sampling)  # type: ignore[arg-type]
     return Sequence(Request(request_id=name, epoch=0, prompt_ids=tuple(range(length)), sampling=params), arrival_s)
 
 

@@ -7,25 +7,22 @@ from anabranch.sampling.stop import StopChecker
 
 pytestmark = pytest.mark.unit
 
-CHECKER = StopChecker([2, 5], max_context=100)
+CHECKER = StopChecker(max_context=100)
 
 
 @pytest.mark.parametrize(
     ("params", "token_id", "num_output", "num_tokens", "expected"),
     [
         ({}, 7, 1, 10, None),
-        ({}, 2, 1, 10, "stop"),
-        ({}, 5, 1, 10, "stop"),
-        ({"ignore_eos": True}, 2, 1, 10, None),
+        ({}, 2, 1, 10, None),
         ({"stop_token_ids": (7, 8)}, 8, 1, 10, "stop"),
-        ({"stop_token_ids": (2,), "ignore_eos": True}, 2, 1, 10, "stop"),
+        ({"stop_token_ids": (7, 8)}, 2, 1, 10, None),
         ({"max_tokens": 3}, 7, 2, 10, None),
         ({"max_tokens": 3}, 7, 3, 10, "length"),
-        ({"max_tokens": 3}, 2, 3, 10, "stop"),
+        ({"max_tokens": 3, "stop_token_ids": (2,)}, 2, 3, 10, "stop"),
         ({}, 7, 1, 99, None),
         ({}, 7, 1, 100, "length"),
         ({"max_tokens": 500}, 7, 60, 100, "length"),
-        ({"ignore_eos": True, "max_tokens": 3}, 2, 3, 10, "length"),
     ],
 )
 def test_reasons(

@@ -1,0 +1,22 @@
+"""Which tokens end an answer: one list, made once by whoever holds the tokenizer.
+
+The orchestrator makes it, reports it, hides the text of what is on it, and puts it into every request. Workers know
+no other: with lists of their own, made from files of their own, they could end where it does not or go on where it
+does.
+"""
+
+from __future__ import annotations
+
+from anabranch.model.config import ModelConfig
+from anabranch.model.tokenizer import Tokenizer
+
+
+def stop_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The model's end-of-sequence tokens, then its tokenizer's, then those that end a turn.
+
+    Args:
+        config: generation_config.json's ids, or else config.json's; of a GGUF file, its metadata's.
+        tokenizer: None where a folder has none.
+    """
+    ids = (*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer is not None else ()))
+    return tuple(token for token in dict.fromkeys(ids) if 0 <= token < config.vocab_size)
