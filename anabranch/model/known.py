@@ -55,10 +55,10 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def available(self) -> bool:
         """Whether the package is installed here."""
-        return self._gguf() is not None
+        return self.gguf_file() is not None
 
-    def _gguf(self) -> Path | None:
-        """The package's GGUF file, found without importing the package."""
+    def gguf_file(self) -> Path | None:
+        """The package's GGUF file, found without importing the package; None where it is not installed."""
         spec = importlib.util.find_spec(self.package.replace("-", "_"))
         for location in (spec.submodule_search_locations or ()) if spec is not None else ():
             for path in sorted(Path(location).glob("*.gguf")):
@@ -73,7 +73,7 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
             CheckpointError: the conversion failed.
             DeadlineExceeded: it took longer than CONVERT_TIMEOUT_S.
         """
-        gguf = self._gguf()
+        gguf = self.gguf_file()
         if gguf is None:
             raise UnknownModel(f"{self.name} comes with a package that is not installed here: {self.remedy}")
         version = importlib.metadata.version(self.package)

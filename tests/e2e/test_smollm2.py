@@ -69,7 +69,7 @@ def test_tokens_equal_the_reference(name: str, expected: dict[int, tuple[Prompt,
     if plane is not None and plane not in usable_planes():
         pytest.skip(f"the {plane} plane cannot be used here")
 
-    model = KNOWN_MODELS["smollm2-135m"]._gguf() if case.gguf else "smollm2-135m"
+    model = KNOWN_MODELS["smollm2-135m"].gguf_file() if case.gguf else "smollm2-135m"
     assert model is not None
 
     def ask(length: int) -> Completion:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from anabranch.errors import CheckpointError, InvalidRequest
+from anabranch.model.known import KNOWN_MODELS
 from anabranch.model.sources import ModelSource, resolve_model
+from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -34,6 +39,48 @@ def test_text_goes_to_ids_and_back(tokenizer) -> None:
     assert tokenizer.decode([1, *tokenizer.encode("Hello")]) == "Hello"
     assert tokenizer.encode("") == []
     assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (49152, (2,))
+
+
+@pytest.fixture(scope="module")
+def gguf(source) -> Tokenizer:
+    path = KNOWN_MODELS["smollm2-135m"].gguf_file()
+    return Tokenizer(ModelSource(name="smollm2", path=path, kind="gguf"))
+
+
+@pytest.fixture(scope="module")
+def original(source) -> tokenizers.Tokenizer:
+    """Its makers' tokenizer: single digits first, then GPT-2's cut, over the package's vocabulary and merges."""
+    model = json.loads((source.path / "tokenizer.json").read_text())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=model["vocab"], merges=merges))
+    cut = tokenizers.pre_tokenizers
+    made.pre_tokenizer = cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=False)])
+    return made
+
+
+def test_the_converted_folder_and_the_gguf_file_cut_as_the_makers_did(tokenizer, gguf, original) -> None:
+    assert tokenizer.encode("a\n\n2") == [81, 1116, 34]
+    rng = random.Random(5)
+    texts = [
+        "a\n\n2",
+        "Steps:\n\n1. one\n\n2. two",
+        "x =  5",
+        "\t12\t\t345",
+        "it's  IT'S",
+        "1234567 \u00bd",
+        "\r\n \n9",
+    ]
+    texts += ["".join(rng.choices("aeit's 0129  \n\n\t\r.,-=\u00e9\u4e2d", k=rng.randrange(1, 40))) for _ in range(500)]
+    for text in texts:
+        expected = original.encode(text).ids
+        assert tokenizer.encode(text) == expected, text
+        assert gguf.encode(text) == expected, text
+
+
+def test_the_folder_ends_answers_where_the_file_does(source, tokenizer, gguf) -> None:
+    file = ModelSource(name="smollm2", path=KNOWN_MODELS["smollm2-135m"].gguf_file(), kind="gguf")
+    # <|im_end|>, which the file names, and <|endoftext|>, which its vocabulary has.
+    assert stop_ids(source.config(), tokenizer) == stop_ids(file.config(), gguf) == (2, 0)
 
 
 def test_chat_template(tokenizer) -> None:
@@ -69,6 +116,7 @@ MEASURE = """
 import re, torch, transformers
 from anabranch.kernels.plain import PlainKernels
 from anabranch.model.load import load_model
+from anabranch.model.known import KNOWN_MODELS
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.group import SingleRank
 torch.set_num_threads(1)
