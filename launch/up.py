@@ -11,12 +11,15 @@ from rich.markup import escape
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
+from anabranch_client import Client
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.plan import ORCHESTRATOR_NAME
 from launch.process import ProcessExit
 from launch.record import record_path, write_atomically, write_record
 from launch.report import EXIT_FAILED, fail, interrupt_on_signals, reported
 from launch.show import err, out, process_table
+
+MODEL_TIMEOUT_S = 10.0
 
 
 @reported
@@ -78,6 +81,7 @@ def up(
         if ready is not None:
             write_atomically(ready, ready_json(cluster))
         out.print(process_table(cluster.processes))
+        say_lowered_context(topology, cluster.endpoint)
         out.print(f"\ngRPC [bold]{cluster.endpoint}[/bold]")
         out.print('try  anabranch generate --chat "What is the capital of France?"\n')
         while True:
@@ -101,6 +105,15 @@ def ready_json(cluster: LocalCluster) -> bytes:
     """What `--ready-file` gets."""
     processes = [{"name": p.name, "role": p.role, "pid": p.pid} for p in cluster.processes]
     return json.dumps({"grpc": cluster.endpoint, "model": cluster.topology.model, "processes": processes}).encode()
+
+
+def say_lowered_context(topology: Topology, endpoint: str) -> None:
+    """Say where requests may be no longer than the model's context although the topology asks for more."""
+    with Client(endpoint, timeout_s=MODEL_TIMEOUT_S) as client:
+        served = client.model().max_context
+    if served < topology.max_context:
+        asked = topology.max_context
+        err.print(f"[yellow]max_context:[/yellow] {asked} asked, {served} served: the model's context ends there")
 
 
 def say_death(death: ProcessExit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from anabranch.model.size import weight_bytes
 from anabranch.model.transformer import smallest_ffn
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.mesh import Mesh, check_model, rank_devices
+
+logger = logging.getLogger(__name__)
 
 # What a process that has imported torch and the tensor planes keeps to itself.
 PROCESS_BYTES = 160 << 20
@@ -85,17 +88,25 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
-    _check_context(config, kv_layout(config, model))
+    _check_context(config, model, kv_layout(config, model))
     num_host_blocks(config, kv_layout(config, model))
 
 
-def _check_context(config: WorkerConfig, layout: KvLayout) -> None:
-    """Raise ConfigError where the pool holds no block, or not the context that was asked for."""
+def _check_context(config: WorkerConfig, model: ModelConfig, layout: KvLayout) -> None:
+    """Raise ConfigError where the pool holds no block, or not the context that was asked for; warn of the model's."""
+    asked = min(config.max_context, model.max_context)
+    if config.max_context > model.max_context:
+        logger.warning(
+            "max_context: %d is more than the model's context of %d tokens, which is what %s serves",
+            config.max_context,
+            model.max_context,
+            config.name,
+        )
     num_blocks = num_kv_blocks(config, layout)
     num_tokens = num_blocks * config.block_size * config.cp
-    if config.max_context > num_tokens:
-        needed = -(-config.max_context // (config.block_size * config.cp)) * block_bytes(layout)
-        cp = -(-config.max_context // (num_blocks * config.block_size))
+    if asked > num_tokens:
+        needed = -(-asked // (config.block_size * config.cp)) * block_bytes(layout)
+        cp = -(-asked // (num_blocks * config.block_size))
         raise ConfigError(
             "max_context",
             config.max_context,

@@ -50,6 +50,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         architecture: the class name in transformers, e.g. LlamaForCausalLM.
         intermediate_size: features of a dense FFN.
         max_context: most tokens of prompt and answer.
+        tie_embeddings: the LM head is the embedding; False where the checkpoint stores another (`tied_head`).
         windows: per layer, the tokens that a token sees (itself included); None: all before it.
         eos_token_ids: end-of-sequence tokens that the configuration names; `stop_ids` knows all that end an answer.
         weights_digest: hash of the weights' names, shapes and a sample of their values; empty: not read yet.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from anabranch.errors import CheckpointError, UnsupportedArchitecture
 from anabranch.model.config import ModelConfig, MoeConfig
+from anabranch.model.context_length import context_length
 from anabranch.model.rope import rope_config
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def model_config(hf: PretrainedConfig, generation: dict[str, object] | None = No
     if getattr(hf, "quantization_config", None) is not None:
         raise UnsupportedArchitecture("quantization_config: quantised safetensors are not supported; GGUF files are")
     traits = _FAMILIES[architecture][1](hf)
+    max_context = context_length(hf)
     generation = generation or {}
     return ModelConfig(
         architecture=architecture,
@@ -158,7 +160,7 @@ def model_config(hf: PretrainedConfig, generation: dict[str, object] | None = No
         intermediate_size=hf.intermediate_size,
         rms_eps=hf.rms_norm_eps,
         rope=rope_config(hf),
-        max_context=hf.max_position_embeddings,
+        max_context=max_context,
         tie_embeddings=bool(hf.tie_word_embeddings),
         qkv_bias=traits.qkv_bias,
         o_bias=traits.o_bias,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anabranch.errors import CheckpointError, ModelError
 from anabranch.model.config import ModelConfig
+from anabranch.model.context_length import check_original
 from anabranch.model.families import model_config, supported_architecture
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
@@ -24,6 +25,11 @@ def read_folder_config(folder: Path) -> ModelConfig:
     supported_architecture(
         architectures if isinstance(architectures, list) else None, model_type if isinstance(model_type, str) else None
     )
+    # transformers divides by it before it checks it.
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = raw.get(key)
+        if isinstance(scaling, dict):
+            check_original(scaling)
     generation = folder / "generation_config.json"
     from transformers import AutoConfig
 

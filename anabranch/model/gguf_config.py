@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
@@ -107,16 +109,36 @@ def _eos(file: GgufFile) -> list[int]:
 
 def _rope(file: GgufFile, architecture: str) -> dict[str, object]:
     rope: dict[str, object] = {"rope_theta": float(file.number(f"{architecture}.rope.freq_base") or 10000.0)}
-    kind = file.text(f"{architecture}.rope.scaling.type")
-    if kind in ("", "none"):
+    # What is not said is as llama.cpp takes it: linear, by 1, of the trained length.
+    kind = file.text(f"{architecture}.rope.scaling.type") or "linear"
+    factor = file.number(f"{architecture}.rope.scaling.factor") or file.number(f"{architecture}.rope.scale_linear") or 1
+    if kind == "none" or (kind == "linear" and factor == 1):
         return {**rope, "rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise UnsupportedArchitecture(f"{file.path}: {architecture}.rope.scaling.type {kind!r} is not supported")
-    rope |= {"rope_type": kind, "factor": float(file.number(f"{architecture}.rope.scaling.factor"))}
-    if kind == "yarn":
-        original = file.number(f"{architecture}.rope.scaling.original_context_length")
+    rope |= {"rope_type": kind, "factor": float(factor)}
+    original = file.number(f"{architecture}.rope.scaling.original_context_length")
+    if original:
         rope["original_max_position_embeddings"] = int(original)
+    if kind == "yarn":
+        rope |= _yarn(file, architecture, float(factor))
     return rope
+
+
+def _yarn(file: GgufFile, architecture: str, factor: float) -> dict[str, object]:
+    """What a file says of yarn beside its factor, under transformers' names."""
+    yarn: dict[str, object] = {}
+    for key in ("beta_fast", "beta_slow"):
+        value = file.number(f"{architecture}.rope.scaling.yarn_{key}")
+        if value:
+            yarn[key] = float(value)
+    # A factor on top of yarn's own, which is the whole of transformers' attention_factor.
+    more = file.number(f"{architecture}.rope.scaling.yarn_attn_factor") or file.number(
+        f"{architecture}.rope.scaling.attn_factor"
+    )
+    if more and more != 1 and factor > 0:
+        yarn["attention_factor"] = float(more) * (0.1 * math.log(factor) + 1.0)
+    return yarn
 
 
 def _with_rope_factors(config: ModelConfig, file: GgufFile) -> ModelConfig:

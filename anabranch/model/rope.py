@@ -10,7 +10,7 @@ from anabranch.model.config import RopeConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# "dynamic" changes frequencies only past the trained context, which is also the longest that is served.
+# "dynamic" changes frequencies only past the trained length, which is the longest that is served: `context_length`.
 SUPPORTED_ROPE = ("default", "linear", "dynamic", "llama3", "yarn")
 
 

@@ -39,10 +39,16 @@ class ModelSource:
         from anabranch.model.folder_config import read_folder_config
         from anabranch.model.gguf_config import read_gguf_config
         from anabranch.model.gguf_weights import GgufFile
+        from anabranch.model.tied_head import with_stored_head
         from anabranch.model.weights import SafetensorsFolder
 
         if self.kind == "folder":
-            return read_folder_config(self.path), SafetensorsFolder(self.path)
+            config, weights = read_folder_config(self.path), SafetensorsFolder(self.path)
+            try:
+                return with_stored_head(config, weights), weights
+            except BaseException:
+                weights.close()
+                raise
         file = GgufFile(self.path)
         try:
             return read_gguf_config(file), file
@@ -64,12 +70,22 @@ class ModelSource:
             ModelError: not supported, or broken.
         """
         from anabranch.model.folder_config import read_folder_config
+        from anabranch.model.tied_head import with_stored_head
+        from anabranch.model.weights import SafetensorsFolder
 
-        if self.kind == "folder":
-            return read_folder_config(self.path)
-        config, file = self.open()
-        file.close()
-        return config
+        if self.kind == "gguf":
+            config, file = self.open()
+            file.close()
+            return config
+        config = read_folder_config(self.path)
+        if not config.tie_embeddings:
+            return config
+        try:
+            with SafetensorsFolder(self.path) as weights:
+                return with_stored_head(config, weights)
+        except CheckpointError:
+            # There may be none here, as beside an orchestrator alone; what is broken, whoever loads it will name.
+            return config
 
 
 def resolve_model(name: str) -> ModelSource:

@@ -16,6 +16,7 @@ from anabranch.model.ffn_half import DenseFfn, FfnHalf
 from anabranch.model.loader import Progress, WeightLoader
 from anabranch.model.moe import MoeFfn
 from anabranch.model.rotary import Rotary
+from anabranch.model.tied_head import EMBEDDING, LM_HEAD
 from anabranch.model.weights import WeightSource
 from anabranch.parallel.group import Group
 from anabranch.parallel.split import check_tp
@@ -81,7 +82,10 @@ class Transformer:
         self.config = config
         self.dtype = dtype
         self.device = device
-        embedding_VC = load_vocabulary(loader, group, "model.embed_tokens.weight")
+        tied = config.tie_embeddings
+        # Of a tied pair, a checkpoint may store either.
+        stored = LM_HEAD if tied and loader.has(LM_HEAD) and not loader.has(EMBEDDING) else EMBEDDING
+        embedding_VC = load_vocabulary(loader, group, stored)
         self.embedding = Embedding(embedding_VC, group)
         tell(1, num_parts)
         self.layers: list[DecoderLayer] = []
@@ -90,8 +94,7 @@ class Transformer:
             self.layers.append(DecoderLayer(attention, load_ffn(loader, kernels, group, layer)))
             tell(layer + 2, num_parts)
         self.norm_C = loader.whole("model.norm.weight", config.hidden_size)
-        tied = config.tie_embeddings
-        head_VC = embedding_VC if tied else load_vocabulary(loader, group, "lm_head.weight")
+        head_VC = embedding_VC if tied else load_vocabulary(loader, group, LM_HEAD)
         self.lm_head = LmHead(head_VC, kernels, group, config.vocab_size)
         self.rotary = Rotary(config.rope, device)
         self._kernels = kernels

@@ -66,6 +66,7 @@ def test_host_memory_holds_whole_blocks_or_none(model: ModelConfig) -> None:
 
 def test_a_context_that_the_pool_does_not_hold(model: ModelConfig) -> None:
     pool = 10 * 2 * 3 * 2 * 8 * 4 * 16
+    model = msgspec.structs.replace(model, max_context=32768)
     fit.check_worker(worker(kv_cache_bytes=pool, max_context=160), model)
     fit.check_worker(worker(kv_cache_bytes=pool, max_context=640, cp=4), model)
     with pytest.raises(ConfigError) as caught:
@@ -74,6 +75,16 @@ def test_a_context_that_the_pool_does_not_hold(model: ModelConfig) -> None:
         "max_context: 32768: does not fit the KV pool: 10 blocks of 16 tokens on each of 2 CP ranks hold 320; "
         "raise kv_cache to 6 MiB, or cp to 205, or lower it"
     )
+
+
+def test_a_context_that_the_model_does_not_reach(model: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
+    pool = 10 * 2 * 3 * 2 * 8 * 4 * 16
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=128), model)
+    assert not caplog.records
+    fit.check_worker(worker(kv_cache_bytes=pool, max_context=512), model)
+    assert caplog.messages == [
+        "max_context: 512 is more than the model's context of 128 tokens, which is what decode-0 serves"
+    ]
 
 
 def test_more_ranks_than_devices(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
