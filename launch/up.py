@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
-from anabranch_client import Client
+from anabranch_client import Client, ClientError
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.plan import ORCHESTRATOR_NAME
 from launch.process import ProcessExit
@@ -109,10 +109,16 @@ def ready_json(cluster: LocalCluster) -> bytes:
 
 def say_lowered_context(topology: Topology, endpoint: str) -> None:
     """Say where requests may be no longer than the model's context although the topology asks for more."""
-    with Client(endpoint, timeout_s=MODEL_TIMEOUT_S) as client:
-        served = client.model().max_context
-    if served < topology.max_context:
-        asked = topology.max_context
+    asked = topology.max_context
+    if not asked:
+        return
+    try:
+        with Client(endpoint, timeout_s=MODEL_TIMEOUT_S) as client:
+            served = client.model().max_context
+    except ClientError:
+        # A gateway that has gone again is said by whoever waits for its death.
+        return
+    if served < asked:
         err.print(f"[yellow]max_context:[/yellow] {asked} asked, {served} served: the model's context ends there")
 
 

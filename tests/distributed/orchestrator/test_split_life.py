@@ -260,16 +260,20 @@ def test_text_held_for_a_stop_string_comes_at_the_end(play):
     play(scenario)
 
 
-def test_stop_ids_have_no_text_and_ignore_eos_gives_it_one(play):
+def test_what_has_no_text_is_what_the_worker_stops_at(play):
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
-        for sampling, text in (
-            (Sampling(stop_token_ids=[33]), "a"),
-            (Sampling(), "a!"),
-            (Sampling(ignore_eos=True), "a!\x00"),
+        assert (await world.client.model()).eos_token_ids == (0,)
+        for sampling, text, stop_token_ids in (
+            (Sampling(stop_token_ids=[33]), "a", (33, 0)),
+            (Sampling(stop_token_ids=[33, 0]), "a", (33, 0)),
+            (Sampling(), "a!", (0,)),
+            (Sampling(ignore_eos=True), "a!\x00", ()),
+            (Sampling(ignore_eos=True, stop_token_ids=[33]), "a\x00", (33,)),
         ):
             answer = asyncio.create_task(world.client.complete("abc", sampling))
             request = (await worker.expect(Generate)).request
+            assert request.sampling.stop_token_ids == stop_token_ids
             await worker.tokens(request, [97, 33, 0], 0)
             await worker.ended(request, "stop")
             done = await answer
