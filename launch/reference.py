@@ -56,7 +56,9 @@ class Reference:
         self.tokenizer = Tokenizer(source) if has_tokenizer else None
         config = source.config()
         self.max_context = config.max_context
-        self.eos_token_ids = frozenset(stop_ids(config, self.tokenizer))
+        self.eos_token_ids = frozenset(
+            stop_ids(config, self.tokenizer.eos_token_ids if self.tokenizer is not None else ())
+        )
 
     @property
     def vocab_size(self) -> int:

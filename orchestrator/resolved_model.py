@@ -29,7 +29,7 @@ class CheckpointModel:
         self.identity = read_identity(source, config)
         self.vocab_size = config.vocab_size
         self.max_context = config.max_context
-        self.eos_token_ids = stop_ids(config, self._tokenizer)
+        self.eos_token_ids = stop_ids(config, self._tokenizer.eos_token_ids)
         self.has_chat_template = self._tokenizer.has_chat_template
 
     def encode(self, text: str) -> list[int]:

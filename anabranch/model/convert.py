@@ -29,7 +29,7 @@ def convert(gguf: Path, folder: Path) -> None:
     )
     source = ModelSource(name=gguf.name, path=gguf, kind="gguf")
     tokenizer = Tokenizer(source)
-    model.generation_config.eos_token_id = list(stop_ids(source.config(), tokenizer))
+    model.generation_config.eos_token_id = list(stop_ids(source.config(), tokenizer.eos_token_ids))
     model.save_pretrained(folder)
     tokenizer.save(folder)
 

@@ -7,16 +7,17 @@ does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from anabranch.model.config import ModelConfig
-from anabranch.model.tokenizer import Tokenizer
 
 
-def stop_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def stop_ids(config: ModelConfig, of_tokenizer: Sequence[int]) -> tuple[int, ...]:
     """The model's end-of-sequence tokens, then its tokenizer's, then those that end a turn.
 
     Args:
         config: generation_config.json's ids, or else config.json's; of a GGUF file, its metadata's.
-        tokenizer: None where a folder has none.
+        of_tokenizer: `Tokenizer.eos_token_ids`; empty where a folder has no tokenizer.
     """
-    ids = (*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer is not None else ()))
-    return tuple(token for token in dict.fromkeys(ids) if 0 <= token < config.vocab_size)
+    ids = dict.fromkeys((*config.eos_token_ids, *of_tokenizer))
+    return tuple(token for token in ids if 0 <= token < config.vocab_size)

@@ -80,7 +80,8 @@ def test_the_converted_folder_and_the_gguf_file_cut_as_the_makers_did(tokenizer,
 def test_the_folder_ends_answers_where_the_file_does(source, tokenizer, gguf) -> None:
     file = ModelSource(name="smollm2", path=KNOWN_MODELS["smollm2-135m"].gguf_file(), kind="gguf")
     # <|im_end|>, which the file names, and <|endoftext|>, which its vocabulary has.
-    assert stop_ids(source.config(), tokenizer) == stop_ids(file.config(), gguf) == (2, 0)
+    assert stop_ids(source.config(), tokenizer.eos_token_ids) == (2, 0)
+    assert stop_ids(file.config(), gguf.eos_token_ids) == (2, 0)
 
 
 def test_chat_template(tokenizer) -> None:
