@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import msgspec
 
@@ -101,6 +102,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check(
             self.head_dim == 2 * len(self.rope.inv_freq),
             f"head_dim {self.head_dim} is not twice the {len(self.rope.inv_freq)} rotary frequencies",
+        )
+        check(
+            all(0.0 <= freq < math.inf for freq in self.rope.inv_freq) and 0.0 < self.rope.attention_scaling < math.inf,
+            "the rotary frequencies are not finite; look at the rope's parameters",
         )
         check(len(self.windows) == self.num_layers, f"{len(self.windows)} windows for {self.num_layers} layers")
         check(all(w is None or w >= 1 for w in self.windows), "a sliding window must hold at least 1 token")
