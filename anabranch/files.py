@@ -47,8 +47,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         num_bytes = os.fstat(file.fileno()).st_size
         data = file.read(max_bytes + 1) if num_bytes <= max_bytes else b""
     if max(num_bytes, len(data)) > max_bytes:
-        found = max(num_bytes, len(data))
-        raise OSError(errno.EFBIG, f"it has {found:,} bytes or more; at most {max_bytes:,} are read", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes, the most that are read", str(path))
     return data
 
 

@@ -10,6 +10,9 @@ import msgspec
 from anabranch.errors import CheckpointError
 from anabranch.parallel.layout import DTYPE_BYTES
 
+# Positions are counted in 32 bits in places.
+MAX_CONTEXT = (1 << 31) - 1
+
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rotary embedding, its scaling already worked into the frequencies.
@@ -95,6 +98,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "max_context",
         ):
             check(getattr(self, key) >= 1, f"{key} is {getattr(self, key)}; it must be at least 1")
+        check(self.max_context <= MAX_CONTEXT, f"max_context is {self.max_context}; it must be at most {MAX_CONTEXT}")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} KV heads",

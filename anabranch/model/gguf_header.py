@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anabranch.errors import CheckpointError
 from anabranch.files import open_regular
-from anabranch.model.bounds import MAX_EXPERTS
+from anabranch.model.config_bounds import MAX_EXPERTS
 
 MAX_TENSORS = 100_000
 MAX_FIELDS = 10_000

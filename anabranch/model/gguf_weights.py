@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from anabranch.errors import CheckpointError
-from anabranch.model.bounds import whole_number
+from anabranch.model.config_bounds import whole_number
 from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.weights import Slices
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from anabranch.errors import CheckpointError
-from anabranch.model.bounds import checked_fields
+from anabranch.model.config_bounds import checked_fields
 from anabranch.model.json_files import MAX_DEPTH, parse_json_object, read_bounded
 
 TOKENIZER_NAME = "tokenizer.json"

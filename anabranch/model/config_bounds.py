@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from anabranch.errors import CheckpointError
+from anabranch.errors import CheckpointError, shown
 
 MAX_LAYERS = 1024
 MAX_EXPERTS = 8192
@@ -18,7 +18,6 @@ MAX_TOKEN_IDS = 1024
 MAX_TEXT = 1024
 MAX_ROPE_VALUES = 4096
 MAX_NUMBER = 1e15
-MAX_SHOWN = 80
 
 # Hugging Face's name -> the least and the largest whole number.
 _WHOLE = {
@@ -153,6 +152,4 @@ def _check_list(where: str, key: str, value: object) -> object:
 
 
 def _refused(where: str, key: str, value: object, what: str) -> CheckpointError:
-    found = repr(value)
-    shown = found if len(found) <= MAX_SHOWN else f"{found[:MAX_SHOWN]}..."
-    return CheckpointError(f"{where}: {key} is {shown}; it must be {what}")
+    return CheckpointError(f"{where}: {key} is {shown(value)}; it must be {what}")
