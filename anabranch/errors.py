@@ -28,7 +28,6 @@ Each carries `code`, a stable snake-case word that travels on the wire; `error_f
 
 from __future__ import annotations
 
-
 MAX_SHOWN_CHARS = 200
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
-from anabranch.model.config_bounds import check_token_ids, checked_fields
 from anabranch.model.config import ModelConfig
+from anabranch.model.config_bounds import check_token_ids, checked_fields
 from anabranch.model.families import model_config, supported_architecture
 from anabranch.model.json_files import read_json_object
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
-from anabranch.model.config_bounds import checked_fields, real_number, whole_number
 from anabranch.model.config import ModelConfig
+from anabranch.model.config_bounds import checked_fields, real_number, whole_number
 from anabranch.model.families import model_config
 from anabranch.model.gguf_weights import GgufFile
 

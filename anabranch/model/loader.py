@@ -23,9 +23,10 @@ def check_finite(values: torch.Tensor, name: str, source: WeightSource) -> None:
     # A NaN is both the least and the greatest; this costs a tenth of what copying does.
     least, greatest = (float(bound) for bound in values.aminmax())
     if not (math.isfinite(least) and math.isfinite(greatest)):
+        dtype = str(values.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{source.where(name)}: {name} holds values that are not finite in {str(values.dtype).removeprefix('torch.')}"
-            f" (from {least:g} to {greatest:g}); fetch it again, or choose a wider dtype"
+            f"{source.where(name)}: {name} holds values that are not finite in {dtype} "
+            f"(from {least:g} to {greatest:g}); fetch it again, or choose a wider dtype"
         )
 
 

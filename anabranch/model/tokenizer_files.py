@@ -55,7 +55,7 @@ _OTHER_NAMES = {
 }
 # What transformers would take from tokenizer_config.json and open, run or call.
 _NOT_TAKEN = re.compile(r"auto_map|init_inputs|name_or_path|vocab|merges|tokenizer_object|backend|_.*|.*_files?")
-_CLASS = re.compile(r"\w{0,64}(Tokenizer|TokenizerFast|Backend)")
+_CLASS = re.compile(r"(?!Auto)\w{0,64}(Tokenizer|TokenizerFast|Backend)")
 # Of config.json, what decides on a tokenizer.
 _MODEL_CONFIG_KEYS = ("architectures", "model_type", "transformers_version", "tokenizer_class")
 
@@ -170,4 +170,3 @@ def _check_section(path: Path, key: str, value: object) -> None:
 def _check_count(path: Path, what: str, count: int, most: int) -> None:
     if count > most:
         raise CheckpointError(f"{path}: {count:,} {what}; at most {most:,} are read")
-
