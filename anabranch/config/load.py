@@ -256,7 +256,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._num_nodes_of: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         where = f"line {event.start_mark.line + 1}"
         before = self._num_nodes
         self._depth += 1

@@ -20,7 +20,7 @@ DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 def check_finite(values: torch.Tensor, name: str, source: WeightSource) -> None:
     """Raise CheckpointError if a tensor's values, as they will be computed with, are not all finite."""
-    # A NaN is both the least and the greatest; this costs a tenth of what copying does.
+    # A NaN is both the least and the greatest; this costs about a tenth of loading.
     least, greatest = (float(bound) for bound in values.aminmax())
     if not (math.isfinite(least) and math.isfinite(greatest)):
         dtype = str(values.dtype).removeprefix("torch.")
