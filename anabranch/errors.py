@@ -28,6 +28,17 @@ Each carries `code`, a stable snake-case word that travels on the wire; `error_f
 
 from __future__ import annotations
 
+MAX_SHOWN_CHARS = 200
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: what came from outside may be of any size."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a nesting without end
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
+
 
 class AnabranchError(Exception):
     """Base of the tree. `code` is what travels on the wire."""
@@ -41,7 +52,7 @@ class ConfigError(AnabranchError, ValueError):
     code = "config"
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
-        super().__init__(f"{key}: {value!r}: {remedy}")
+        super().__init__(f"{key}: {shown(value)}: {remedy}")
         self.key = key
         self.value = value
         self.remedy = remedy

@@ -79,7 +79,7 @@ class Peer:
     """transformers, eager, as its users run it."""
 
     def __init__(self, folder: str, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:

@@ -160,7 +160,8 @@ def engine_figures(name: str, device: torch.device, quick: bool) -> list[Figure]
         kv_cache_bytes=(1 if quick else 4) << 30,
     )
     engine = build_engine(config)
-    peer = AutoModelForCausalLM.from_pretrained(resolve_model(name).path, dtype=DTYPE).eval().to(device)
+    folder = resolve_model(name).path
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, trust_remote_code=False).eval().to(device)
     rng = random.Random(0)
 
     def prompts(count: int, length: int) -> list[list[int]]:

@@ -9,19 +9,22 @@ from launch.plan import plan_workers
 
 
 def check_fit(topology: Topology, source: ModelSource) -> None:
-    """Check workers of several ranks; those of one rank check themselves, as quickly as they start.
+    """Check workers of several ranks; those of one rank, and the orchestrator, check themselves as they start.
 
     Raises:
         ConfigError: names the key, the value, what the machine or the model has, and the remedy.
-        ModelError: the model's configuration cannot be read.
+        ModelError: the model's configuration cannot be read, or its weights' headers say something else.
     """
     pools = (topology.pools.prefill, topology.pools.decode, topology.pools.colocated)
     if all(pool is None or pool.tp * pool.cp == 1 for pool in pools):
         return
     # These need torch, which a launcher of single ranks can do without.
     from anabranch.engine.fit import check_memory, check_worker
+    from anabranch.model.load import check_weights
 
-    model = source.config()
+    model, weights = source.open()
+    with weights:
+        check_weights(model, weights)
     workers = plan_workers(topology, control="")
     for worker in workers:
         try:

@@ -41,7 +41,7 @@ class Reference:
 
     def __init__(self, source: ModelSource, dtype: DtypeName = "float32") -> None:
         transformers.utils.logging.disable_progress_bar()
-        where: dict[str, str | bool] = {"local_files_only": True}
+        where: dict[str, str | bool] = {"local_files_only": True, "trust_remote_code": False}
         how: dict[str, object] = {"dtype": resolve_dtype(dtype, torch.device("cpu"))}
         if source.kind == "gguf":
             where |= {"gguf_file": source.path.name}

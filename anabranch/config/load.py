@@ -18,11 +18,22 @@ import yaml
 from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
+from anabranch.files import read_regular
 from anabranch.parallel.mesh import MAX_RANKS
 
-MAX_FILE_BYTES = 1 << 20
+# PyYAML reads some 20 KB in a second where everything is a number of a list.
+MAX_FILE_BYTES = 64 << 10
+MAX_DEPTH = 32
+MAX_NODES = 16_384
 MAX_WORKERS = 256
 MAX_SIZE_BYTES = 1 << 50
+MAX_BLOCK_SIZE = 4096
+MAX_CONTEXT = (1 << 31) - 1
+MAX_THREADS = 4096
+MAX_RUNNING = 1 << 16
+MAX_STEP_TOKENS = 1 << 20
+
+_MAX_REASON_CHARS = 500
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}iB": 1 << (10 * (i + 1)) for i, letter in enumerate("KMGT")}
@@ -37,16 +48,16 @@ def load_topology(path: Path) -> Topology:
         ConfigError: the file cannot be read, is no YAML mapping, or says something that cannot be.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+        raw = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError("topology file", str(path), f"cannot be read ({error.strerror}); check the path") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError("topology file", str(path), f"is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
     try:
         data = yaml.load(raw, Loader=_StrictLoader)  # _StrictLoader is a SafeLoader
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
+    except ConfigError:
+        raise
+    # What an explicit tag cannot be made of (`!!int x`) raises whatever its constructor stumbles over.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        text = " ".join(str(error).split())[:_MAX_REASON_CHARS]
         raise ConfigError("topology file", str(path), f"is not valid YAML: {text}") from None
     return topology_from(data)
 
@@ -81,8 +92,8 @@ def check_topology(topology: Topology) -> Topology:
     Raises:
         ConfigError: what does not fit together, or does not fit this machine.
     """
-    _at_least("block_size", topology.block_size, 1)
-    _at_least("max_context", topology.max_context, 0)
+    _within("block_size", topology.block_size, 1, MAX_BLOCK_SIZE)
+    _within("max_context", topology.max_context, 0, MAX_CONTEXT)
     if not 0.0 < topology.collective_timeout_s < 86400.0:
         raise ConfigError("collective_timeout_s", topology.collective_timeout_s, "must be above 0 and below 86400")
     if not topology.model:
@@ -106,7 +117,7 @@ def parse_size(key: str, value: int | str, *, least_bytes: int = 1) -> int:
     if isinstance(value, bool):
         raise ConfigError(key, value, remedy)
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", value)
         factor = _UNIT_BY_LOWER.get(match[2].lower()) if match else None
         if match is None or factor is None:
             raise ConfigError(key, value, remedy)
@@ -127,13 +138,13 @@ def usable_cores() -> tuple[int, ...]:
 
 
 def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
-    for name in ("workers", "max_running", "max_step_tokens"):
-        _at_least(f"{key}.{name}", getattr(pool, name), 1)
-    _at_least(f"{key}.threads", pool.threads, 0)
-    if pool.workers > MAX_WORKERS:
-        raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
+    _within(f"{key}.workers", pool.workers, 1, MAX_WORKERS)
+    _within(f"{key}.max_running", pool.max_running, 1, MAX_RUNNING)
+    _within(f"{key}.max_step_tokens", pool.max_step_tokens, 1, MAX_STEP_TOKENS)
+    _within(f"{key}.threads", pool.threads, 0, MAX_THREADS)
     for degree in ("tp", "cp"):
-        _at_least(f"{key}.{degree}", getattr(pool, degree), 1)
+        if getattr(pool, degree) < 1:
+            raise ConfigError(f"{key}.{degree}", getattr(pool, degree), "must be at least 1")
     if pool.tp * pool.cp > MAX_RANKS:
         raise ConfigError(
             f"{key}.tp x cp",
@@ -168,15 +179,17 @@ def _check_cores(key: str, pool: PoolConfig) -> None:
 
 def _check_address(key: str, address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
     if not is_loopback(host):
         raise ConfigError(key, address, "is reachable from other machines and there is no TLS; use 127.0.0.1")
 
 
-def _at_least(key: str, value: int, least: int) -> None:
+def _within(key: str, value: int, least: int, most: int) -> None:
     if value < least:
         raise ConfigError(key, value, f"must be at least {least}")
+    if value > most:
+        raise ConfigError(key, value, f"must be at most {most}")
 
 
 def _reject_unknown_keys(data: object, struct: type[msgspec.Struct], prefix: str) -> None:
@@ -231,7 +244,36 @@ def _leaf_type(struct: type[msgspec.Struct], names: list[str]) -> object:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML would keep the last silently."""
+    """A safe loader that refuses a key given twice, where YAML would keep the last silently, and counts and measures.
+
+    An alias counts as all that it stands for: a few lines of aliases of aliases can stand for more than any memory.
+    """
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._num_nodes = 0
+        self._num_nodes_of: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        where = f"line {event.start_mark.line + 1}"
+        before = self._num_nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ConfigError("topology file", where, f"is nested deeper than {MAX_DEPTH} levels")
+        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[arg-type]
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._num_nodes_of:
+                raise ConfigError("topology file", where, f"the alias {event.anchor!r} stands for what it is part of")
+            self._num_nodes += self._num_nodes_of[id(node)]
+        else:
+            self._num_nodes += 1
+            self._num_nodes_of[id(node)] = self._num_nodes - before
+        if self._num_nodes > MAX_NODES:
+            raise ConfigError("topology file", where, f"there are more than {MAX_NODES} values up to here")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, object]:
         seen: set[str] = set()

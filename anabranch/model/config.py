@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import msgspec
 
 from anabranch.errors import CheckpointError
 from anabranch.parallel.layout import DTYPE_BYTES
+
+# Positions are counted in 32 bits in places.
+MAX_CONTEXT = (1 << 31) - 1
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +99,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "max_context",
         ):
             check(getattr(self, key) >= 1, f"{key} is {getattr(self, key)}; it must be at least 1")
+        check(self.max_context <= MAX_CONTEXT, f"max_context is {self.max_context}; it must be at most {MAX_CONTEXT}")
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} KV heads",
@@ -102,6 +107,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check(
             self.head_dim == 2 * len(self.rope.inv_freq),
             f"head_dim {self.head_dim} is not twice the {len(self.rope.inv_freq)} rotary frequencies",
+        )
+        check(
+            all(0.0 <= freq < math.inf for freq in self.rope.inv_freq) and 0.0 < self.rope.attention_scaling < math.inf,
+            "the rotary frequencies are not finite; look at the rope's parameters",
         )
         check(len(self.windows) == self.num_layers, f"{len(self.windows)} windows for {self.num_layers} layers")
         check(all(w is None or w >= 1 for w in self.windows), "a sliding window must hold at least 1 token")

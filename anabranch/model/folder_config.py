@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from anabranch.errors import CheckpointError, ModelError
+from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
 from anabranch.model.config import ModelConfig
+from anabranch.model.config_bounds import check_token_ids, checked_fields
 from anabranch.model.context_length import check_original
 from anabranch.model.families import model_config, supported_architecture
-
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
+from anabranch.model.json_files import read_json_object
 
 
 def read_folder_config(folder: Path) -> ModelConfig:
     """Configuration of a Hugging Face folder.
 
+    transformers is given the fields that Anabranch goes by, each checked, and opens no file itself: no code of the
+    folder's, and no number that nobody has looked at, reaches it.
+
     Raises:
-        CheckpointError: config.json is missing, malformed or contradicts itself.
+        CheckpointError: config.json is missing, malformed, out of bounds or contradicts itself.
         UnsupportedArchitecture: names the family or option.
     """
-    raw = _read_json(folder / "config.json")
-    architectures, model_type = raw.get("architectures"), raw.get("model_type")
-    supported_architecture(
+    path = folder / "config.json"
+    raw = read_json_object(path)
+    # A family that is not supported is told so, whatever else its configuration holds.
+    kind = checked_fields(str(path), {key: raw[key] for key in ("architectures", "model_type") if key in raw})
+    architectures, model_type = kind.get("architectures"), kind.get("model_type")
+    architecture = supported_architecture(
         architectures if isinstance(architectures, list) else None, model_type if isinstance(model_type, str) else None
     )
     # transformers divides by it before it checks it.
@@ -30,30 +35,26 @@ def read_folder_config(folder: Path) -> ModelConfig:
         scaling = raw.get(key)
         if isinstance(scaling, dict):
             check_original(scaling)
-    generation = folder / "generation_config.json"
-    from transformers import AutoConfig
+    fields = checked_fields(str(path), raw)
+    if model_type == "mistral" and "layer_types" in raw:
+        raise UnsupportedArchitecture(f"{path}: layer_types: not supported with model type 'mistral'")
+    generation = _read_generation(folder / "generation_config.json")
+    from transformers import CONFIG_MAPPING
 
     try:
-        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if hf.architectures is None:
-            hf.architectures = [supported_architecture(None, hf.model_type)]
-        return model_config(hf, _read_json(generation) if generation.exists() else None)
+        hf = CONFIG_MAPPING[model_type].from_dict({**fields, "architectures": architectures or [architecture]})
+        return model_config(hf, generation)
     except ModelError:
         raise
     # transformers' validators raise whatever their authors chose; all of it means a bad configuration.
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
+def _read_generation(path: Path) -> dict[str, object] | None:
+    if not path.exists():
+        return None
+    generation = read_json_object(path)
+    for key in ("bos_token_id", "eos_token_id"):
+        check_token_ids(str(path), key, generation.get(key))
+    return generation

@@ -8,6 +8,7 @@ import msgspec
 
 from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitecture
 from anabranch.model.config import ModelConfig
+from anabranch.model.config_bounds import checked_fields, real_number, whole_number
 from anabranch.model.families import model_config
 from anabranch.model.gguf_weights import GgufFile
 
@@ -37,10 +38,10 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
     family = GGUF_ARCHITECTURES[architecture]
     if family == "Llama" and file.number("llama.expert_count"):
         family = "Mixtral"
-    fields = _fields(file, architecture, family)
     import transformers
 
     try:
+        fields = checked_fields(str(file.path), _fields(file, architecture, family))
         hf = getattr(transformers, f"{family}Config")(**fields, architectures=[f"{family}ForCausalLM"])
         config = model_config(hf)
     except ModelError:
@@ -54,23 +55,27 @@ def read_gguf_config(file: GgufFile) -> ModelConfig:
 def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]:
     """The metadata under transformers' names."""
 
-    def need(key: str) -> float:
-        value = file.number(f"{architecture}.{key}")
+    def need(key: str, field: str) -> int:
+        key = f"{architecture}.{key}"
+        value = file.number(key)
         if not value:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is missing")
-        return value
+            raise CheckpointError(f"{file.path}: {key} is missing")
+        return whole_number(str(file.path), key, value, field)
 
-    num_heads = need("attention.head_count")
+    eps = f"{architecture}.attention.layer_norm_rms_epsilon"
+    num_heads = need("attention.head_count", "num_attention_heads")
+    hidden_size = need("embedding_length", "hidden_size")
+    num_layers = need("block_count", "num_hidden_layers")
     fields: dict[str, object] = {
         "vocab_size": file.shape("model.embed_tokens.weight")[0],
-        "hidden_size": need("embedding_length"),
-        "num_hidden_layers": need("block_count"),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": file.number(f"{architecture}.attention.head_count_kv") or num_heads,
-        "head_dim": file.number(f"{architecture}.attention.key_length") or need("embedding_length") // num_heads,
-        "intermediate_size": need("feed_forward_length"),
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+        "head_dim": file.number(f"{architecture}.attention.key_length") or hidden_size // num_heads,
+        "intermediate_size": need("feed_forward_length", "intermediate_size"),
+        "max_position_embeddings": need("context_length", "max_position_embeddings"),
+        "rms_norm_eps": real_number(str(file.path), eps, file.number(eps), "rms_norm_eps"),
         "rope_parameters": _rope(file, architecture),
         "tie_word_embeddings": "lm_head.weight" not in file.names(),
         "bos_token_id": file.number("tokenizer.ggml.bos_token_id", None),
@@ -82,19 +87,20 @@ def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]
     if family == "Llama":
         fields["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in file.names()
     if family == "Mixtral":
-        fields["num_local_experts"] = need("expert_count")
+        fields["num_local_experts"] = need("expert_count", "num_experts")
     if family in ("Qwen2Moe", "Qwen3Moe"):
-        fields["num_experts"] = need("expert_count")
-        fields["moe_intermediate_size"] = need("expert_feed_forward_length")
+        fields["num_experts"] = need("expert_count", "num_experts")
+        fields["moe_intermediate_size"] = need("expert_feed_forward_length", "moe_intermediate_size")
         # llama.cpp fixes it by architecture; GGUF files do not carry it.
         fields["norm_topk_prob"] = family == "Qwen3Moe"
-        num_layers = int(need("block_count"))
         fields["mlp_only_layers"] = [n for n in range(num_layers) if _is_dense(file, n)]
     if family == "Qwen2Moe":
         fields["qkv_bias"] = has_qkv_bias
-        fields["shared_expert_intermediate_size"] = need("expert_shared_feed_forward_length")
+        fields["shared_expert_intermediate_size"] = need(
+            "expert_shared_feed_forward_length", "shared_expert_intermediate_size"
+        )
     if "Moe" in family or family == "Mixtral":
-        fields["num_experts_per_tok"] = need("expert_used_count")
+        fields["num_experts_per_tok"] = need("expert_used_count", "num_experts_per_tok")
     return fields
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from anabranch.errors import CheckpointError
+from anabranch.model.config_bounds import whole_number
+from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.weights import Slices
 
 if TYPE_CHECKING:
@@ -72,10 +74,9 @@ class GgufFile:
         from gguf import GGUFReader
 
         self.path = path
+        check_gguf_header(path)
         try:
             self._reader = GGUFReader(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: the file is missing") from None
         except (OSError, ValueError, KeyError, IndexError, OverflowError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a whole GGUF file: {error}; fetch it again") from error
         self._entries: dict[str, _Entry] = {}
@@ -108,8 +109,10 @@ class GgufFile:
     def _turned_heads(self, part: str) -> int:
         if part not in ("attn_q", "attn_k") or self.text("general.architecture") != "llama":
             return 0
-        heads = self.number("llama.attention.head_count")
-        return int(heads if part == "attn_q" else self.number("llama.attention.head_count_kv") or heads)
+        key = "llama.attention.head_count"
+        if part == "attn_k" and self.number(f"{key}_kv"):
+            key = f"{key}_kv"
+        return whole_number(str(self.path), key, self.number(key), "num_attention_heads") if self.number(key) else 0
 
     def text(self, key: str) -> str:
         """A text field of the metadata; empty where there is none."""
@@ -142,7 +145,10 @@ class GgufFile:
 
     def _content(self, key: str) -> object:
         field = self._reader.get_field(key)
-        return field.contents() if field is not None else None
+        try:
+            return field.contents() if field is not None else None
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: {key} is not UTF-8: {error}") from error
 
     def rope_factors(self) -> list[float] | None:
         """Divisors of the rotary frequencies, head_dim / 2 of them, where the file carries any."""

@@ -6,9 +6,8 @@ import logging
 
 import msgspec
 
-from anabranch.errors import CheckpointError
 from anabranch.model.config import ModelConfig
-from anabranch.model.load import weights_digest
+from anabranch.model.load import check_weights, weights_digest
 from anabranch.model.sources import ModelSource
 from anabranch.protocol.workers import ModelIdentity
 
@@ -34,10 +33,17 @@ def identity_of(name: str, config: ModelConfig) -> ModelIdentity:
 
 
 def read_identity(source: ModelSource, config: ModelConfig) -> ModelIdentity:
-    """The identity of a model that is not loaded; where weights are missing or broken it has no fingerprint."""
-    try:
-        with source.weights() as weights:
-            config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
-    except CheckpointError as error:
-        logger.info("the workers' weights are not compared with those here: %s", error)
+    """The identity of a model that is not loaded, after its weights' headers and a sample of values were checked.
+
+    Where there are no weights at all, which an orchestrator can do without, it has no fingerprint.
+
+    Raises:
+        CheckpointError: there are weights, but broken or of another shape.
+    """
+    if not source.has_weights():
+        logger.info("no weights are in %s: the workers' are compared with each other's alone", source.path)
+        return identity_of(source.name, config)
+    with source.weights() as weights:
+        check_weights(config, weights)
+        config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
     return identity_of(source.name, config)

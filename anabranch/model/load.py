@@ -8,12 +8,13 @@ import msgspec
 import torch
 
 from anabranch.kernels.base import Kernels
+from anabranch.kernels.plain import PlainKernels
 from anabranch.model.config import ModelConfig
-from anabranch.model.loader import Progress
+from anabranch.model.loader import Progress, check_finite
 from anabranch.model.sources import ModelSource, resolve_model
 from anabranch.model.transformer import Transformer
 from anabranch.model.weights import WeightSource
-from anabranch.parallel.group import Group
+from anabranch.parallel.group import Group, SingleRank
 
 DIGEST_SAMPLE = 64
 
@@ -45,6 +46,7 @@ def load_model(
     source = resolve_model(model) if isinstance(model, str) else model
     config, weights = source.open() if config is None else (config, source.weights())
     with weights:
+        check_weights(config, weights)
         config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
         transformer = Transformer(
             config, weights, dtype=dtype, device=device, kernels=kernels, group=group, progress=progress
@@ -52,8 +54,24 @@ def load_model(
     return config, transformer
 
 
+def check_weights(config: ModelConfig, weights: WeightSource) -> None:
+    """Compare names, shapes and dtypes of all tensors with the configuration, by the files' headers alone.
+
+    It is the model's own constructor that asks for every tensor, so that what is checked is what will be loaded.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or of another shape or dtype.
+    """
+    meta = torch.device("meta")
+    Transformer(config, weights, dtype=torch.float32, device=meta, kernels=PlainKernels(), group=SingleRank())
+
+
 def weights_digest(source: WeightSource) -> str:
-    """Hash of all names and shapes and of a few values of each tensor outside the experts."""
+    """Hash of all names and shapes and of a few values of each tensor outside the experts.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or the values looked at (its first row) are not finite.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(source.names()):
         shape = source.shape(name)
@@ -62,5 +80,6 @@ def weights_digest(source: WeightSource) -> str:
         if ".experts." in name or not shape:
             continue
         sample = source.read(name, (slice(0, 1),)) if len(shape) > 1 else source.read(name)
+        check_finite(sample, name, source)
         digest.update(sample.flatten()[:DIGEST_SAMPLE].float().numpy().tobytes())
     return digest.hexdigest()

@@ -63,6 +63,12 @@ class ModelSource:
 
         return SafetensorsFolder(self.path) if self.kind == "folder" else GgufFile(self.path)
 
+    def has_weights(self) -> bool:
+        """Whether files of weights are here, be they whole or broken."""
+        if self.kind == "gguf":
+            return True
+        return any(next(self.path.glob(kind), None) for kind in ("*.safetensors", "pytorch_model*.bin"))
+
     def config(self) -> ModelConfig:
         """The model's configuration alone, without its weights' digest.
 
@@ -104,7 +110,7 @@ def resolve_model(name: str) -> ModelSource:
             "and no folder or GGUF file of that name exists"
         )
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").exists():
             raise CheckpointError(f"{path}: no config.json is in this folder")
         return ModelSource(name=name, path=path, kind="folder")
     if path.suffix.lower() == ".gguf":
@@ -117,7 +123,7 @@ def _existing(name: str) -> Path | None:
         return None
     try:
         path = Path(name).expanduser().resolve()
-        return path if path.is_dir() or path.is_file() else None
+        return path if path.exists() else None
     # A home that does not exist, a name too long for the file system, a zero byte.
     except (OSError, RuntimeError, ValueError):
         return None

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anabranch.errors import CheckpointError, InvalidRequest, ModelError
 from anabranch.model.end_of_turn import END_OF_TURN
+from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.sources import ModelSource
+from anabranch.model.tokenizer_files import checked_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+# Texts that make a regular expression with nested repeats go back over its steps.
+_TRIALS = tuple(run * 40 + end for run in ("a", "aB", "é", "1", " ", "\n", ".") for end in ("!", "a"))
+MAX_TRIAL_S = 5.0
 
 
 class Tokenizer:
@@ -22,37 +34,40 @@ class Tokenizer:
             writes; of a GGUF file, which often names but one, all that its vocabulary has.
 
     Raises:
-        CheckpointError: the model brings no tokenizer, or a broken one.
+        CheckpointError: the model brings no tokenizer, or one that is broken, out of bounds, or fails at a trial.
         UnsupportedArchitecture: a GGUF file's kind of vocabulary or pre-tokenizer is not known, by name.
     """
 
     def __init__(self, source: ModelSource) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            if source.kind == "gguf":
-                from anabranch.model.gguf_tokenizer import read_gguf_tokenizer
-
-                tokenizer = read_gguf_tokenizer(source.path)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        except ModelError:
-            raise
-        # transformers and tokenizers raise many kinds, bare Exception among them, for a bad tokenizer file.
-        except Exception as error:
-            raise CheckpointError(f"{source.path}: the tokenizer cannot be loaded: {error}") from error
+        if source.kind == "gguf":
+            check_gguf_header(source.path)
+            tokenizer = _load_gguf(source.path)
+        else:
+            with checked_tokenizer(source.path) as folder:
+                tokenizer = _load_folder(source.path, folder)
+        self._path = source.path
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self.vocab_size: int = len(tokenizer)
         self.eos_token_ids = _eos_token_ids(tokenizer, every_end_of_turn=source.kind == "gguf")
         self.has_chat_template: bool = tokenizer.chat_template is not None
+        self._try()
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, chat template included."""
         self._tokenizer.save_pretrained(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; `add_special_tokens` puts the model's own around it (most often BOS)."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """Token ids of a text; `add_special_tokens` puts the model's own around it (most often BOS).
+
+        Raises:
+            CheckpointError: the tokenizer broke off, as a regular expression of it does at some texts.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise CheckpointError(f"{self._path}: the tokenizer broke off at a text: {error}") from error
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -82,6 +97,55 @@ class Tokenizer:
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses them: {error}", "messages") from error
         return [int(token) for token in ids]
+
+    def _try(self) -> None:
+        """Encode short texts that slow regular expressions choke on, rather than let a client's prompt be the first."""
+        for text in _TRIALS:
+            begin = time.monotonic()
+            try:
+                self.encode(text)
+            except CheckpointError:
+                raise
+            except Exception as error:  # it may know no token for a character; a prompt without it is as good as ever
+                logger.info("%s: the tokenizer cannot encode %r...: %s", self._path, text[:8], error)
+            took_s = time.monotonic() - begin
+            if took_s > MAX_TRIAL_S:
+                raise CheckpointError(
+                    f"{self._path}: the tokenizer takes {took_s:.0f} s for {len(text)} characters ({text[:8]!r}...)"
+                )
+
+
+def _load_gguf(path: Path) -> PreTrainedTokenizerBase:
+    from anabranch.model.gguf_tokenizer import read_gguf_tokenizer
+
+    with _named(path):
+        return read_gguf_tokenizer(path)
+
+
+def _load_folder(path: Path, folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _named(path, folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _named(path: Path, folder: Path | None = None) -> Iterator[None]:
+    """Make what transformers and tokenizers raise for a bad file, bare Exception among it, a CheckpointError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        reason = str(error) if folder is None else str(error).replace(str(folder), str(path))
+        raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code panicked: the class, of no module that could be imported, is not below Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, *, every_end_of_turn: bool) -> tuple[int, ...]:

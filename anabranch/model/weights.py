@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import defaultdict
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from anabranch.errors import CheckpointError
+from anabranch.files import open_regular
+from anabranch.model.json_files import read_json_object
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,6 +25,10 @@ SINGLE_NAME = "model.safetensors"
 FLOAT_LABELS = ("F64", "F32", "F16", "BF16")
 # Pages of a mapped file count as the process's memory until it is unmapped, so a long read maps afresh.
 MAX_MAPPED_BYTES = 64 * 1024 * 1024
+# The largest checkpoints name some 200,000 tensors, in an index of 20 MB; one file's header holds a part of them.
+MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_VALUES = 1_000_000
+MAX_HEADER_BYTES = 32 << 20
 
 
 class WeightSource(Protocol):
@@ -59,10 +65,9 @@ class _Shard:
         self._open()
 
     def _open(self) -> None:
+        _check_header(self.path)
         try:
             self.handle = self._stack.enter_context(safe_open(self.path, framework="pt", device="cpu"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: the file is missing") from None
         except (OSError, SafetensorError) as error:
             size = self.path.stat().st_size if self.path.exists() else 0
             raise CheckpointError(
@@ -99,11 +104,13 @@ class SafetensorsFolder:
         self._shards: dict[str, _Shard] = {}
         self._file_of: dict[str, str] = {}
         if index.exists():
-            for name, file in _read_index(index).items():
-                self._file_of[name] = file
-            for file in sorted(set(self._file_of.values())):
+            self._file_of = _read_index(index)
+            names_of: dict[str, list[str]] = defaultdict(list)
+            for name, file in self._file_of.items():
+                names_of[file].append(name)
+            for file, names in sorted(names_of.items()):
                 held = set(self._shard(file).handle.keys())
-                for name in (name for name, of in self._file_of.items() if of == file):
+                for name in names:
                     if name not in held:
                         raise CheckpointError(f"{folder / file}: {name} is missing, which {INDEX_NAME} puts there")
         elif (folder / SINGLE_NAME).exists():
@@ -149,14 +156,32 @@ class SafetensorsFolder:
         self.close()
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _check_header(path: Path) -> None:
+    """Only a regular file, whose header's length (the file's own word) is bounded, is handed to safetensors."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = dict(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an index with a weight_map: {error!r}") from error
-    for name, file in entries.items():
-        # A shard lies beside its index; a path that leads elsewhere is not followed.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path}: {name} points to {file!r}, which is no file name")
+        with open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file: its header would have {length:,} bytes, "
+            f"and at most {MAX_HEADER_BYTES:,} are read; fetch it again"
+        )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    content = read_json_object(path, max_bytes=MAX_INDEX_BYTES, max_values=MAX_INDEX_VALUES)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path}: not an index with a weight_map")
+    entries: dict[str, str] = {}
+    for name, file in weight_map.items():
+        # A shard lies beside its index; a path that leads elsewhere is not followed. A link under the name is: so
+        # the caches of Hugging Face look.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name} points to {file!r}, which is no file name ending in .safetensors")
+        entries[name] = file
     return entries

@@ -74,7 +74,9 @@ def transformers_answers(
     folder: Path, prompts: list[list[int]], max_tokens: int, *, device: str, dtype: DtypeName
 ) -> list[Answer]:
     """One prompt at a time, end-of-sequence ignored."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[dtype])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=TORCH_DTYPES[dtype], trust_remote_code=False
+    )
     model.set_experts_implementation("eager")
     model = model.eval().to(device)
     answers = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import CheckpointError, UnsupportedArchitecture, WorkerDied
 from launch.cluster import LocalCluster
+from orchestrator.resolved_model import CheckpointModel
 from tests.support.families import save
 from tests.support.in_process import InProcessCluster
 
@@ -53,6 +56,31 @@ def lose_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def pipe(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+def spoil(name: str, row: int) -> Callable[[Path], None]:
+    """Fill a tensor with NaN from a row on."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        tensors[name][row:] = float("nan")
+        save_file(tensors, folder / WEIGHTS)
+
+    return change
+
+
+def go_back(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pre_tokenizer": split}))
+
+
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
 # What is done to the folder -> the error and what it says.
 BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "truncated": (truncate, CheckpointError, r"model\.safetensors: not a whole safetensors file"),
@@ -65,6 +93,20 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         r"has shape \[101, 48\], the configuration expects \[99",
     ),
     "other architecture": (edit(architectures=["FalconForCausalLM"]), UnsupportedArchitecture, "FalconForCausalLM"),
+    "more vocabulary than any": (
+        edit(vocab_size=10**15),
+        CheckpointError,
+        "vocab_size is 1000000000000000; it must be",
+    ),
+    "more layers than any": (
+        edit(num_hidden_layers=10**9),
+        CheckpointError,
+        "num_hidden_layers is 1000000000; it must",
+    ),
+    "a FIFO for weights": (pipe, CheckpointError, r"model\.safetensors: cannot be read: it is a FIFO"),
+    "nothing but NaN": (spoil(UP_PROJ, 0), CheckpointError, rf"{UP_PROJ} holds values that are not finite"),
+    "NaN in one row": (spoil(UP_PROJ, 7), CheckpointError, rf"{UP_PROJ} holds values that are not finite"),
+    "a regular expression without end": (go_back, CheckpointError, "the tokenizer broke off at a text"),
     "no tokenizer": (lose_tokenizer, CheckpointError, "the tokenizer cannot be loaded"),
 }
 
@@ -74,8 +116,14 @@ def folder(known, tmp_path) -> Path:
     return Path(shutil.copytree(known.folder, tmp_path / "broken"))
 
 
-@pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.parametrize("roles", [("colocated",), ("prefill", "decode")], ids=["colocated", "split"])
+# Also with prefill and decode apart; for the others one start is enough.
+SPLIT = ("truncated", "mislabelled", "NaN in one row", "no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("case", "roles"),
+    [(case, ("colocated",)) for case in BROKEN] + [(case, ("prefill", "decode")) for case in SPLIT],
+)
 def test_a_broken_model_ends_the_start(folder, tmp_path, case, roles) -> None:
     damage, kind, says = BROKEN[case]
     damage(folder)
@@ -83,8 +131,12 @@ def test_a_broken_model_ends_the_start(folder, tmp_path, case, roles) -> None:
         pass
 
 
-@pytest.mark.parametrize("case", ["truncated", "more layers than weights"])
-def test_processes_pass_the_reason_on(folder, case) -> None:
+@pytest.mark.parametrize(
+    ("case", "who"),
+    # The orchestrator and the worker find what is in the headers at the same time, the worker alone what is not.
+    [("truncated", "(orchestrator|colocated-0)"), ("NaN in one row", "colocated-0")],
+)
+def test_processes_pass_the_reason_on(folder, case, who) -> None:
     damage, _, says = BROKEN[case]
     damage(folder)
     pool = PoolConfig(kv_cache="8MiB", threads=1)
@@ -92,8 +144,28 @@ def test_processes_pass_the_reason_on(folder, case) -> None:
     with pytest.raises(WorkerDied, match=says) as caught:
         cluster.start()
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("colocated-0: ")
+    assert re.match(f"{who}: ", str(caught.value))
     assert not cluster.folder.exists()
+
+
+@pytest.mark.parametrize("case", ["a FIFO for weights", "nothing but NaN", "other vocabulary"])
+def test_the_orchestrator_refuses_what_its_own_check_can_see(folder, case) -> None:
+    damage, kind, says = BROKEN[case]
+    damage(folder)
+    with pytest.raises(kind, match=says):
+        CheckpointModel(str(folder))
+
+
+@pytest.mark.parametrize("case", ["a FIFO for weights", "other vocabulary", "more layers than weights"])
+def test_several_ranks_are_not_started(folder, case) -> None:
+    """The launcher compares the headers itself, before any process."""
+    damage, kind, says = BROKEN[case]
+    damage(folder)
+    pool = PoolConfig(kv_cache="8MiB", threads=1, tp=2)
+    cluster = LocalCluster(Topology(model=str(folder), pools=Pools(colocated=pool)), ready_timeout_s=60.0)
+    with pytest.raises(kind, match=says):
+        cluster.start()
+    assert cluster.processes == ()
 
 
 OTHER_SHAPES = {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -97,6 +99,12 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"pools": {"prefill": {}}}, "pools.decode", None, "come together"),
         ({"pools": {}}, "pools", {}, "give prefill and decode, or colocated"),
         ({"block_size": 0}, "block_size", 0, "must be at least 1"),
+        ({"block_size": 10**15}, "block_size", 10**15, "must be at most 4096"),
+        ({"max_context": 1 << 40}, "max_context", 1 << 40, "must be at most 2147483647"),
+        ({"pools": {"colocated": {"threads": 10**9}}}, "pools.colocated.threads", 10**9, "must be at most 4096"),
+        ({"pools": {"colocated": {"max_running": 10**9}}}, "pools.colocated.max_running", 10**9, "at most 65536"),
+        ({"pools": {"colocated": {"max_step_tokens": 10**9}}}, "pools.colocated.max_step_tokens", 10**9, "at most"),
+        ({"grpc": "localhost:²"}, "grpc", "localhost:²", "give HOST:PORT"),
         ({"grpc": "localhost"}, "grpc", "localhost", "give HOST:PORT"),
         ({"grpc": "localhost:99999"}, "grpc", "localhost:99999", "give HOST:PORT"),
         ({"grpc": "0.0.0.0:50051"}, "grpc", "0.0.0.0:50051", "reachable from other machines"),
@@ -135,8 +143,67 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_topology(written(tmp_path, "model: a\nmodel: b\n"))
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_topology(written(tmp_path, "model: !!python/object/apply:os.getcwd []\n"))
-    with pytest.raises(ConfigError, match="larger than"):
+    with pytest.raises(ConfigError, match="more than 65,536 bytes"):
         load_topology(written(tmp_path, "#" * (1 << 20) + "\n"))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("FIFO", "it is a FIFO"),
+        ("device", "it is a device"),
+        ("folder", "it is a folder"),
+        ("sparse", "more than 65,536"),
+    ],
+)
+def test_what_is_no_small_regular_file(tmp_path: Path, kind: str, remedy: str) -> None:
+    path = tmp_path / "topology.yaml"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    with pytest.raises(ConfigError, match=remedy):
+        load_topology(path)
+
+
+DOUBLING = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("[" * 30_000 + "]" * 30_000, "nested deeper than 32 levels"),
+        ("{a: " * 5000 + "1" + "}" * 5000, "nested deeper than 32 levels"),
+        (DOUBLING, "more than 16384 values"),
+        ("x: [" + "1," * 20_000 + "]", "more than 16384 values"),
+        ("pools: &p {colocated: *p}", "the alias 'p' stands for what it is part of"),
+        ("block_size: " + "1" * 5000, "not valid YAML: Exceeds the limit"),
+        ("model: 2001-99-99", "not valid YAML: month must be"),
+        ("block_size: !!int x", "not valid YAML: invalid literal"),
+        ("model: !!timestamp x", "not valid YAML"),
+        ("prefix_cache: !!bool x", "not valid YAML"),
+        ("block_size: " + ":".join(["1"] * 10_000), "block_size: a very large int: must be at most"),
+        ("model: [" + "x," * 10_000 + "]", r"model: \['x', .{190,200}\.\.\.: expected `str`"),
+    ],
+)
+def test_files_that_stand_for_more_than_they_hold(tmp_path: Path, text: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        load_topology(written(tmp_path, text))
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_alias_may_be_used(tmp_path: Path) -> None:
+    topology = load_topology(written(tmp_path, "pools:\n  prefill: &pool {max_running: 3}\n  decode: *pool\n"))
+    assert topology.pools.prefill is not None
+    assert topology.pools.prefill == topology.pools.decode
+    assert topology.pools.prefill.max_running == 3
 
 
 @pytest.mark.parametrize(
@@ -155,7 +222,7 @@ def test_sizes(text: int | str, num_bytes: int) -> None:
     assert parse_size("kv", text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 MiB 2", "1XB", -5, "9999999TiB"])
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1 MiB 2", "1XB", -5, "9999999TiB", "1" * 5000, "1" * 400 + ".0"])
 def test_bad_sizes(text: int | str) -> None:
     with pytest.raises(ConfigError, match=r"^kv: "):
         parse_size("kv", text)

@@ -100,7 +100,7 @@ def test_missing_expert(make_model, load) -> None:
         ({"attention_bias": True}, r"q_proj\.bias \[48\] is missing"),
         ({"tie_word_embeddings": False}, r"lm_head\.weight \[101, 48\] is missing"),
         ({"num_key_value_heads": 4}, "6 query heads are no multiple of 4 KV heads"),
-        ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number from 1"),
         ({"head_dim": 7}, "head_dim"),
         ({"hidden_size": "large"}, "hidden_size"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope"),
@@ -177,7 +177,7 @@ def test_pickled_weights_are_not_read(folder, load) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "not an index"),
+        ("{", "not readable as JSON"),
         ('{"weight_map": [1]}', "not an index"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "no file name"),
         ('{"weight_map": {"a": 3}}', "no file name"),
