@@ -115,7 +115,8 @@ class AsyncClient:
 
         Args:
             prompt: text, token ids, or the turns of a chat.
-            request_id: unique among the requests in flight; None lets the server draw one.
+            request_id: names the request in `Accepted` and in the server's log, and need not be unique; None lets
+                the server draw one.
             timeout_s: deadline of the whole answer.
 
         Raises:

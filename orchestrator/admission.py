@@ -15,17 +15,20 @@ from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
 from orchestrator.served_model import ServedModel
 
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_CLIENT_ID = re.compile(r"[!-~]{1,128}")
 MAX_CHAT_MESSAGES = 1024
 
 Messages = Sequence[tuple[str, str]]
 
 
-def request_id_of(request: pb.GenerateRequest) -> str:
-    """The client's id, or a drawn one. Raises InvalidRequest."""
-    if not request.request_id:
-        return uuid.uuid4().hex
-    if not _REQUEST_ID.fullmatch(request.request_id):
+def drawn_id() -> str:
+    """A request's own id, which no other request has or had; a client's id may come twice."""
+    return uuid.uuid4().hex
+
+
+def client_id_of(request: pb.GenerateRequest) -> str:
+    """The client's name for its request, "" where it gave none. Raises InvalidRequest."""
+    if request.request_id and not _CLIENT_ID.fullmatch(request.request_id):
         raise InvalidRequest("must have 1 to 128 printable ASCII characters without spaces", "request_id")
     return request.request_id
 
@@ -40,7 +43,7 @@ def sampling_of(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
     sampling = SamplingParams(
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
     )
     sampling = msgspec.structs.replace(sampling, **given)

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, InvalidRequest, Overloaded
+from anabranch.errors import AnabranchError, Overloaded
 from anabranch.protocol.requests import Request, Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens, ToWorker
 from orchestrator.lifecycle import Lifecycle
@@ -66,27 +66,30 @@ class Dispatcher:
                 f"{num_waiting} requests wait for their first token, as many as max_queued allows; try again later"
             )
 
-    def check_id(self, request_id: str) -> None:
-        """Raise InvalidRequest when a request of that id is in flight."""
-        if request_id in self._requests:
-            raise InvalidRequest(f"{request_id!r} is in flight already; choose another one", "request_id")
+    def submit(self, request: Request, accepted_at: float, *, client_id: str = "") -> Lifecycle:
+        """Start a request.
 
-    def submit(self, request: Request, accepted_at: float) -> Lifecycle:
-        """Start a request. Raises InvalidRequest when its id is in flight."""
-        self.check_id(request.request_id)
+        Args:
+            request: its id must never have been used before: what workers still say of an earlier request is told
+                from this one's by the id alone.
+            client_id: the client's name for it, which need not be unique.
+        """
+        request_id = request.request_id
+        assert request_id not in self._requests
         sampling = request.sampling
         silent = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             silent.update(self._model.eos_token_ids)
         lifecycle = Lifecycle(
             request,
+            client_id=client_id,
             text=self._model.text_stream(sampling),
             silent_ids=frozenset(silent),
             cluster=self,
             config=self._config,
             accepted_at=accepted_at,
         )
-        request_id = request.request_id
+        logger.debug("accepted request %s", lifecycle.name)
         self._requests[request_id] = lifecycle
         self._all_ended.clear()
         task = asyncio.create_task(lifecycle.run(), name=f"request {request_id}")

@@ -20,7 +20,16 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, InvalidRequest, RequestCancelled
 from anabranch.protocol.requests import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
-from orchestrator.admission import Messages, checked_ids, encode, fitted, request_id_of, sampling_of, text_or_messages
+from orchestrator.admission import (
+    Messages,
+    checked_ids,
+    client_id_of,
+    drawn_id,
+    encode,
+    fitted,
+    sampling_of,
+    text_or_messages,
+)
 from orchestrator.answer import Finished
 from orchestrator.calls import abort, answered
 from orchestrator.context_limit import ContextLimit
@@ -89,8 +98,7 @@ class Gateway:
             if isinstance(message, InvalidRequest):
                 raise message
             lifecycle = await self._admit(message)
-            request = lifecycle.request
-            await self._write(context, accepted_event(request.request_id, len(request.prompt_ids)))
+            await self._write(context, accepted_event(lifecycle.client_id, len(lifecycle.request.prompt_ids)))
             part = None
             while not isinstance(part, Finished):
                 part = await lifecycle.answer.next()
@@ -115,8 +123,7 @@ class Gateway:
         """Check everything that can be checked without a worker, and start the request. Raises AnabranchError."""
         accepted_at = time.monotonic()
         self._check_open()
-        request_id = request_id_of(message)
-        self._dispatcher.check_id(request_id)
+        client_id = client_id_of(message)
         sampling = sampling_of(message.sampling, self._model.vocab_size)
         prompt = text_or_messages(message)
         self._dispatcher.check_room(self.num_encoding)
@@ -126,8 +133,8 @@ class Gateway:
             prompt_ids = await self._encode(prompt)
             self._check_open()
         sampling = fitted(sampling, len(prompt_ids), self.context_limit())
-        request = Request(request_id=request_id, epoch=0, prompt_ids=prompt_ids, sampling=sampling)
-        return self._dispatcher.submit(request, accepted_at)
+        request = Request(request_id=drawn_id(), epoch=0, prompt_ids=prompt_ids, sampling=sampling)
+        return self._dispatcher.submit(request, accepted_at, client_id=client_id)
 
     async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:
         """Write once the client has room. Raises DeadlineExceeded when it makes none."""

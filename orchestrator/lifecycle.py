@@ -77,6 +77,7 @@ class Lifecycle:
 
     Args:
         request: epoch 0; `sampling.max_tokens` is set.
+        client_id: the client's name for the request; empty: it goes by the request's own id.
         text: turns its tokens into text.
         silent_ids: tokens that end the answer and have no text.
     """
@@ -85,6 +86,7 @@ class Lifecycle:
         self,
         request: Request,
         *,
+        client_id: str,
         text: TextStream,
         silent_ids: frozenset[int],
         cluster: Cluster,
@@ -93,6 +95,9 @@ class Lifecycle:
     ) -> None:
         assert request.sampling.max_tokens is not None
         self.request = request
+        self.client_id = client_id or request.request_id
+        # For logs: what workers call it, and what the client does.
+        self.name = f"{request.request_id} ({client_id})" if client_id else request.request_id
         self.state: State = "queued"
         self.answer = Answer(config.max_unread_tokens)
         self._text = text
@@ -136,10 +141,10 @@ class Lifecycle:
         try:
             self.answer.finish(await self._drive())
         except AnabranchError as error:
-            logger.info("request %s ended in %s: %s", self.request.request_id, self.state, error)
+            logger.info("request %s ended in %s: %s", self.name, self.state, error)
             self.answer.fail(error)
         except Exception:
-            logger.exception("request %s failed in %s", self.request.request_id, self.state)
+            logger.exception("request %s failed in %s", self.name, self.state)
             self.answer.fail(AnabranchError("the orchestrator failed; its log says why"))
         finally:
             self.state = "ended"
@@ -177,7 +182,7 @@ class Lifecycle:
         self.request = msgspec.structs.replace(
             self.request, epoch=self.request.epoch + 1, output_ids=tuple(self._output_ids)
         )
-        logger.info("request %s goes on as epoch %d", self.request.request_id, self.request.epoch)
+        logger.info("request %s goes on as epoch %d", self.name, self.request.epoch)
 
     async def _queued(self) -> Attempt:
         while True:
@@ -195,7 +200,7 @@ class Lifecycle:
             except DeadlineExceeded as error:
                 if finished is None:
                     raise
-                logger.warning("request %s: %s", self.request.request_id, error)
+                logger.warning("request %s: %s", self.name, error)
                 return finished
             if isinstance(event, Lost):
                 if finished is None and attempt.depends_on(event.member):
@@ -271,7 +276,7 @@ class Lifecycle:
             attempt.prompt_computed()
             self._cluster.work_released()
         elif attempt.committed:
-            logger.warning("request %s: prefill's report: %s", self.request.request_id, message.error.message)
+            logger.warning("request %s: prefill's report: %s", self.name, message.error.message)
         else:
             return self._given_back_or_raise(attempt.route.prefill, message.error)
         return None
@@ -375,7 +380,7 @@ class Lifecycle:
         try:
             await self._cluster.send(member, Cancel(request_id=attempt.request.request_id, epoch=attempt.request.epoch))
         except AnabranchError as error:
-            logger.debug("cancel of %s not sent: %s", attempt.request.request_id, error)
+            logger.debug("cancel of %s not sent: %s", self.name, error)
 
     async def _cause(self, attempt: Attempt, error: PeerLost) -> AnabranchError:
         """Why a worker lost its peer: the death of that peer, if it shows within the time that silence takes."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from anabranch.bounds import Extent, Int63
 from anabranch.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 256
+
+StopString = Annotated[str, Meta(max_length=MAX_STOP_STRING_CHARS)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,19 +40,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ignore_eos: go on past the model's end-of-sequence token.
     """
 
-    max_tokens: int | None = None
+    max_tokens: Int63 | None = None
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: Int63 = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: dict[int, float] = {}
-    logprobs: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    seed: Int63 | None = None
+    logit_bias: Annotated[dict[Extent, float], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    logprobs: Extent | None = None
+    stop: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[frozenset[Extent], Meta(max_length=MAX_STOP_TOKEN_IDS)] = frozenset()
     ignore_eos: bool = False
 
     @property
@@ -94,6 +100,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "stop",
             f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
         )
+        check(len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
         check(
             all(0 <= token < vocab_size for token in self.stop_token_ids),
             "stop_token_ids",
