@@ -16,7 +16,6 @@ from orchestrator.context_limit import ContextLimit
 from orchestrator.served_model import ServedModel
 
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")
-MAX_CHAT_MESSAGES = 1024
 
 Messages = Sequence[tuple[str, str]]
 
@@ -96,8 +95,8 @@ def text_or_messages(request: pb.GenerateRequest | pb.TokenizeRequest) -> str | 
         return request.text
     if kind == "chat":
         messages = [(message.role, message.content) for message in request.chat.messages]
-        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-            raise InvalidRequest(f"has {len(messages)} messages; it must have 1 to {MAX_CHAT_MESSAGES}", "chat")
+        if not messages:
+            raise InvalidRequest("has 0 messages; it must have at least 1", "chat")
         for position, (role, _) in enumerate(messages):
             if not role:
                 raise InvalidRequest(f"message {position} has no role", "chat")

@@ -39,6 +39,7 @@ from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
 from orchestrator.served_model import ServedModel
+from orchestrator.waiting_room import message_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -126,15 +127,20 @@ class Gateway:
         client_id = client_id_of(message)
         sampling = sampling_of(message.sampling, self._model.vocab_size)
         prompt = text_or_messages(message)
-        self._dispatcher.check_room(self.num_encoding)
-        if prompt is None:
-            prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
-        else:
-            prompt_ids = await self._encode(prompt)
-            self._check_open()
-        sampling = fitted(sampling, len(prompt_ids), self.context_limit())
+        place = self._dispatcher.room.enter(message_bytes(message))
+        try:
+            if prompt is None:
+                prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
+            else:
+                prompt_ids = await self._encode(prompt)
+                self._check_open()
+            sampling = fitted(sampling, len(prompt_ids), self.context_limit())
+            place.hold_tokens(len(prompt_ids))
+        except BaseException:
+            place.leave()
+            raise
         request = Request(request_id=drawn_id(), epoch=0, prompt_ids=prompt_ids, sampling=sampling)
-        return self._dispatcher.submit(request, accepted_at, client_id=client_id)
+        return self._dispatcher.submit(request, accepted_at, client_id=client_id, place=place)
 
     async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:
         """Write once the client has room. Raises DeadlineExceeded when it makes none."""
@@ -154,6 +160,8 @@ class Gateway:
     def _check_open(self) -> None:
         if self.draining:
             raise Draining("the orchestrator is shutting down and takes no new requests")
+        if (missing := self._membership.missing()) is not None:
+            raise missing
 
     async def _encode(self, prompt: str | Messages) -> tuple[int, ...]:
         self.num_encoding += 1
@@ -171,8 +179,11 @@ class Gateway:
     async def tokenize(self, message: pb.TokenizeRequest) -> pb.TokenizeResponse:
         prompt = text_or_messages(message)
         assert prompt is not None
-        self._dispatcher.check_room(self.num_encoding)
-        return pb.TokenizeResponse(token_ids=await self._encode(prompt))
+        place = self._dispatcher.room.enter(message_bytes(message))
+        try:
+            return pb.TokenizeResponse(token_ids=await self._encode(prompt))
+        finally:
+            place.leave()
 
     async def get_model(self, message: pb.GetModelRequest) -> pb.Model:
         return model_message(self._model, self.context_limit().num_tokens, self._membership.members)

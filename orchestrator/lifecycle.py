@@ -43,6 +43,7 @@ from orchestrator.membership import Member
 from orchestrator.record import Record
 from orchestrator.router import Route
 from orchestrator.served_model import TextStream
+from orchestrator.waiting_room import Place
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Lifecycle:
     Args:
         request: epoch 0; `sampling.max_tokens` is set.
         client_id: the client's name for the request; empty: it goes by the request's own id.
+        place: among the requests that wait for their first token; left with that token, or at the end.
         text: turns its tokens into text.
         silent_ids: tokens that end the answer and have no text.
     """
@@ -87,6 +89,7 @@ class Lifecycle:
         request: Request,
         *,
         client_id: str,
+        place: Place,
         text: TextStream,
         silent_ids: frozenset[int],
         cluster: Cluster,
@@ -100,6 +103,7 @@ class Lifecycle:
         self.name = f"{request.request_id} ({client_id})" if client_id else request.request_id
         self.state: State = "queued"
         self.answer = Answer(config.max_unread_tokens)
+        self._place = place
         self._text = text
         self._silent_ids = silent_ids
         self._cluster = cluster
@@ -113,10 +117,6 @@ class Lifecycle:
 
     # What others call -------------------------------------------------------------------------------------
 
-    @property
-    def waits_for_first_token(self) -> bool:
-        return self.state != "ended" and not self._output_ids
-
     def assign(self, route: Route) -> None:
         """The queue has found a route; the workers' loads count the request from now on."""
         assert self._attempt is None
@@ -124,15 +124,21 @@ class Lifecycle:
         self._inbox.put(Assigned(self._attempt))
 
     def deliver(self, member: Member, message: FromWorker) -> None:
-        """A worker said something about this request."""
-        self._inbox.put(Said(member, message))
+        """A worker said something about this request; only those that have it now are heard."""
+        if self._involves(member):
+            self._inbox.put(Said(member, message))
 
     def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        self._inbox.put(Lost(member, error))
+        """A worker is gone."""
+        if self._involves(member):
+            self._inbox.put(Lost(member, error))
 
     def stop(self, error: AnabranchError) -> None:
         """End the request with `error`, unless it has ended."""
         self._inbox.put(Stop(error))
+
+    def _involves(self, member: Member) -> bool:
+        return self._attempt is not None and member in self._attempt.route.members
 
     # The machine ------------------------------------------------------------------------------------------
 
@@ -148,6 +154,7 @@ class Lifecycle:
             self.answer.fail(AnabranchError("the orchestrator failed; its log says why"))
         finally:
             self.state = "ended"
+            self._place.leave()
             self._cluster.withdraw(self)
             self._cluster.work_released()
             if not self.answer.ended:
@@ -335,6 +342,7 @@ class Lifecycle:
         if len(self._output_ids) == first_index:
             return None
         self._record.tokens_came(time.monotonic())
+        self._place.leave()
         if not attempt.committed:
             attempt.committed = True
             attempt.prompt_computed()

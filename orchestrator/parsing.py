@@ -1,7 +1,7 @@
 """Bytes to protobuf messages, without gRPC's own answer to what cannot be parsed.
 
 gRPC answers INTERNAL to a message that its deserializer refuses. Here the refusal becomes a value that the
-handler answers with INVALID_ARGUMENT and, where a string is not UTF-8, the field's name.
+handler answers with INVALID_ARGUMENT and, where a string is not UTF-8 or a field holds too much, the field's name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from anabranch.errors import InvalidRequest
+from orchestrator.limits import check_limits
 
 _M = TypeVar("_M", bound=Message)
 
@@ -26,7 +27,10 @@ def parser(kind: type[_M]) -> Callable[[bytes], _M | InvalidRequest]:
         message = kind()
         try:
             message.ParseFromString(data)
+            check_limits(message)
             return message
+        except InvalidRequest as error:
+            return error
         except DecodeError as error:
             try:
                 field = bad_string(cast(Descriptor, message.DESCRIPTOR), data)

@@ -136,9 +136,7 @@ INFO = WorkerInfo(
     device="cpu",
     num_threads=1,
 )
-STATS = WorkerStats(
-    num_free_blocks=1, num_total_blocks=1, num_running=0, num_waiting=0, num_leases=0, queued_tokens=0
-)
+STATS = WorkerStats(num_free_blocks=1, num_total_blocks=1, num_running=0, num_waiting=0, num_leases=0, queued_tokens=0)
 NAN = float("nan")
 CASES: dict[str, Message] = {
     "the issue's pid": Register(worker=msgspec.structs.replace(INFO, pid=2**64 - 1)),
@@ -191,13 +189,15 @@ def test_the_largest_request_that_is_accepted_reaches_a_worker() -> None:
         temperature=100.0,
         top_k=2**63 - 1,
         seed=2**63 - 1,
-        logit_bias={token: -1e308 for token in range(MAX_LOGIT_BIAS)},
+        logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -1e+308),
         logprobs=MAX_LOGPROBS,
         stop=("é" * MAX_STOP_STRING_CHARS,) * MAX_STOP_STRINGS,
         stop_token_ids=frozenset(range(VOCAB - MAX_STOP_TOKEN_IDS, VOCAB)),
     )
     sampling.validate(VOCAB)
-    message = Generate(request=Request(request_id="r", epoch=2**40, prompt_ids=(VOCAB - 1,) * 100_000, sampling=sampling))
+    message = Generate(
+        request=Request(request_id="r", epoch=2**40, prompt_ids=(VOCAB - 1,) * 100_000, sampling=sampling)
+    )
     codec = Codec(ToWorker, MAX_MESSAGE_BYTES)
     assert codec.decode(codec.encode(message)) == message
 
