@@ -14,6 +14,7 @@ from msgspec import Meta
 # A control message has at most as many bytes, so no list of it has more entries.
 MAX_ENTRIES = 8 << 20
 MAX_ERROR_CHARS = 2000
+MAX_SALT_CHARS = 256
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 """Tokens, blocks, bytes, requests, epochs; a thousand of them still fit int64."""
@@ -32,6 +33,8 @@ Name: TypeAlias = Annotated[str, Meta(max_length=128)]
 
 Place: TypeAlias = Annotated[str, Meta(max_length=4096)]
 """A path or an address."""
+
+Salt: TypeAlias = Annotated[str, Meta(max_length=MAX_SALT_CHARS)]
 
 ErrorText: TypeAlias = Annotated[str, Meta(max_length=MAX_ERROR_CHARS)]
 

@@ -139,7 +139,13 @@ class Gateway:
         except BaseException:
             place.leave()
             raise
-        request = Request(request_id=drawn_id(), epoch=0, prompt_ids=prompt_ids, sampling=sampling)
+        request = Request(
+            request_id=drawn_id(),
+            epoch=0,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            cache_salt=message.cache_salt,
+        )
         return self._dispatcher.submit(request, accepted_at, client_id=client_id, place=place)
 
     async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:

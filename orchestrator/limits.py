@@ -12,12 +12,12 @@ from typing import cast
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from anabranch.bounds import MAX_SALT_CHARS
 from anabranch.errors import InvalidRequest
 from anabranch.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_CHAT_MESSAGES = 1024
 MAX_NAME_CHARS = 128
-MAX_SALT_CHARS = 256
 MAX_HOW_CHARS = 10_000
 
 # Most entries of repeated fields, by message and field.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from anabranch.bounds import MAX_ERROR_CHARS, Count, ErrorText, Extent, ExtentList, Name
+from anabranch.bounds import MAX_ERROR_CHARS, Count, ErrorText, Extent, ExtentList, Name, Salt
 from anabranch.errors import AnabranchError, error_from_code
 from anabranch.sampling.params import MAX_LOGPROBS, SamplingParams
 
@@ -24,6 +24,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         prompt_ids: the client's prompt.
         output_ids: what earlier epochs already delivered; this epoch goes on at index `len(output_ids)`.
         sampling: `max_tokens` is set here, and counts `output_ids`; `seed` is set unless greedy.
+        cache_salt: KV blocks are shared with requests of the same salt alone; empty is one of them.
     """
 
     request_id: Name
@@ -31,6 +32,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_ids: ExtentList
     sampling: SamplingParams
     output_ids: ExtentList = ()
+    cache_salt: Salt = ""
 
     @property
     def key(self) -> tuple[str, int]:

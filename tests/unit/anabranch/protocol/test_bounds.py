@@ -189,7 +189,7 @@ def test_the_largest_request_that_is_accepted_reaches_a_worker() -> None:
         temperature=100.0,
         top_k=2**63 - 1,
         seed=2**63 - 1,
-        logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -1e+308),
+        logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -1e308),
         logprobs=MAX_LOGPROBS,
         stop=("é" * MAX_STOP_STRING_CHARS,) * MAX_STOP_STRINGS,
         stop_token_ids=frozenset(range(VOCAB - MAX_STOP_TOKEN_IDS, VOCAB)),
