@@ -18,7 +18,7 @@ from anabranch.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_STRING_CHARS, MAX
 
 MAX_CHAT_MESSAGES = 1024
 MAX_NAME_CHARS = 128
-MAX_HOW_CHARS = 10_000
+MAX_REASON_CHARS = 10_000
 
 # Most entries of repeated fields, by message and field.
 MAX_ENTRIES: Mapping[str, int] = {
@@ -35,7 +35,7 @@ MAX_CHARS: Mapping[str, int] = {
     "GenerateRequest.cache_salt": MAX_SALT_CHARS,
     "SamplingParams.stop": MAX_STOP_STRING_CHARS,
     "ReportExitRequest.worker": MAX_NAME_CHARS,
-    "ReportExitRequest.how": MAX_HOW_CHARS,
+    "ReportExitRequest.how": MAX_REASON_CHARS,
     "DrainRequest.worker": MAX_NAME_CHARS,
 }
 

@@ -6,9 +6,9 @@ from google.protobuf.message import Message
 
 from anabranch.errors import Overloaded
 
-# gRPC keeps a call's bytes and its parsed message; a parsed int64 takes 8 bytes, or up to eight times its bytes.
+# While a call lasts, gRPC keeps the bytes that came and the message that was parsed from them.
 WIRE_FACTOR = 2
-# An entry of the tuple of prompt ids, its int object, the message's own, and a request's share of what travels.
+# Of a prompt's id: its int object and its entry of the request's tuple, and up to 16 bytes in the parsed message.
 TOKEN_BYTES = 56
 
 
