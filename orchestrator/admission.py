@@ -68,13 +68,18 @@ def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
 
 
+def check_num_ids(num_ids: int, limit: ContextLimit) -> None:
+    """Raise ContextExceeded for more prompt tokens than the context has room for."""
+    if num_ids >= limit.num_tokens:
+        raise _too_long(num_ids, limit)
+
+
 def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tuple[int, ...]:
     """A prompt of token ids. Raises InvalidRequest, ContextExceeded."""
     if not ids:
         raise InvalidRequest("is empty", "token_ids")
     # Before looking at each, so that a huge list is not walked on the event loop.
-    if len(ids) >= limit.num_tokens:
-        raise _too_long(len(ids), limit)
+    check_num_ids(len(ids), limit)
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(

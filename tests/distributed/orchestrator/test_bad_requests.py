@@ -88,22 +88,26 @@ TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
     "logit_bias too many": (
         sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
         INVALID,
-        "logit_bias: has 1025 entries; at most 1024 are allowed",
+        "logit_bias: has more than the 1024 entries that are allowed",
     ),
-    "stop too many": (sampled(stop=["x"] * 17), INVALID, "stop: has 17 entries; at most 16 are allowed"),
+    "stop too many": (sampled(stop=["x"] * 17), INVALID, "stop: has more than the 16 entries that are allowed"),
     "stop too long": (sampled(stop=["x" * 257]), INVALID, "stop: has 257 characters; at most 256 are allowed"),
     "stop_token_ids": (sampled(stop_token_ids=[-3]), INVALID, "stop_token_ids: is frozenset({-3})"),
     "stop_token_ids too many": (
         sampled(stop_token_ids=[1] * 257),
         INVALID,
-        "stop_token_ids: has 257 entries; at most 256 are allowed",
+        "stop_token_ids: has more than the 256 entries that are allowed",
     ),
     "stop_token_ids by the million": (
         sampled(stop_token_ids=[1] * 4_100_000),
         INVALID,
-        "stop_token_ids: has 4100000 entries; at most 256 are allowed",
+        "stop_token_ids: has more than the 256 entries that are allowed",
     ),
-    "chat too long": (chat(*[("user", "x")] * 1025), INVALID, "messages: has 1025 entries; at most 1024 are allowed"),
+    "chat too long": (
+        chat(*[("user", "x")] * 1025),
+        INVALID,
+        "messages: has more than the 1024 entries that are allowed",
+    ),
     "role too long": (chat(("user" * 100, "x")), INVALID, "role: has 400 characters; at most 128 are allowed"),
     "request_id with spaces": (
         pb.GenerateRequest(request_id="a b", text="x"),

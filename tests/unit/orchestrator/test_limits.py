@@ -109,4 +109,62 @@ def test_a_field_with_too_many_entries_is_named(key: str) -> None:
             assert parsed == message
         else:
             assert isinstance(parsed, InvalidRequest)
-            assert str(parsed) == f"{name}: has {size} entries; at most {most} are allowed"
+            assert str(parsed) == f"{name}: has more than the {most} entries that are allowed"
+
+
+def unpacked(number: int, count: int) -> bytes:
+    """A field of integers with a tag before each, as protobuf allows."""
+    return bytes((number << 3, 1)) * count
+
+
+def inside(number: int, data: bytes) -> bytes:
+    """A message as the field of another one."""
+    length, varint = len(data), bytearray()
+    while length > 0x7F:
+        varint.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes((number << 3 | 2,)) + bytes((*varint, length)) + data
+
+
+SAMPLING, STOP_IDS, TOKEN_IDS = 5, 13, 3
+TEXT = pb.GenerateRequest(text="x").SerializeToString()
+TOO_MANY_STOP_IDS = "stop_token_ids: has more than the 256 entries that are allowed"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (TEXT + inside(SAMPLING, unpacked(STOP_IDS, 257)), TOO_MANY_STOP_IDS),
+        # Protobuf merges what comes twice.
+        (TEXT + inside(SAMPLING, inside(STOP_IDS, b"\x01" * 200)) * 2, TOO_MANY_STOP_IDS),
+        (TEXT + inside(SAMPLING, inside(STOP_IDS, b"\x01" * 100)) * 1000, TOO_MANY_STOP_IDS),
+        (TEXT + b"\x78\x01" * 2_000_000, "the message has more than 16384 fields"),
+        (TEXT + b"\x7b\x7c" + inside(SAMPLING, inside(STOP_IDS, b"\x01" * 4_000_000)), "the message cannot be parsed"),
+        (inside(TOKEN_IDS, inside(1, b"\x85\x01" * 2_000_000)), "prompt: 2000000"),
+        (inside(TOKEN_IDS, inside(1, b"\x01" * 600)) * 2, "prompt: 1200"),
+    ],
+    ids=["unpacked", "twice", "a thousand times", "unknown fields", "a group", "ids", "ids in parts"],
+)
+def test_nothing_gets_past_the_limits(data: bytes, says: str) -> None:
+    """Whatever the encoding, refused before it is parsed."""
+
+    def check_num_ids(num_ids: int) -> None:
+        if num_ids > 1000:
+            raise InvalidRequest(f"{num_ids}", "prompt")
+
+    parsed = parser(pb.GenerateRequest, check_num_ids)(data)
+    assert isinstance(parsed, InvalidRequest)
+    assert str(parsed).startswith(says)
+
+
+def test_what_is_within_the_limits_is_parsed_in_any_encoding() -> None:
+    data = TEXT + inside(SAMPLING, unpacked(STOP_IDS, 100) + inside(STOP_IDS, b"\x01" * 100)) + b"\x78\x01"
+    parsed = parser(pb.GenerateRequest)(data)
+    assert isinstance(parsed, pb.GenerateRequest)
+    assert len(parsed.sampling.stop_token_ids) == 200
+
+
+def test_a_refusal_does_not_keep_the_message() -> None:
+    parsed = parser(pb.GenerateRequest)(pb.GenerateRequest(request_id="x" * 1_000_000).SerializeToString())
+    assert isinstance(parsed, InvalidRequest)
+    assert parsed.__traceback__ is None
