@@ -21,6 +21,7 @@
     +-- DeadlineExceeded                a named wait ran out
     +-- RequestCancelled
     +-- WorkerDied                      the process that held the request ended
+    +-- NoWorkers                       no worker of a role that is needed takes requests
     +-- Draining                        the process takes no new work
 
 Each carries `code`, a stable snake-case word that travels on the wire; `error_from_code` turns it back.
@@ -140,6 +141,10 @@ class RequestCancelled(AnabranchError):
 
 class WorkerDied(AnabranchError):
     code = "worker_died"
+
+
+class NoWorkers(AnabranchError):
+    code = "no_workers"
 
 
 class Draining(AnabranchError):

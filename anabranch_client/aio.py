@@ -109,19 +109,23 @@ class AsyncClient:
         sampling: Sampling | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStream:
         """Start an answer and give its events as they come.
 
         Args:
             prompt: text, token ids, or the turns of a chat.
-            request_id: unique among the requests in flight; None lets the server draw one.
+            request_id: names the request in `Accepted` and in the server's log, and need not be unique; None lets
+                the server draw one.
+            cache_salt: the prompt's KV is shared with requests of the same salt alone; None is one of them. Give one
+                to each party that must not learn from a faster answer what others have asked.
             timeout_s: deadline of the whole answer.
 
         Raises:
             InvalidRequest: the message cannot even be built; all else is raised by the stream.
         """
-        request = convert.to_generate(prompt, sampling, request_id)
+        request = convert.to_generate(prompt, sampling, request_id=request_id, cache_salt=cache_salt)
         return AsyncStream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
 
     async def complete(
@@ -130,11 +134,14 @@ class AsyncClient:
         sampling: Sampling | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> Completion:
         """Wait for a whole answer. Raises ClientError."""
         gather = convert.Gather()
-        async with self.generate(prompt, sampling, request_id=request_id, timeout_s=timeout_s) as stream:
+        async with self.generate(
+            prompt, sampling, request_id=request_id, cache_salt=cache_salt, timeout_s=timeout_s
+        ) as stream:
             async for event in stream:
                 gather.add(event)
         return gather.completion()

@@ -90,7 +90,9 @@ def _to_sampling(sampling: Sampling) -> pb.SamplingParams:
     return message
 
 
-def to_generate(prompt: Prompt, sampling: Sampling | None, request_id: str | None) -> pb.GenerateRequest:
+def to_generate(
+    prompt: Prompt, sampling: Sampling | None, *, request_id: str | None = None, cache_salt: str | None = None
+) -> pb.GenerateRequest:
     """The request's message. Raises InvalidRequest for what protobuf cannot carry."""
     try:
         field = _prompt_field(prompt)
@@ -100,6 +102,10 @@ def to_generate(prompt: Prompt, sampling: Sampling | None, request_id: str | Non
         request = pb.GenerateRequest(request_id=request_id or "", include_timings=True)
     except (TypeError, ValueError) as error:
         raise _invalid("request_id", error) from None
+    try:
+        request.cache_salt = cache_salt or ""
+    except (TypeError, ValueError) as error:
+        raise _invalid("cache_salt", error) from None
     request.MergeFrom(pb.GenerateRequest(**field))  # type: ignore[arg-type]
     if sampling is not None:
         request.sampling.CopyFrom(_to_sampling(sampling))

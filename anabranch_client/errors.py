@@ -9,6 +9,7 @@
         +-- CallCancelled
         +-- Unavailable                 nobody listens there, or no worker can serve
         |   +-- WorkerDied              the process that held the request ended
+        |   +-- NoWorkers               no worker of a role that is needed takes requests
         |   +-- Draining                the server takes no new work
         +-- ServerFailed                anything else
 
@@ -69,6 +70,10 @@ class WorkerDied(Unavailable):
     """The process that held the request ended."""
 
 
+class NoWorkers(Unavailable):
+    """No worker of a role that is needed takes requests; the message says which."""
+
+
 class Draining(Unavailable):
     """The server takes no new work."""
 
@@ -80,6 +85,7 @@ class ServerFailed(CallFailed):
 _BY_CODE: dict[str, type[ClientError]] = {
     "context_exceeded": ContextExceeded,
     "worker_died": WorkerDied,
+    "no_workers": NoWorkers,
     "draining": Draining,
 }
 

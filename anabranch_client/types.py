@@ -90,7 +90,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens counted; `num_cached_tokens` of the prompt came from the prefix cache."""
+    """Tokens counted; `num_cached_tokens` of the prompt were cached by requests of the same `cache_salt`."""
 
     num_prompt_tokens: int
     num_output_tokens: int

@@ -66,10 +66,11 @@ class Reservations:
         admitted = []
         while self.waiting and len(self._open) < num_places:
             sequence = self.waiting[0]
-            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens + 1):
+            salt = sequence.request.cache_salt
+            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens + 1, cache_salt=salt):
                 break
             self.waiting.popleft()
-            sequence.hold(self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens + 1))
+            sequence.hold(self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens + 1, cache_salt=salt))
             assert sequence.table is not None
             lease = self.leases.open(sequence.key, sequence.table, self.lease_s)
             reservation = Reservation(sequence=sequence, lease=lease)

@@ -308,9 +308,10 @@ class DecodeScheduler:
         while self.parking is not None and (sequence := self.parking.oldest) is not None:
             # Alone it needs none to grow: a request that fills the whole pool comes back too.
             spare = 1 if pool.num_free < pool.num_blocks else 0
-            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, spare):
+            salt = sequence.request.cache_salt
+            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, spare, cache_salt=salt):
                 break
-            table = self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens)
+            table = self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens, cache_salt=salt)
             self.parking.bring_back(sequence, table)
             if sequence.num_remaining > 1:
                 self.prompts.resume(sequence)

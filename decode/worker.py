@@ -332,16 +332,17 @@ class DecodeWorker(Worker):
     def _end(
         self, key: Key, reason: EndReason, error: AnabranchError | None = None, sequence: Sequence | None = None
     ) -> None:
-        """Send the attempt's one terminal message; `sequence` adds what it measured here."""
+        """Send the attempt's one terminal message; `sequence` adds what computing its prompt here cost."""
+        measured = sequence if self.colocated else None
         self.post(
             Ended(
                 request_id=key[0],
                 epoch=key[1],
                 reason=reason,
                 error=None if error is None else WireError.of(error),
-                queue_s=0.0 if sequence is None else sequence.queue_s,
-                prefill_s=0.0 if sequence is None else sequence.prefill_s,
-                num_cached_tokens=0 if sequence is None else sequence.num_cached_tokens,
+                queue_s=0.0 if measured is None else measured.queue_s,
+                prefill_s=0.0 if measured is None else measured.prefill_s,
+                num_cached_tokens=0 if measured is None else measured.num_cached_tokens,
             )
         )
 

@@ -34,6 +34,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(metavar="S", help="Makes sampling repeat.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    cache_salt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Share cached prompts with requests of this salt alone.")
+    ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", envvar="ANABRANCH_ENDPOINT", help="The gateway; default: a running `up`."),
@@ -65,10 +68,10 @@ def generate(
     with Client(endpoint or find_endpoint()) as client:
         try:
             if as_json:
-                completion = client.complete(content, sampling, timeout_s=timeout)
+                completion = client.complete(content, sampling, cache_salt=cache_salt, timeout_s=timeout)
                 print(json.dumps(completion_json(completion), ensure_ascii=False))
             else:
-                stream_answer(client, content, sampling, timeout)
+                stream_answer(client, content, sampling, timeout, cache_salt=cache_salt)
         except Unavailable as error:
             if error.code == "unavailable":  # gRPC's own word: nobody was there to give one of ours
                 fail(f"no cluster answers at {client.endpoint}; start one with `anabranch up`, or mend --endpoint")
@@ -84,11 +87,17 @@ def find_endpoint() -> str:
 
 
 def stream_answer(
-    client: Client, prompt: Prompt, sampling: Sampling, timeout_s: float, console: Console = err
+    client: Client,
+    prompt: Prompt,
+    sampling: Sampling,
+    timeout_s: float,
+    console: Console = err,
+    *,
+    cache_salt: str | None = None,
 ) -> Completion:
     """Write the answer's text to stdout as it comes, then the breakdown to `console`."""
     gather = Gather()
-    with client.generate(prompt, sampling, timeout_s=timeout_s) as stream:
+    with client.generate(prompt, sampling, cache_salt=cache_salt, timeout_s=timeout_s) as stream:
         for event in stream:
             gather.add(event)
             if isinstance(event, Tokens):

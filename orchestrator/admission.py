@@ -15,17 +15,19 @@ from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
 from orchestrator.served_model import ServedModel
 
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-MAX_CHAT_MESSAGES = 1024
+_CLIENT_ID = re.compile(r"[!-~]{1,128}")
 
 Messages = Sequence[tuple[str, str]]
 
 
-def request_id_of(request: pb.GenerateRequest) -> str:
-    """The client's id, or a drawn one. Raises InvalidRequest."""
-    if not request.request_id:
-        return uuid.uuid4().hex
-    if not _REQUEST_ID.fullmatch(request.request_id):
+def drawn_id() -> str:
+    """A request's own id, which no other request has or had; a client's id may come twice."""
+    return uuid.uuid4().hex
+
+
+def client_id_of(request: pb.GenerateRequest) -> str:
+    """The client's name for its request, "" where it gave none. Raises InvalidRequest."""
+    if request.request_id and not _CLIENT_ID.fullmatch(request.request_id):
         raise InvalidRequest("must have 1 to 128 printable ASCII characters without spaces", "request_id")
     return request.request_id
 
@@ -44,14 +46,13 @@ def sampling_of(message: pb.SamplingParams, vocab_size: int, eos_token_ids: Sequ
     sampling = SamplingParams(
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_token_ids=frozenset(message.stop_token_ids),
     )
     sampling = msgspec.structs.replace(sampling, **given)
     sampling.validate(vocab_size)
     if message.ignore_eos:
         return sampling
-    stop_token_ids = dict.fromkeys((*sampling.stop_token_ids, *eos_token_ids))
-    return msgspec.structs.replace(sampling, stop_token_ids=tuple(stop_token_ids))
+    return msgspec.structs.replace(sampling, stop_token_ids=sampling.stop_token_ids.union(eos_token_ids))
 
 
 def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit) -> SamplingParams:
@@ -72,13 +73,18 @@ def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
 
 
+def check_num_ids(num_ids: int, limit: ContextLimit) -> None:
+    """Raise ContextExceeded for more prompt tokens than the context has room for."""
+    if num_ids >= limit.num_tokens:
+        raise _too_long(num_ids, limit)
+
+
 def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tuple[int, ...]:
     """A prompt of token ids. Raises InvalidRequest, ContextExceeded."""
     if not ids:
         raise InvalidRequest("is empty", "token_ids")
     # Before looking at each, so that a huge list is not walked on the event loop.
-    if len(ids) >= limit.num_tokens:
-        raise _too_long(len(ids), limit)
+    check_num_ids(len(ids), limit)
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -99,8 +105,8 @@ def text_or_messages(request: pb.GenerateRequest | pb.TokenizeRequest) -> str | 
         return request.text
     if kind == "chat":
         messages = [(message.role, message.content) for message in request.chat.messages]
-        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-            raise InvalidRequest(f"has {len(messages)} messages; it must have 1 to {MAX_CHAT_MESSAGES}", "chat")
+        if not messages:
+            raise InvalidRequest("has 0 messages; it must have at least 1", "chat")
         for position, (role, _) in enumerate(messages):
             if not role:
                 raise InvalidRequest(f"message {position} has no role", "chat")

@@ -44,7 +44,8 @@ def answered(
                 raise message
             return await method(message)
         except AnabranchError as error:
-            failure = error
+            # With its traceback it would be part of a circle, and keep a large message until the next collection.
+            failure = error.with_traceback(None)
         except Exception:
             logger.exception("a call failed")
             failure = AnabranchError("the orchestrator failed; its log says why")

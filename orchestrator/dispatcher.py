@@ -7,13 +7,15 @@ import logging
 from collections import deque
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, InvalidRequest, Overloaded
+from anabranch.errors import AnabranchError, NoWorkers
 from anabranch.protocol.requests import Request, Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens, ToWorker
+from orchestrator.absence import Absence
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Member, Membership
 from orchestrator.router import Router, total_tokens
 from orchestrator.served_model import ServedModel
+from orchestrator.waiting_room import Place, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class Dispatcher:
         self._requests: dict[str, Lifecycle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._queue: deque[Lifecycle] = deque()
+        self._absence = Absence(config.no_worker_grace_s, self._end_queued)
+        self.room = WaitingRoom(config.max_queued, config.max_queued_bytes)
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
@@ -54,36 +58,29 @@ class Dispatcher:
 
     # Requests ---------------------------------------------------------------------------------------------
 
-    def check_room(self, num_encoding: int) -> None:
-        """Raise Overloaded when too many requests wait for their first token already.
+    def submit(self, request: Request, accepted_at: float, *, client_id: str, place: Place) -> Lifecycle:
+        """Start a request.
 
         Args:
-            num_encoding: requests that are not here yet because their prompt is being encoded.
+            request: its id must never have been used before: what workers still say of an earlier request is told
+                from this one's by the id alone.
+            client_id: the client's name for it, which need not be unique.
+            place: in the waiting room; the request leaves it.
         """
-        num_waiting = num_encoding + sum(request.waits_for_first_token for request in self._requests.values())
-        if num_waiting >= self._config.max_queued:
-            raise Overloaded(
-                f"{num_waiting} requests wait for their first token, as many as max_queued allows; try again later"
-            )
-
-    def check_id(self, request_id: str) -> None:
-        """Raise InvalidRequest when a request of that id is in flight."""
-        if request_id in self._requests:
-            raise InvalidRequest(f"{request_id!r} is in flight already; choose another one", "request_id")
-
-    def submit(self, request: Request, accepted_at: float) -> Lifecycle:
-        """Start a request. Raises InvalidRequest when its id is in flight."""
-        self.check_id(request.request_id)
+        request_id = request.request_id
+        assert request_id not in self._requests
         sampling = request.sampling
         lifecycle = Lifecycle(
             request,
+            client_id=client_id,
+            place=place,
             text=self._model.text_stream(sampling),
             silent_ids=frozenset(sampling.stop_token_ids),
             cluster=self,
             config=self._config,
             accepted_at=accepted_at,
         )
-        request_id = request.request_id
+        logger.debug("accepted request %s", lifecycle.name)
         self._requests[request_id] = lifecycle
         self._all_ended.clear()
         task = asyncio.create_task(lifecycle.run(), name=f"request {request_id}")
@@ -105,6 +102,7 @@ class Dispatcher:
         for lifecycle in self._requests.values():
             lifecycle.stop(error)
         await self.wait_until_idle()
+        self._absence.end()
 
     # What lifecycles ask for ------------------------------------------------------------------------------
 
@@ -129,8 +127,15 @@ class Dispatcher:
     def pump(self) -> None:
         """Give routes to the queue's head for as long as there are any.
 
-        A request that no living path is wide enough for does not hold up those behind it.
+        A request that no living path is wide enough for does not hold up those behind it. Where there is no path at
+        all, requests wait for one to come back, but not for long.
         """
+        if self.membership.serving:
+            self._absence.end()
+        else:
+            self._absence.begin()
+            if self._absence.long:
+                self._end_queued()
         members = self.membership.members
         widest = self.membership.max_context()
         passed_over: list[Lifecycle] = []
@@ -145,6 +150,11 @@ class Dispatcher:
             else:
                 lifecycle.assign(route)
         self._queue.extendleft(reversed(passed_over))
+
+    def _end_queued(self) -> None:
+        missing = self.membership.missing()
+        for lifecycle in self._queue:
+            lifecycle.stop(NoWorkers(f"no_worker_grace_s: for {self._config.no_worker_grace_s:g} s {missing}"))
 
     # What workers say -------------------------------------------------------------------------------------
 
@@ -173,6 +183,8 @@ class Dispatcher:
         assert not self._requests, f"requests: {list(self._requests)}"
         assert not self._tasks, f"tasks: {list(self._tasks)}"
         assert not self._queue, f"queue: {len(self._queue)}"
+        waiting = self.room.num_places, self.room.num_bytes
+        assert waiting == (0, 0), f"waiting room: {waiting[0]} places, {waiting[1]} bytes"
         for member in self.membership.members:
             assert member.num_requests == 0, f"{member.name} counts {member.num_requests} requests"
             assert member.prefill_tokens == 0, f"{member.name} counts {member.prefill_tokens} prompt tokens"

@@ -20,7 +20,16 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, InvalidRequest, RequestCancelled
 from anabranch.protocol.requests import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
-from orchestrator.admission import Messages, checked_ids, encode, fitted, request_id_of, sampling_of, text_or_messages
+from orchestrator.admission import (
+    Messages,
+    checked_ids,
+    client_id_of,
+    drawn_id,
+    encode,
+    fitted,
+    sampling_of,
+    text_or_messages,
+)
 from orchestrator.answer import Finished
 from orchestrator.calls import abort, answered
 from orchestrator.context_limit import ContextLimit
@@ -30,6 +39,7 @@ from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
 from orchestrator.served_model import ServedModel
+from orchestrator.waiting_room import message_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +99,7 @@ class Gateway:
             if isinstance(message, InvalidRequest):
                 raise message
             lifecycle = await self._admit(message)
-            request = lifecycle.request
-            await self._write(context, accepted_event(request.request_id, len(request.prompt_ids)))
+            await self._write(context, accepted_event(lifecycle.client_id, len(lifecycle.request.prompt_ids)))
             part = None
             while not isinstance(part, Finished):
                 part = await lifecycle.answer.next()
@@ -115,19 +124,29 @@ class Gateway:
         """Check everything that can be checked without a worker, and start the request. Raises AnabranchError."""
         accepted_at = time.monotonic()
         self._check_open()
-        request_id = request_id_of(message)
-        self._dispatcher.check_id(request_id)
+        client_id = client_id_of(message)
         sampling = sampling_of(message.sampling, self._model.vocab_size, self._model.eos_token_ids)
         prompt = text_or_messages(message)
-        self._dispatcher.check_room(self.num_encoding)
-        if prompt is None:
-            prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
-        else:
-            prompt_ids = await self._encode(prompt)
-            self._check_open()
-        sampling = fitted(sampling, len(prompt_ids), self.context_limit())
-        request = Request(request_id=request_id, epoch=0, prompt_ids=prompt_ids, sampling=sampling)
-        return self._dispatcher.submit(request, accepted_at)
+        place = self._dispatcher.room.enter(message_bytes(message))
+        try:
+            if prompt is None:
+                prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
+            else:
+                prompt_ids = await self._encode(prompt)
+                self._check_open()
+            sampling = fitted(sampling, len(prompt_ids), self.context_limit())
+            place.hold_tokens(len(prompt_ids))
+        except BaseException:
+            place.leave()
+            raise
+        request = Request(
+            request_id=drawn_id(),
+            epoch=0,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            cache_salt=message.cache_salt,
+        )
+        return self._dispatcher.submit(request, accepted_at, client_id=client_id, place=place)
 
     async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:
         """Write once the client has room. Raises DeadlineExceeded when it makes none."""
@@ -147,6 +166,8 @@ class Gateway:
     def _check_open(self) -> None:
         if self.draining:
             raise Draining("the orchestrator is shutting down and takes no new requests")
+        if (missing := self._membership.missing()) is not None:
+            raise missing
 
     async def _encode(self, prompt: str | Messages) -> tuple[int, ...]:
         self.num_encoding += 1
@@ -164,8 +185,11 @@ class Gateway:
     async def tokenize(self, message: pb.TokenizeRequest) -> pb.TokenizeResponse:
         prompt = text_or_messages(message)
         assert prompt is not None
-        self._dispatcher.check_room(self.num_encoding)
-        return pb.TokenizeResponse(token_ids=await self._encode(prompt))
+        place = self._dispatcher.room.enter(message_bytes(message))
+        try:
+            return pb.TokenizeResponse(token_ids=await self._encode(prompt))
+        finally:
+            place.leave()
 
     async def get_model(self, message: pb.GetModelRequest) -> pb.Model:
         return model_message(self._model, self.context_limit().num_tokens, self._membership.members)

@@ -1,15 +1,22 @@
-"""What happens to one request, in order, and how long it may take for something to happen."""
+"""What happens to one request, in order, and how long it may take for something to happen.
+
+What workers say is bounded: tokens that wait here are counted, and any other message as one token. A request takes its
+events faster than an honest worker sends them, so one that has MAX_WAITING of them to take ends by that name.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
 
-from anabranch.errors import AnabranchError, DeadlineExceeded
+from anabranch.errors import AnabranchError, DeadlineExceeded, Overloaded
 from anabranch.protocol.requests import Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
+
+# Seconds' worth of one request's tokens at any speed, should this process be held up.
+MAX_WAITING = 16384
 
 FromWorker = Reserved | Paused | PrefillEnded | Ended | tuple[Token, ...]
 
@@ -49,10 +56,24 @@ class Inbox:
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[Assigned | Said | Lost | Stop] = asyncio.Queue()
+        self._num_waiting = 0
+        self._overrun = False
         self._deadline = 0.0
         self._what = ""
 
     def put(self, event: Assigned | Said | Lost | Stop) -> None:
+        if isinstance(event, Said):
+            if self._overrun:
+                return
+            self._num_waiting += _weight(event)
+            if self._num_waiting > MAX_WAITING:
+                self._overrun = True
+                event = Stop(
+                    Overloaded(
+                        f"worker {event.member.name} sends faster than can be taken in: {self._num_waiting} tokens and "
+                        f"messages of one request wait, at most {MAX_WAITING} are kept"
+                    )
+                )
         self._events.put_nowait(event)
 
     def allow(self, name: str, timeout_s: float, state: str) -> None:
@@ -69,4 +90,10 @@ class Inbox:
             raise DeadlineExceeded(self._what) from None
         if isinstance(event, Stop):
             raise event.error
+        if isinstance(event, Said):
+            self._num_waiting -= _weight(event)
         return event
+
+
+def _weight(event: Said) -> int:
+    return max(1, len(event.message)) if isinstance(event.message, tuple) else 1

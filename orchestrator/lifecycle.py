@@ -43,6 +43,7 @@ from orchestrator.membership import Member
 from orchestrator.record import Record
 from orchestrator.router import Route
 from orchestrator.served_model import TextStream
+from orchestrator.waiting_room import Place
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class Lifecycle:
 
     Args:
         request: epoch 0; `sampling.max_tokens` is set.
+        client_id: the client's name for the request; empty: it goes by the request's own id.
+        place: among the requests that wait for their first token; left with that token, or at the end.
         text: turns its tokens into text.
         silent_ids: tokens that end the answer and have no text.
     """
@@ -85,6 +88,8 @@ class Lifecycle:
         self,
         request: Request,
         *,
+        client_id: str,
+        place: Place,
         text: TextStream,
         silent_ids: frozenset[int],
         cluster: Cluster,
@@ -93,8 +98,12 @@ class Lifecycle:
     ) -> None:
         assert request.sampling.max_tokens is not None
         self.request = request
+        self.client_id = client_id or request.request_id
+        # For logs: what workers call it, and what the client does.
+        self.name = f"{request.request_id} ({client_id})" if client_id else request.request_id
         self.state: State = "queued"
         self.answer = Answer(config.max_unread_tokens)
+        self._place = place
         self._text = text
         self._silent_ids = silent_ids
         self._cluster = cluster
@@ -108,10 +117,6 @@ class Lifecycle:
 
     # What others call -------------------------------------------------------------------------------------
 
-    @property
-    def waits_for_first_token(self) -> bool:
-        return self.state != "ended" and not self._output_ids
-
     def assign(self, route: Route) -> None:
         """The queue has found a route; the workers' loads count the request from now on."""
         assert self._attempt is None
@@ -119,15 +124,21 @@ class Lifecycle:
         self._inbox.put(Assigned(self._attempt))
 
     def deliver(self, member: Member, message: FromWorker) -> None:
-        """A worker said something about this request."""
-        self._inbox.put(Said(member, message))
+        """A worker said something about this request; only those that have it now are heard."""
+        if self._involves(member):
+            self._inbox.put(Said(member, message))
 
     def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        self._inbox.put(Lost(member, error))
+        """A worker is gone."""
+        if self._involves(member):
+            self._inbox.put(Lost(member, error))
 
     def stop(self, error: AnabranchError) -> None:
         """End the request with `error`, unless it has ended."""
         self._inbox.put(Stop(error))
+
+    def _involves(self, member: Member) -> bool:
+        return self._attempt is not None and member in self._attempt.route.members
 
     # The machine ------------------------------------------------------------------------------------------
 
@@ -136,13 +147,14 @@ class Lifecycle:
         try:
             self.answer.finish(await self._drive())
         except AnabranchError as error:
-            logger.info("request %s ended in %s: %s", self.request.request_id, self.state, error)
+            logger.info("request %s ended in %s: %s", self.name, self.state, error)
             self.answer.fail(error)
         except Exception:
-            logger.exception("request %s failed in %s", self.request.request_id, self.state)
+            logger.exception("request %s failed in %s", self.name, self.state)
             self.answer.fail(AnabranchError("the orchestrator failed; its log says why"))
         finally:
             self.state = "ended"
+            self._place.leave()
             self._cluster.withdraw(self)
             self._cluster.work_released()
             if not self.answer.ended:
@@ -177,7 +189,7 @@ class Lifecycle:
         self.request = msgspec.structs.replace(
             self.request, epoch=self.request.epoch + 1, output_ids=tuple(self._output_ids)
         )
-        logger.info("request %s goes on as epoch %d", self.request.request_id, self.request.epoch)
+        logger.info("request %s goes on as epoch %d", self.name, self.request.epoch)
 
     async def _queued(self) -> Attempt:
         while True:
@@ -195,7 +207,7 @@ class Lifecycle:
             except DeadlineExceeded as error:
                 if finished is None:
                     raise
-                logger.warning("request %s: %s", self.request.request_id, error)
+                logger.warning("request %s: %s", self.name, error)
                 return finished
             if isinstance(event, Lost):
                 if finished is None and attempt.depends_on(event.member):
@@ -271,7 +283,7 @@ class Lifecycle:
             attempt.prompt_computed()
             self._cluster.work_released()
         elif attempt.committed:
-            logger.warning("request %s: prefill's report: %s", self.request.request_id, message.error.message)
+            logger.warning("request %s: prefill's report: %s", self.name, message.error.message)
         else:
             return self._given_back_or_raise(attempt.route.prefill, message.error)
         return None
@@ -330,6 +342,7 @@ class Lifecycle:
         if len(self._output_ids) == first_index:
             return None
         self._record.tokens_came(time.monotonic())
+        self._place.leave()
         if not attempt.committed:
             attempt.committed = True
             attempt.prompt_computed()
@@ -375,7 +388,7 @@ class Lifecycle:
         try:
             await self._cluster.send(member, Cancel(request_id=attempt.request.request_id, epoch=attempt.request.epoch))
         except AnabranchError as error:
-            logger.debug("cancel of %s not sent: %s", attempt.request.request_id, error)
+            logger.debug("cancel of %s not sent: %s", self.name, error)
 
     async def _cause(self, attempt: Attempt, error: PeerLost) -> AnabranchError:
         """Why a worker lost its peer: the death of that peer, if it shows within the time that silence takes."""

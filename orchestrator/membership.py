@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from anabranch.errors import AnabranchError, ConfigError, PeerLost, WorkerDied
+from anabranch.errors import AnabranchError, ConfigError, NoWorkers, PeerLost, WorkerDied
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import (
     Beat,
@@ -162,6 +162,19 @@ class Membership:
     def serving(self) -> bool:
         """Whether a prefill and a decode worker, or a colocated one, are ready."""
         return self.max_context() > 0
+
+    def missing(self) -> NoWorkers | None:
+        """What no request can be served without; None while one can."""
+        if self.serving:
+            return None
+        ready = {member.role for member in self._by_name.values() if member.ready}
+        wanted = [role for role in ("prefill", "decode") if role not in ready]
+        draining = [member.name for member in self._by_name.values() if member.draining]
+        return NoWorkers(
+            f"no {' and no '.join(wanted)} worker takes requests, nor does a colocated one"
+            + (f" ({', '.join(draining)} drain{'s' * (len(draining) == 1)})" if draining else "")
+            + "; start one, and try again once health says SERVING"
+        )
 
     # Coming -----------------------------------------------------------------------------------------------
 

@@ -148,6 +148,8 @@ class Orchestrator:
                 peer, message = await self._control.recv()
             except PeerLost:
                 return
+            # A channel that always has a message ready would otherwise let nothing else run.
+            await asyncio.sleep(0)
             if isinstance(message, Register):
                 await self.membership.register(peer, message.worker)
             elif isinstance(message, Beat):

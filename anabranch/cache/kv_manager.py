@@ -58,22 +58,27 @@ class KvCacheManager:
         """Whether the pool, were it empty, could hold so many tokens of one request."""
         return num_tokens <= self.pool.num_blocks * self.block_size
 
-    def can_admit(self, token_ids: Sequence[int], num_tokens: int, spare_blocks: int = 0) -> bool:
+    def can_admit(
+        self, token_ids: Sequence[int], num_tokens: int, spare_blocks: int = 0, *, cache_salt: str = ""
+    ) -> bool:
         """Whether `admit` with the same arguments would succeed and leave `spare_blocks` free."""
         wanted = self._num_blocks(num_tokens) + spare_blocks
         if wanted <= self.pool.num_free:
             return True
         if self.prefix is None or wanted > self.pool.num_blocks:
             return False
-        shared, _ = self.prefix.match(token_ids)
+        shared, _ = self.prefix.match(token_ids, cache_salt)
         return self._num_to_allocate(num_tokens, shared) + spare_blocks <= self._num_free_beside(shared)
 
-    def admit(self, key: tuple[str, int], token_ids: Sequence[int], num_tokens: int) -> BlockTable:
+    def admit(
+        self, key: tuple[str, int], token_ids: Sequence[int], num_tokens: int, *, cache_salt: str = ""
+    ) -> BlockTable:
         """Give a request blocks for at least `num_tokens` tokens.
 
         Args:
             key: `(request id, epoch)`.
             token_ids: all known tokens; the longest cached prefix of them is shared.
+            cache_salt: of the request; it shares with requests of the same salt alone.
 
         Returns:
             A table whose `num_cached_tokens` leading tokens have their KV already; always fewer than
@@ -82,7 +87,7 @@ class KvCacheManager:
         Raises:
             OutOfBlocks: nothing was taken.
         """
-        shared, chain = self.prefix.match(token_ids) if self.prefix is not None else ([], Chain())
+        shared, chain = self.prefix.match(token_ids, cache_salt) if self.prefix is not None else ([], Chain())
         table = BlockTable(self.pool, self.block_size, key, shared)
         try:
             table.grow_to(num_tokens)

@@ -1,8 +1,11 @@
 """Finds blocks whose KV a new prompt can share, by hash of the block and of all before it.
 
 A block's digest is `xxh3_128(digest of the block before + token ids)`; equal on every machine, so that workers
-can be asked by digest who holds a prefix. A hit never rests on the digest alone: the token ids and the
+can be asked by digest who holds a prefix. A hit never rests on the digest alone: the token ids, the salt and the
 identity of the entry before are compared as well, so a collision costs a miss, not a wrong answer.
+
+Requests share blocks with those of the same salt alone (no salt is one of them), so how much of a prompt was cached
+tells a caller nothing about the prompts of callers who use another salt.
 """
 
 from __future__ import annotations
@@ -19,8 +22,16 @@ _NO_SERIAL = 0
 
 
 def block_digest(parent_digest: bytes, token_ids: Sequence[int]) -> bytes:
-    """Digest (16 bytes) of one full block; the first block's parent digest is empty."""
+    """Digest (16 bytes) of one full block; the first block's parent digest is `salt_digest`."""
     digest: bytes = xxhash.xxh3_128_digest(parent_digest + struct.pack(f"<{len(token_ids)}I", *token_ids))
+    return digest
+
+
+def salt_digest(salt: str) -> bytes:
+    """What stands for the block before a first block; empty without a salt."""
+    if not salt:
+        return b""
+    digest: bytes = xxhash.xxh3_128_digest(salt.encode())
     return digest
 
 
@@ -31,10 +42,12 @@ class PrefixEntry:
     Attributes:
         serial: names the entry; never used again.
         parent_serial: entry of the block before; 0 for a first block.
+        salt: of the requests that may share the block.
     """
 
     serial: int
     parent_serial: int
+    salt: str
     digest: bytes
     token_ids: tuple[int, ...]
     block_id: int
@@ -47,11 +60,18 @@ class Chain:
     Attributes:
         num_blocks: leading blocks that have been matched or published.
         digest, serial: of the last of them.
+        salt: of the request.
     """
 
     num_blocks: int = 0
     digest: bytes = b""
     serial: int = _NO_SERIAL
+    salt: str = ""
+
+    @classmethod
+    def begin(cls, salt: str) -> Chain:
+        """Nothing is findable yet."""
+        return cls(digest=salt_digest(salt), salt=salt)
 
 
 class PrefixCache:
@@ -73,12 +93,12 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._by_digest)
 
-    def match(self, token_ids: Sequence[int]) -> tuple[list[int], Chain]:
-        """The longest cached prefix: block ids, and the chain to publish on with.
+    def match(self, token_ids: Sequence[int], salt: str = "") -> tuple[list[int], Chain]:
+        """The longest prefix that requests of this salt have cached: block ids, and the chain to publish on with.
 
         Never the whole of `token_ids`: at least one token remains to be computed.
         """
-        chain = Chain()
+        chain = Chain.begin(salt)
         block_ids: list[int] = []
         size = self._block_size
         for end in range(size, len(token_ids), size):
@@ -87,7 +107,7 @@ class PrefixCache:
             if entry is None:
                 break
             block_ids.append(entry.block_id)
-            chain = Chain(num_blocks=chain.num_blocks + 1, digest=entry.digest, serial=entry.serial)
+            chain = Chain(num_blocks=chain.num_blocks + 1, digest=entry.digest, serial=entry.serial, salt=salt)
         return block_ids, chain
 
     def publish(self, chain: Chain, block_ids: Sequence[int], token_ids: Sequence[int], num_computed: int) -> None:
@@ -130,9 +150,9 @@ class PrefixCache:
 
     def _find(self, parent: Chain, digest: bytes, tokens: tuple[int, ...]) -> PrefixEntry | None:
         entry = self._by_digest.get(digest)
-        if entry is None or entry.parent_serial != parent.serial or entry.token_ids != tokens:
+        if entry is None or (entry.parent_serial, entry.salt) != (parent.serial, parent.salt):
             return None
-        return entry
+        return entry if entry.token_ids == tokens else None
 
     def _add(self, parent: Chain, digest: bytes, tokens: tuple[int, ...], block_id: int) -> PrefixEntry:
         # What else lies under this digest has lost its parent (or collides): it cannot be reached, so it goes.
@@ -144,6 +164,7 @@ class PrefixCache:
         entry = PrefixEntry(
             serial=self._last_serial,
             parent_serial=parent.serial,
+            salt=parent.salt,
             digest=digest,
             token_ids=tokens,
             block_id=block_id,

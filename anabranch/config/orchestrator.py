@@ -30,6 +30,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         endpoints_file: JSON with grpc, control and pid, written once both are bound; empty: not written.
         allow_remote: let the two addresses be reachable from other machines, without TLS.
         max_queued: most requests that wait for their first token; more are refused at once.
+        max_queued_bytes: most memory that these take together (message, prompt ids); more are refused at once.
         max_request_bytes: largest message of a client.
         max_control_bytes: largest message to or from a worker.
         max_unread_tokens: most tokens kept for a client that does not read; one more ends the request.
@@ -38,6 +39,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         max_retries: times that one request is tried again because a worker gave it back without a new token.
         tokenizer_threads: threads that turn text into token ids.
         queue_timeout_s: wait for a worker that can take the request.
+        no_worker_grace_s: wait of requests in the queue for a worker to come, while none of a role that is needed
+            takes requests; new ones are refused at once.
         reserve_timeout_s: wait for a decode worker's KV blocks.
         prefill_timeout_s: wait from prefill's order to the first token.
         token_timeout_s: wait for the next token, or for the end after the last.
@@ -55,6 +58,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     endpoints_file: str = ""
     allow_remote: bool = False
     max_queued: int = 256
+    max_queued_bytes: int = 256 * 1024 * 1024
     max_request_bytes: int = 4 * 1024 * 1024
     max_control_bytes: int = 8 * 1024 * 1024
     max_unread_tokens: int = 16384
@@ -62,6 +66,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     max_retries: int = 8
     tokenizer_threads: int = 1
     queue_timeout_s: float = 60.0
+    no_worker_grace_s: float = 10.0
     reserve_timeout_s: float = 60.0
     prefill_timeout_s: float = 120.0
     token_timeout_s: float = 30.0
@@ -75,6 +80,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     def __post_init__(self) -> None:
         for key in (
             "max_queued",
+            "max_queued_bytes",
             "max_request_bytes",
             "max_control_bytes",
             "max_unread_tokens",

@@ -67,9 +67,10 @@ class PromptQueue:
         places = max_sequences if max_admitted is None else min(max_sequences, len(chunks) + max_admitted)
         while self.waiting and max_tokens > 0 and len(chunks) < places:
             sequence = self.waiting[0]
-            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens):
+            salt = sequence.request.cache_salt
+            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, cache_salt=salt):
                 break
-            sequence.hold(self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens))
+            sequence.hold(self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens, cache_salt=salt))
             self.waiting.popleft()
             self.computing.append(sequence)
             chunks.append((sequence, min(max_tokens, sequence.num_remaining)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from anabranch.errors import CheckpointError
 from anabranch.model.config import ModelConfig
+from anabranch.sampling.params import MAX_MODEL_STOP_IDS
 
 
 def stop_ids(config: ModelConfig, of_tokenizer: Sequence[int]) -> tuple[int, ...]:
@@ -18,6 +20,12 @@ def stop_ids(config: ModelConfig, of_tokenizer: Sequence[int]) -> tuple[int, ...
     Args:
         config: generation_config.json's ids, or else config.json's; of a GGUF file, its metadata's.
         of_tokenizer: `Tokenizer.eos_token_ids`; empty where a folder has no tokenizer.
+
+    Raises:
+        CheckpointError: there are more than a request can carry.
     """
     ids = dict.fromkeys((*config.eos_token_ids, *of_tokenizer))
-    return tuple(token for token in ids if 0 <= token < config.vocab_size)
+    known = tuple(token for token in ids if 0 <= token < config.vocab_size)
+    if len(known) > MAX_MODEL_STOP_IDS:
+        raise CheckpointError(f"{len(known)} tokens end an answer of this model; at most {MAX_MODEL_STOP_IDS} may")
+    return known

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from anabranch.bounds import Extent, Name
 from anabranch.errors import ConfigError
 from anabranch.parallel.split import kv_heads_of
 
@@ -34,13 +35,13 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         sharding: which tokens a CP rank holds.
     """
 
-    dtype: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    tp: int = 1
-    cp: int = 1
+    dtype: Name
+    num_layers: Extent
+    num_kv_heads: Extent
+    head_dim: Extent
+    block_size: Extent
+    tp: Extent = 1
+    cp: Extent = 1
     sharding: TokenSharding = "block_cyclic"
 
     def __post_init__(self) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Annotated
 
+import msgspec
+from msgspec import Meta
+
+from anabranch.bounds import Count, ExtentList, Int63, Name, Place, Seconds
 from anabranch.parallel.layout import KvLayout
+
+MAX_PLANES = 16
+MAX_RANKS = 4096
 
 
 class KvDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,15 +29,17 @@ class KvDestination(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         lease_s: seconds until the lease expires unless slices keep arriving.
     """
 
-    worker: str
-    stream_id: int
-    generation: int
+    worker: Name
+    stream_id: Int63
+    generation: Int63
     layout: KvLayout
-    addresses: tuple[dict[str, str], ...]
-    block_ids: tuple[int, ...]
-    num_cached_tokens: int
-    num_tokens: int
-    lease_s: float
+    addresses: Annotated[
+        tuple[Annotated[dict[Name, Place], Meta(max_length=MAX_PLANES)], ...], Meta(max_length=MAX_RANKS)
+    ]
+    block_ids: ExtentList
+    num_cached_tokens: Count
+    num_tokens: Count
+    lease_s: Seconds
 
 
 class KvStreamStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,10 +52,10 @@ class KvStreamStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         exposed_s: the part of `stream_s` after prefill's compute had ended.
     """
 
-    payload_bytes: int
-    transport: str
-    stream_s: float
-    exposed_s: float
+    payload_bytes: Count
+    transport: Name
+    stream_s: Seconds
+    exposed_s: Seconds
 
     @property
     def overlap(self) -> float:

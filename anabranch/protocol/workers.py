@@ -10,14 +10,18 @@ Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exac
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-from anabranch.protocol.kv import KvDestination, KvStreamStats
+from anabranch.bounds import Count, Extent, Name, Place, Seconds
+from anabranch.protocol.kv import MAX_PLANES, KvDestination, KvStreamStats
 from anabranch.protocol.requests import EndReason, Request, Token, WireError
 
 Role = Literal["prefill", "decode", "colocated"]
+
+MAX_STEP_SEQUENCES = 1 << 16
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -32,14 +36,14 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         model_fingerprint: of the whole configuration and the weights; empty: the weights are not here.
     """
 
-    model: str
-    model_fingerprint: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    model: Place
+    model_fingerprint: Name
+    vocab_size: Extent
+    hidden_size: Extent
+    num_layers: Extent
+    num_heads: Extent
+    num_kv_heads: Extent
+    head_dim: Extent
 
 
 class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
@@ -51,19 +55,19 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
         planes: tensor planes that the worker can use, best first.
     """
 
-    name: str
+    name: Name
     role: Role
-    pid: int
-    host: str
-    kv_dtype: str
-    max_context: int
-    num_blocks: int
-    block_size: int
-    planes: tuple[str, ...]
-    device: str
-    num_threads: int
-    tp: int = 1
-    cp: int = 1
+    pid: Extent
+    host: Place
+    kv_dtype: Name
+    max_context: Count
+    num_blocks: Extent
+    block_size: Extent
+    planes: Annotated[tuple[Name, ...], Meta(max_length=MAX_PLANES)]
+    device: Name
+    num_threads: Extent
+    tp: Extent = 1
+    cp: Extent = 1
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,15 +81,15 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         num_free_host_blocks, num_total_host_blocks: room for more of them.
     """
 
-    num_free_blocks: int
-    num_total_blocks: int
-    num_running: int
-    num_waiting: int
-    num_leases: int
-    queued_tokens: int
-    num_parked: int = 0
-    num_free_host_blocks: int = 0
-    num_total_host_blocks: int = 0
+    num_free_blocks: Count
+    num_total_blocks: Count
+    num_running: Count
+    num_waiting: Count
+    num_leases: Count
+    queued_tokens: Count
+    num_parked: Count = 0
+    num_free_host_blocks: Count = 0
+    num_total_host_blocks: Count = 0
 
 
 # Orchestrator -> worker ---------------------------------------------------------------------------------
@@ -113,8 +117,8 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """End this attempt wherever it is; unknown ones are ignored. Answered with Ended or PrefillEnded."""
 
-    request_id: str
-    epoch: int
+    request_id: Name
+    epoch: Count
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -133,22 +137,22 @@ class Register(Message, frozen=True, kw_only=True, tag="register"):
 
 
 class Reserved(Message, frozen=True, kw_only=True, tag="reserved"):
-    request_id: str
-    epoch: int
+    request_id: Name
+    epoch: Count
     destination: KvDestination
 
 
 class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
     """Tokens of one step, any number of requests."""
 
-    tokens: tuple[Token, ...]
+    tokens: Annotated[tuple[Token, ...], Meta(max_length=MAX_STEP_SEQUENCES)]
 
 
 class Paused(Message, frozen=True, kw_only=True, tag="paused"):
     """The attempt has given way for lack of blocks and goes on by itself; until then no token comes."""
 
-    request_id: str
-    epoch: int
+    request_id: Name
+    epoch: Count
 
 
 class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
@@ -160,11 +164,11 @@ class PrefillEnded(Message, frozen=True, kw_only=True, tag="prefill_ended"):
         num_cached_tokens: prompt tokens that the prefix cache gave.
     """
 
-    request_id: str
-    epoch: int
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    num_cached_tokens: int = 0
+    request_id: Name
+    epoch: Count
+    queue_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
+    num_cached_tokens: Count = 0
     kv: KvStreamStats | None = None
     error: WireError | None = None
 
@@ -176,13 +180,13 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     `num_cached_tokens` are set by colocated workers.
     """
 
-    request_id: str
-    epoch: int
+    request_id: Name
+    epoch: Count
     reason: EndReason
     error: WireError | None = None
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    num_cached_tokens: int = 0
+    queue_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
+    num_cached_tokens: Count = 0
 
 
 # Both ways ----------------------------------------------------------------------------------------------

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from anabranch.bounds import Extent, Int63
 from anabranch.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 256
+# Of a model, beside a client's.
+MAX_MODEL_STOP_IDS = 64
+
+StopString = Annotated[str, Meta(max_length=MAX_STOP_STRING_CHARS)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,19 +42,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             them, the model's. Workers know no others.
     """
 
-    max_tokens: int | None = None
+    max_tokens: Int63 | None = None
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: Int63 = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: dict[int, float] = {}
-    logprobs: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    seed: Int63 | None = None
+    logit_bias: Annotated[dict[Extent, float], Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    logprobs: Extent | None = None
+    stop: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[frozenset[Extent], Meta(max_length=MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS)] = frozenset()
 
     @property
     def greedy(self) -> bool:
@@ -93,6 +101,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "stop",
             f"strings of 1 to {MAX_STOP_STRING_CHARS} characters",
         )
+        most = MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS
+        check(len(self.stop_token_ids) <= most, "stop_token_ids", f"at most {most} ids")
         check(
             all(0 <= token < vocab_size for token in self.stop_token_ids),
             "stop_token_ids",

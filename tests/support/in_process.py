@@ -205,6 +205,11 @@ class InProcessCluster:
     def orchestrator(self) -> Orchestrator:
         return self._orchestrator
 
+    def names(self) -> dict[str, str]:
+        """What clients call the requests in flight, by the orchestrator's own ids."""
+        requests = self._orchestrator._dispatcher._requests
+        return self.call(lambda: {request_id: lifecycle.client_id for request_id, lifecycle in requests.items()})
+
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` in the cluster's event loop and give what it returns or raises."""
 

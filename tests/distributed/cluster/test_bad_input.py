@@ -171,9 +171,11 @@ def test_a_stranger_cannot_speak_for_a_worker(serve, still_serves, good) -> None
             prompt, answer = next(iter(good.items()))
             stream = client.generate(prompt, Sampling(max_tokens=12, ignore_eos=True), request_id="mine")
             throttle.allow(3)
-            token = {"request_id": "mine", "epoch": 0, "index": 3, "token_id": 1}
+            (request_id,) = cluster.names()
+            token = {"request_id": request_id, "epoch": 0, "index": 3, "token_id": 1}
+            ended = {"type": "ended", "request_id": request_id, "epoch": 0, "reason": "stop"}
             dealer.send(msgspec.msgpack.encode({"type": "tokens", "tokens": [token]}))
-            dealer.send(msgspec.msgpack.encode({"type": "ended", "request_id": "mine", "epoch": 0, "reason": "stop"}))
+            dealer.send(msgspec.msgpack.encode(ended))
             # It is told to go, so what it said has been read.
             assert dealer.poll(5000)
             assert msgspec.msgpack.decode(dealer.recv())["error"]["code"] == "worker_died"

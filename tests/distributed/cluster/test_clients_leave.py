@@ -38,13 +38,10 @@ def at_stage(cluster: InProcessCluster, stage: str, start: Start) -> Iterator[St
         def state() -> str:
             return next((lifecycle.state for lifecycle in lifecycles.values()), "none")
 
-        if stage == "queued":  # a draining worker gets no request
-            cluster.call(lambda: setattr(cluster.orchestrator.membership.by_name(decodes), "draining", True))
-            stack.callback(
-                lambda: cluster.call(
-                    lambda: setattr(cluster.orchestrator.membership.by_name(decodes), "draining", False)
-                )
-            )
+        if stage == "queued":  # there is no route for now
+            router = cluster.orchestrator._dispatcher._router
+            stack.callback(setattr, router, "choose", router.choose)
+            router.choose = lambda *_: None
             stream = start()
             wait_until(lambda: cluster.orchestrator._dispatcher.num_queued == 1, "a queued request")
         elif stage == "reserving":
@@ -100,6 +97,26 @@ def test_a_client_leaves(serve, still_serves, kind: str, stage: str, how: str) -
         assert isinstance(caught.value, DeadlineExceeded) == (how == "deadline")
         wait_until(lambda: cluster.orchestrator.num_requests == 0, "the request to end")
     leaver.close()
+    still_serves(cluster, client)
+
+
+@pytest.mark.parametrize("roles", [COLOCATED, SPLIT], ids=["colocated", "split"])
+def test_a_request_id_comes_again(serve, still_serves, good, roles) -> None:
+    """Left after two tokens and asked for again at once, three times over: each life has its own answer."""
+    cluster, client = serve(*roles, max_step_tokens=CHUNK)
+    ((prompt, answer), *_) = good.items()
+    whole = Sampling(max_tokens=len(answer), ignore_eos=True)
+    for _ in range(3):
+        with client.generate(PROMPT, LONG, request_id="x") as stream:
+            seen = 0
+            while seen < 2:
+                event = next(stream)
+                seen += len(event.token_ids) if isinstance(event, Tokens) else 0
+        done = client.complete(prompt, whole, request_id="x")
+        assert (done.token_ids, done.request_id) == (answer, "x")
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.submit(client.complete, prompt, whole, request_id="x") for _ in range(4)]
+        assert [one.result(30).token_ids for one in together] == [answer] * 4
     still_serves(cluster, client)
 
 

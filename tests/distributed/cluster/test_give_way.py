@@ -53,15 +53,16 @@ def token_ids(stream: Stream) -> Prompt:
 
 @contextmanager
 def while_parked(cluster: InProcessCluster) -> Iterator[list[str]]:
-    """Hold the engine while somebody is parked; the ids of those."""
+    """Hold the engine while somebody is parked; what their clients call them."""
     worker = cluster.workers[-1]
     deadline_s = time.monotonic() + IDLE_TIMEOUT_S
     while time.monotonic() < deadline_s:
         wait_until(lambda: worker.stats().num_parked > 0, "somebody who is parked")
         with cluster.held(worker.config.name):
-            ids = [sequence.request.request_id for sequence in worker.scheduler.parking.sequences]
-            if ids:
-                yield ids
+            names = cluster.names()
+            parked = [names[sequence.request.request_id] for sequence in worker.scheduler.parking.sequences]
+            if parked:
+                yield parked
                 return
     raise AssertionError("whoever was parked came back before the engine could be held")
 
@@ -72,7 +73,6 @@ def test_cancelled_while_parked(crowded, answers, still_serves, kind: str) -> No
     streams = start_all(client, answers)
     names = [f"r{len(prompt)}" for prompt in answers]
     worker = cluster.workers[-1]
-    lifecycles = cluster.orchestrator._dispatcher._requests
     with ThreadPoolExecutor(len(streams)) as pool:
         with while_parked(cluster) as parked:
             stats = worker.stats()
@@ -81,7 +81,7 @@ def test_cancelled_while_parked(crowded, answers, still_serves, kind: str) -> No
             assert not worker.is_idle()
             for name in parked:
                 streams[names.index(name)].close()
-            wait_until(lambda: not set(parked) & set(lifecycles), "the cancels")
+            wait_until(lambda: not set(parked) & set(cluster.names().values()), "the cancels")
         stay = {name: pool.submit(token_ids, streams[names.index(name)]) for name in names if name not in parked}
         for name, tokens in stay.items():
             assert tokens.result(IDLE_TIMEOUT_S) == list(answers.values())[names.index(name)]
@@ -111,8 +111,9 @@ def test_the_orchestrator_knows_of_a_pause(crowded, answers, still_serves, kind:
     worker = cluster.workers[-1]
     with while_parked(cluster) as parked:
         worker._say_paused()
+        ids = {name: request_id for request_id, name in cluster.names().items()}
         lifecycles = cluster.orchestrator._dispatcher._requests
-        wait_until(lambda: all(lifecycles[name].state == "paused" for name in parked), "the news of the pause")
+        wait_until(lambda: all(lifecycles[ids[name]].state == "paused" for name in parked), "the news of the pause")
     with ThreadPoolExecutor(len(streams)) as pool:
         assert list(pool.map(token_ids, streams)) == list(answers.values())
     still_serves(cluster, client)

@@ -173,11 +173,11 @@ def test_a_worker_hangs_then_the_last_of_a_role_is_killed_then_the_orchestrator(
         results = strike(cluster, admin, Load(client, LONG_PROMPT[0][:2], 20), "prefill-0")
         assert all(": " in result for result in results)
         assert client.health() == "not_serving"
-        waiting = Load(client, LONG_PROMPT[0][:2], 4)
-        wait_until(lambda: admin.cluster().num_queued == 2, "requests that wait for a worker")
+        refused = Load(client, LONG_PROMPT[0][:2], 4).results()
+        assert all(result.startswith("no_workers: no prefill worker takes requests") for result in refused), refused
         os.kill(cluster.process("orchestrator").pid, signal.SIGKILL)
         killed_s = time.monotonic()
-        assert all(result.startswith("unavailable: ") for result in waiting.results())
+        assert all(result.startswith("unavailable: ") for result in Load(client, LONG_PROMPT[0][:2], 4).results())
         assert time.monotonic() - killed_s < DEADLINE_S
         death = cluster.wait_for_death(DEADLINE_S, after=2)
         assert death is not None

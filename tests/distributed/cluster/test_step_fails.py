@@ -28,7 +28,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
     runner = worker.ranks._local.engine.runner
     (_, (prompt, answer), *_) = good.items()
     with ThreadPoolExecutor(1) as executor, cluster.throttled("decode-1") as throttle:
-        first = client.generate((5,) * 9, Sampling(max_tokens=1500, ignore_eos=True), request_id="first")
+        first = client.generate((5,) * 9, Sampling(max_tokens=1500, ignore_eos=True))
         throttle.allow(2)
         second = executor.submit(client.complete, prompt, Sampling(max_tokens=len(answer), ignore_eos=True))
         # Until the step that waits was planned before the second one joined, and the one behind it after.

@@ -85,15 +85,40 @@ TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
     "logit_bias NaN": (sampled(logit_bias={1: NAN}), INVALID, "logit_bias: is {1: nan}"),
     "logit_bias id": (sampled(logit_bias={256: 1.0}), INVALID, "logit_bias: is {256: 1.0}"),
     "stop empty": (sampled(stop=[""]), INVALID, "stop: is ('',)"),
-    "stop too many": (sampled(stop=["x"] * 17), INVALID, "stop: is "),
-    "stop too long": (sampled(stop=["x" * 257]), INVALID, "stop: is "),
-    "stop_token_ids": (sampled(stop_token_ids=[-3]), INVALID, "stop_token_ids: is (-3,)"),
+    "logit_bias too many": (
+        sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
+        INVALID,
+        "logit_bias: has more than the 1024 entries that are allowed",
+    ),
+    "stop too many": (sampled(stop=["x"] * 17), INVALID, "stop: has more than the 16 entries that are allowed"),
+    "stop too long": (sampled(stop=["x" * 257]), INVALID, "stop: has 257 characters; at most 256 are allowed"),
+    "stop_token_ids": (sampled(stop_token_ids=[-3]), INVALID, "stop_token_ids: is frozenset({-3})"),
+    "stop_token_ids too many": (
+        sampled(stop_token_ids=[1] * 257),
+        INVALID,
+        "stop_token_ids: has more than the 256 entries that are allowed",
+    ),
+    "stop_token_ids by the million": (
+        sampled(stop_token_ids=[1] * 4_100_000),
+        INVALID,
+        "stop_token_ids: has more than the 256 entries that are allowed",
+    ),
+    "chat too long": (
+        chat(*[("user", "x")] * 1025),
+        INVALID,
+        "messages: has more than the 1024 entries that are allowed",
+    ),
+    "role too long": (chat(("user" * 100, "x")), INVALID, "role: has 400 characters; at most 128 are allowed"),
     "request_id with spaces": (
         pb.GenerateRequest(request_id="a b", text="x"),
         INVALID,
         "request_id: must have 1 to 128",
     ),
-    "request_id too long": (pb.GenerateRequest(request_id="a" * 129, text="x"), INVALID, "request_id: must have"),
+    "request_id too long": (
+        pb.GenerateRequest(request_id="a" * 129, text="x"),
+        INVALID,
+        "request_id: has 129 characters; at most 128 are allowed",
+    ),
     "text not UTF-8": (b"\x12\x02\xff\xfe", INVALID, "text: is not valid UTF-8"),
     "content not UTF-8": (b"\x22\x05\x0a\x03\x12\x01\xff", INVALID, "chat.messages.content: is not valid UTF-8"),
     "stop not UTF-8": (b"\x12\x01a\x2a\x03\x62\x01\xc3", INVALID, "sampling.stop: is not valid UTF-8"),
@@ -161,26 +186,6 @@ def test_the_client_names_what_cannot_even_be_sent(play):
     play(scenario)
 
 
-def test_a_request_id_is_used_once_at_a_time(play):
-    async def scenario(world):
-        worker = await world.worker("both-0", "colocated")
-        first = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1), request_id="mine"))
-        request = (await worker.expect(Generate)).request
-        with pytest.raises(InvalidRequest, match="request_id: 'mine' is in flight already"):
-            await world.client.complete("abc", request_id="mine")
-        await worker.tokens(request, "k", 0)
-        await worker.ended(request, "length")
-        assert (await first).request_id == "mine"
-        await world.quiet()
-        again = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1), request_id="mine"))
-        request = (await worker.expect(Generate)).request
-        await worker.tokens(request, "k", 0)
-        await worker.ended(request, "length")
-        assert (await again).text == "k"
-
-    play(scenario)
-
-
 def test_tokenize(play):
     async def scenario(world):
         assert await world.client.tokenize("aé") == (97, 195, 169)
@@ -200,6 +205,7 @@ def test_tokenize(play):
 
 def test_a_model_without_a_chat_template_says_so(play):
     async def scenario(world):
+        await world.worker("both-0", "colocated")
         world.model.has_chat_template = False
         with pytest.raises(InvalidRequest, match="chat: the model bytes has no chat template; send text or token_ids"):
             await world.client.complete([ChatMessage("user", "x")])
@@ -213,6 +219,7 @@ def test_a_bug_while_encoding_is_an_internal_error_and_no_more(play):
         def encode(text: str) -> list[int]:
             raise RuntimeError("secret path")
 
+        await world.worker("both-0", "colocated")
         world.model.encode = encode
         for call in (world.client.complete("abc"), world.client.tokenize("abc")):
             with pytest.raises(ServerFailed, match="its log says why") as caught:

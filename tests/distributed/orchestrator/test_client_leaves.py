@@ -22,8 +22,10 @@ def test_a_client_cancels_at_each_stage(play, to_prefilling, wait, stage):
     async def scenario(world):
         if stage == "encoding":
             world.model.gate.clear()
-        if stage not in ("encoding", "queued"):
-            prefill, decode = await world.pair()
+        prefill, decode = await world.pair()
+        if stage == "queued":
+            first = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
+            await decode.expect(Reserve)
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
         gateway = world.orchestrator._gateway
         if stage == "encoding":
@@ -51,11 +53,14 @@ def test_a_client_cancels_at_each_stage(play, to_prefilling, wait, stage):
             assert (await decode.expect(Cancel)).epoch == 0
         if stage in ("prefilling", "decoding", "finishing"):
             assert (await prefill.expect(Cancel)).epoch == 0
+        if stage == "queued":
+            await wait(lambda: world.orchestrator.num_requests == 1)
+            first.cancel()
+            await decode.expect(Cancel)
         await world.quiet()
-        if stage not in ("encoding", "queued"):
-            assert decode.received == prefill.received == []
+        assert decode.received == prefill.received == []
 
-    play(scenario, report_timeout_s=5.0)
+    play(scenario, report_timeout_s=5.0, prefill_ahead_tokens=1)
 
 
 def test_the_clients_own_deadline_cancels(play):

@@ -21,7 +21,7 @@ def test_a_request_on_a_pair(play, to_prefilling):
             world.client.complete("hi you", Sampling(max_tokens=5, temperature=0.5, top_k=3), request_id="r-1")
         )
         request = await to_prefilling(world, prefill, decode)
-        assert (request.request_id, request.epoch, bytes(request.prompt_ids)) == ("r-1", 0, b"hi you")
+        assert (request.epoch, bytes(request.prompt_ids)) == (0, b"hi you")
         assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_k) == (5, 0.5, 3)
         assert request.sampling.seed is not None
         await decode.tokens(request, "hello", 0)
@@ -124,15 +124,15 @@ def test_a_preempted_request_goes_on_where_it_was(play, to_prefilling):
 def test_a_preempted_request_is_served_before_those_that_wait(play, to_prefilling, wait):
     async def scenario(world):
         prefill, decode = await world.pair()
-        first = asyncio.create_task(world.client.complete("a" * 10, Sampling(max_tokens=2), request_id="first"))
+        first = asyncio.create_task(world.client.complete("a" * 10, Sampling(max_tokens=2)))
         request = await to_prefilling(world, prefill, decode)
-        second = asyncio.create_task(world.client.complete("b" * 10, Sampling(max_tokens=2), request_id="second"))
+        second = asyncio.create_task(world.client.complete("b" * 10, Sampling(max_tokens=2)))
         await wait(lambda: world.orchestrator._dispatcher.num_queued == 1)
         await decode.ended(request, "preempted")
         assert (await prefill.expect(Cancel)).epoch == 0
-        for name, epoch in (("first", 1), ("second", 0)):
+        for letter, epoch in ((b"a", 1), (b"b", 0)):
             request = await to_prefilling(world, prefill, decode)
-            assert (request.request_id, request.epoch) == (name, epoch)
+            assert (bytes(request.prompt_ids[:1]), request.epoch) == (letter, epoch)
             await decode.tokens(request, "ok", 0)
             await prefill.prefill_ended(request)
             await decode.ended(request, "length")
@@ -334,8 +334,10 @@ def test_many_requests_share_a_step(play):
 )
 def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
     async def scenario(world):
-        if stage != "queued":
-            prefill, decode = await world.pair()
+        prefill, decode = await world.pair()
+        if stage == "queued":
+            first = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=9)))
+            await decode.expect(Reserve)
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=9)))
         if stage == "reserving":
             await decode.expect(Reserve)
@@ -348,29 +350,30 @@ def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
             await decode.send(Paused(request_id=request.request_id, epoch=request.epoch))
         with pytest.raises(DeadlineExceeded, match=f"{setting}: nothing for 0.3 s while {stage}"):
             await answer
-        if stage != "queued":
-            await decode.expect(Cancel)
+        if stage == "queued":
+            first.cancel()
+        await decode.expect(Cancel)
         if stage == "prefilling":
             await prefill.expect(Cancel)
 
-    play(scenario, **{setting: 0.3})
+    play(scenario, prefill_ahead_tokens=1, **{setting: 0.3})
 
 
 def test_too_many_waiting_requests_are_refused_at_once(play, wait):
     async def scenario(world):
+        worker = await world.worker("both-0", "colocated")
         waiting = [asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1))) for _ in range(3)]
-        await wait(lambda: world.orchestrator._dispatcher.num_queued == 3)
+        await wait(lambda: world.orchestrator._dispatcher.num_queued == 2)
         with pytest.raises(Overloaded, match="3 requests wait for their first token, as many as max_queued") as caught:
             await world.client.complete("abc")
         assert caught.value.code == "overloaded"
-        worker = await world.worker("both-0", "colocated")
         for _ in waiting:
             request = (await worker.expect(Generate)).request
             await worker.tokens(request, "k", 0)
             await worker.ended(request, "length")
         assert [(await answer).text for answer in waiting] == ["k"] * 3
 
-    play(scenario, max_queued=3)
+    play(scenario, max_queued=3, prefill_ahead_tokens=1)
 
 
 async def collect(stream):

@@ -9,7 +9,7 @@ import pytest
 
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import Cancel, Generate, Prefill, Registered, Reserve
-from anabranch_client import Admin, Sampling, Unavailable, WorkerDied
+from anabranch_client import Admin, NoWorkers, Sampling, Unavailable, WorkerDied
 
 pytestmark = pytest.mark.distributed
 
@@ -179,9 +179,11 @@ def test_a_worker_may_die_while_nobody_asks_anything_of_it(play, wait):
         assert (gone.name, gone.pid, gone.expected) == ("prefill-0", prefill.info.pid, False)
         assert "connection" in gone.reason
         assert not cluster.serving
-        # A request waits for a prefill worker, and is served by one that comes.
-        answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
+        # Requests are refused until a prefill worker comes.
+        with pytest.raises(NoWorkers, match="no prefill worker takes requests"):
+            await world.client.complete("abc")
         prefill = await world.worker("prefill-1", "prefill")
+        answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
         request = (await decode.expect(Reserve)).request
         await decode.reserved(request)
         await prefill.expect(Prefill)

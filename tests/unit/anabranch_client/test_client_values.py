@@ -92,16 +92,16 @@ def test_the_code_is_read_from_trailers():
 
 
 def test_only_what_is_given_is_sent():
-    request = to_generate("hi", Sampling(temperature=0.0, stop=["."], logit_bias={3: -1.0}), None)
+    request = to_generate("hi", Sampling(temperature=0.0, stop=["."], logit_bias={3: -1.0}))
     assert request.text == "hi"
     sampling = request.sampling
     assert sampling.HasField("temperature")
     assert not any(sampling.HasField(field) for field in ("max_tokens", "top_k", "top_p", "seed", "logprobs"))
     assert (list(sampling.stop), dict(sampling.logit_bias), request.request_id) == (["."], {3: -1.0}, "")
-    assert to_generate([1, 2], None, "me").token_ids.ids == [1, 2]
-    chat = to_generate([ChatMessage("user", "hi")], None, None).chat
+    assert to_generate([1, 2], None, request_id="me").token_ids.ids == [1, 2]
+    chat = to_generate([ChatMessage("user", "hi")], None).chat
     assert [(message.role, message.content) for message in chat.messages] == [("user", "hi")]
-    assert to_generate([], None, None).WhichOneof("prompt") == "token_ids"
+    assert to_generate([], None).WhichOneof("prompt") == "token_ids"
 
 
 def test_a_stream_without_an_end_is_an_error():

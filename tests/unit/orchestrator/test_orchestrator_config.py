@@ -15,6 +15,8 @@ pytestmark = pytest.mark.unit
     ("key", "value"),
     [
         ("max_queued", 0),
+        ("max_queued_bytes", 0),
+        ("no_worker_grace_s", 0.0),
         ("max_request_bytes", -1),
         ("max_retries", -1),
         ("queue_timeout_s", 0.0),

@@ -152,3 +152,42 @@ def test_integrity_names_what_is_wrong() -> None:
     pool.forget(block)
     with pytest.raises(AssertionError, match=f"block {block} is indexed and not kept"):
         cache.check_integrity()
+
+
+def test_blocks_are_shared_within_a_salt_alone() -> None:
+    pool = BlockPool(32)
+    cache = PrefixCache(pool, SIZE)
+    tokens = list(range(12))
+    held = {}
+    for salt in ("", "a", "b", "a "):
+        assert cache.match(tokens, salt)[0] == []
+        held[salt] = pool.allocate(3)
+        cache.publish(Chain.begin(salt), held[salt], tokens, 12)
+    for salt, blocks in held.items():
+        assert cache.match([*tokens, 1], salt)[0] == blocks
+    assert cache.match([*tokens, 1], "c")[0] == []
+    assert len(cache) == 12
+    cache.check_integrity()
+
+
+def test_publishing_goes_on_under_the_salt_of_the_match() -> None:
+    pool = BlockPool(8)
+    cache = PrefixCache(pool, SIZE)
+    first = pool.allocate(2)
+    cache.publish(Chain.begin("a"), first, list(range(8)), 8)
+    found, chain = cache.match(list(range(13)), "a")
+    assert found == first
+    more = pool.allocate(1)
+    cache.publish(chain, [*first, *more], list(range(12)), 12)
+    assert cache.match(list(range(13)), "a")[0] == [*first, *more]
+    assert cache.match(list(range(13)))[0] == []
+
+
+def test_a_salt_is_compared_where_digests_collide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "salt_digest", lambda salt: b"")
+    pool = BlockPool(8)
+    cache = PrefixCache(pool, SIZE)
+    tokens = list(range(8))
+    cache.publish(Chain.begin("a"), pool.allocate(2), tokens, 8)
+    assert cache.match([*tokens, 1], "b")[0] == []
+    cache.check_integrity()

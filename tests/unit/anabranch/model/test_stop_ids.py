@@ -84,3 +84,10 @@ def test_without_a_tokenizer_the_configuration_has_the_word(make_model) -> None:
     configure(folder, [5, 6])
     assert stop_ids(resolve_model(str(folder)).config(), ()) == (5, 6)
     assert Reference(resolve_model(str(folder))).eos_token_ids == frozenset((5, 6))
+
+
+def test_more_stop_tokens_than_a_request_carries_are_named(make_model) -> None:
+    folder, _ = make_model("llama-gqa-tied")
+    config = resolve_model(str(folder)).config()
+    with pytest.raises(CheckpointError, match="70 tokens end an answer of this model; at most 64 may"):
+        stop_ids(config, tuple(range(3, 72)))
