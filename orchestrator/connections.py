@@ -54,6 +54,7 @@ def server_options(config: OrchestratorConfig) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", _ms(config.connection_idle_s)),
         ("grpc.keepalive_time_ms", _ms(config.keepalive_s)),
         ("grpc.keepalive_timeout_ms", _ms(config.keepalive_timeout_s)),
+        ("grpc.http2.ping_timeout_ms", _ms(config.keepalive_timeout_s)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(MIN_PING_INTERVAL_S)),

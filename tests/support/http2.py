@@ -74,9 +74,14 @@ def connect(endpoint: str) -> socket.socket:
 
 
 class Http2Client:
-    """One connection, whose streams get `window_bytes` and no more."""
+    """One connection, whose streams get `window_bytes` and no more.
 
-    def __init__(self, endpoint: str, *, window_bytes: int = 0) -> None:
+    Args:
+        answers: whether it answers SETTINGS and PING.
+    """
+
+    def __init__(self, endpoint: str, *, window_bytes: int = 0, answers: bool = True) -> None:
+        self._answers = answers
         self._sock = connect(endpoint)
         self._data = bytearray()
         self._next_id = 1
@@ -114,7 +119,7 @@ class Http2Client:
 
     def _take(self, taken: Frame) -> None:
         self.frames.append(taken)
-        if taken.kind in (SETTINGS, PING) and not taken.flags & ACK:
+        if self._answers and taken.kind in (SETTINGS, PING) and not taken.flags & ACK:
             self._sock.sendall(frame(taken.kind, ACK, 0, taken.payload if taken.kind == PING else b""))
 
     def ended(self, stream_id: int) -> bool:
