@@ -163,7 +163,8 @@ def transports_for(listen_host: str) -> str:
 
 
 def describe() -> str:
-    """UCX's and ucxx's versions."""
+    """UCX's and ucxx's versions. Raises TransportUnavailable."""
+    load()  # sets what UCX reads from the environment when it is loaded, so it must be the first to load it
     import ucxx
 
     version = ".".join(str(part) for part in ucxx.get_ucx_version())

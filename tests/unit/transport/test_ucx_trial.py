@@ -73,6 +73,13 @@ def test_the_trial_passes_where_ucx_works(transports: str) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_start_writes_nothing_of_ucx() -> None:
+    """UCX warns of the variables that ucxx sets, unless it is told not to before it is loaded."""
+    ran = subprocess.run([sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(ran.stdout)["auto"] == ["inproc", "ucx", "tcp"]
+    assert ran.stderr == ""
+
+
 def can_mount() -> bool:
     command = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o ro none /dev/shm"]
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
