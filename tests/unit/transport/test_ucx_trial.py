@@ -75,9 +75,11 @@ def test_the_trial_passes_where_ucx_works(transports: str) -> None:
 
 def test_a_start_writes_nothing_of_ucx() -> None:
     """UCX warns of the variables that ucxx sets, unless it is told not to before it is loaded."""
-    ran = subprocess.run([sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(ran.stdout)["auto"] == ["inproc", "ucx", "tcp"]
-    assert ran.stderr == ""
+    script = "from transport.planes import create_plane; create_plane('ucx', None).close(); print('made')"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ran.stdout, ran.stderr) == ("made\n", "")
 
 
 def can_mount() -> bool:
