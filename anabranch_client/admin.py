@@ -7,7 +7,7 @@ from types import TracebackType
 import grpc
 
 from anabranch_client import convert
-from anabranch_client.calls import CHANNEL_OPTIONS
+from anabranch_client.calls import channel_options
 from anabranch_client.client import call
 from anabranch_client.types import Cluster
 from anabranch_client.v1 import anabranch_pb2 as pb
@@ -24,7 +24,7 @@ class Admin:
 
     def __init__(self, endpoint: str, *, call_timeout_s: float = 10.0) -> None:
         self._call_timeout_s = call_timeout_s
-        self._channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(endpoint, options=channel_options())
         self._stub = pb_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
     def cluster(self, *, timeout_s: float | None = None) -> Cluster:

@@ -11,7 +11,14 @@ import grpc
 import grpc.aio
 
 from anabranch_client import convert
-from anabranch_client.calls import CHANNEL_OPTIONS, HEALTH_CHECK, INFERENCE, health_request, health_response
+from anabranch_client.calls import (
+    HEALTH_CHECK,
+    INFERENCE,
+    KEEPALIVE_S,
+    channel_options,
+    health_request,
+    health_response,
+)
 from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of
 from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
@@ -80,6 +87,8 @@ class AsyncClient:
         endpoint: `host:port` or `unix:path`.
         timeout_s: deadline of a whole answer, unless the call gives its own.
         call_timeout_s: deadline of the short calls.
+        keepalive_s: silence during a call after which the server is asked for a sign of life; where none comes for
+            as long again, the call ends with Unavailable (`unresponsive`). Servers allow no less than 5 s.
         credentials: for TLS; None speaks plainly.
     """
 
@@ -89,15 +98,17 @@ class AsyncClient:
         *,
         timeout_s: float = 600.0,
         call_timeout_s: float = 30.0,
+        keepalive_s: float = KEEPALIVE_S,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._timeout_s = timeout_s
         self._call_timeout_s = call_timeout_s
+        options = channel_options(keepalive_s)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(endpoint, options=options)
         else:
-            self._channel = grpc.aio.secure_channel(endpoint, credentials, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(endpoint, credentials, options=options)
         self._stub = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = self._channel.unary_unary(
             HEALTH_CHECK, request_serializer=health_request, response_deserializer=health_response

@@ -7,8 +7,26 @@ from anabranch_client.types import Health
 INFERENCE = "anabranch.v1.Inference"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
-# Endpoints are named outright, so an HTTP proxy from the environment must not get between.
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.enable_http_proxy", 0),)
+KEEPALIVE_S = 10.0
+
+
+def channel_options(keepalive_s: float = KEEPALIVE_S) -> tuple[tuple[str, int], ...]:
+    """gRPC's channel arguments.
+
+    Args:
+        keepalive_s: silence during a call after which the server is asked for a sign of life, and the wait for it.
+    """
+    keepalive_ms = max(1, round(1000 * keepalive_s))
+    return (
+        # Endpoints are named outright, so an HTTP proxy from the environment must not get between.
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms),
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),
+        # A long prompt is computed in silence: ask as often as it takes.
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
 
 _HEALTH_BY_NUMBER: dict[int, Health] = {1: "serving", 2: "not_serving"}
 

@@ -14,7 +14,7 @@
         +-- ServerFailed                anything else
 
 Each has `code`, the server's stable word for what went wrong (trailing metadata `anabranch-code`), or gRPC's
-status in lower case where the server said nothing.
+status in lower case where the server said nothing; `unresponsive` where it stopped giving signs of life.
 """
 
 from __future__ import annotations
@@ -99,10 +99,16 @@ _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
 }
 
 
+# How gRPC says that somebody took the connection, and then gave no sign of life.
+_SILENCE = ("ping timeout", "keepalive watchdog", "timed out before receiving SETTINGS")
+
+
 def error_of(status: grpc.StatusCode, details: str | None, code: str | None) -> ClientError:
     """The error for a gRPC status, its message, and the server's code where it gave one."""
     if code is None and status is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
         return InvalidRequest(details or "", code="message_too_large")
+    if code is None and status is grpc.StatusCode.UNAVAILABLE and any(word in (details or "") for word in _SILENCE):
+        return Unavailable(f"the server gives no sign of life ({details})", code="unresponsive")
     kind = _BY_CODE.get(code or "") or _BY_STATUS.get(status, ServerFailed)
     return kind(details or status.name.lower(), code=code or status.name.lower())
 

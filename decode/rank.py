@@ -28,7 +28,7 @@ from decode.importer import KvImport
 from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
 from transport.kv_stream import KvStreamReceiver
-from transport.planes import Plane, create_plane, usable_planes
+from transport.planes import Plane, configured_planes, create_plane
 
 
 class DecodeRank:
@@ -45,8 +45,7 @@ class DecodeRank:
         self._receiver = KvStreamReceiver()
         self._planes: dict[str, Plane] = {}
         if config.role == "decode":
-            names = usable_planes() if config.kv_transport == "auto" else (config.kv_transport,)
-            for name in names:
+            for name in configured_planes(config.kv_transport, config.listen_host):
                 self._planes[name] = create_plane(name, self._receiver, listen_host=config.listen_host)
         addresses = {name: plane.address for name, plane in self._planes.items()}
         copy_bytes_per_s = 0.0 if engine.host is None else engine.host.measure()

@@ -154,6 +154,8 @@ def _shared_memory() -> Finding:
         usage = shutil.disk_usage("/dev/shm")
     except OSError:
         return Finding(name="shared memory", found="no /dev/shm", remedy="mount a tmpfs at /dev/shm for UCX")
+    if not os.access("/dev/shm", os.W_OK | os.X_OK):
+        return Finding(name="shared memory", found="/dev/shm cannot be written to", remedy="mount /dev/shm writable")
     remedy = "" if usage.free >= _MIN_SHM_BYTES else "make /dev/shm larger (containers: --shm-size=1g)"
     return Finding(name="shared memory", found=f"{bytes_text(usage.free)} free in /dev/shm", remedy=remedy)
 

@@ -13,6 +13,7 @@ import uvloop
 from anabranch.config.flags import parse_flags
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError
+from orchestrator.connections import raise_descriptor_limit
 from orchestrator.resolved_model import CheckpointModel
 from orchestrator.service import Orchestrator
 
@@ -62,6 +63,7 @@ def main() -> None:
         format="%(asctime)s.%(msecs)03d %(levelname).1s orchestrator %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    raise_descriptor_limit()
     try:
         status = uvloop.run(serve(config))
     except AnabranchError as error:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc.aio
 
@@ -14,8 +13,6 @@ from orchestrator.statuses import status_of, trailers_of
 
 logger = logging.getLogger(__name__)
 
-# A status travels behind what the client has not read yet; a client that never reads must not hold its call.
-ABORT_TIMEOUT_S = 1.0
 MAX_MESSAGE_CHARS = 2000
 
 _Request = TypeVar("_Request")
@@ -23,14 +20,10 @@ _Response = TypeVar("_Response")
 _Context = grpc.aio.ServicerContext[_Request, _Response]
 
 
-async def abort(context: _Context[_Request, _Response], error: AnabranchError) -> None:
+async def abort(context: _Context[_Request, _Response], error: AnabranchError) -> NoReturn:
     """End the call with the error's status, message and code."""
-    message = str(error)[:MAX_MESSAGE_CHARS]
-    try:
-        async with asyncio.timeout(ABORT_TIMEOUT_S):
-            await context.abort(status_of(error), message, trailers_of(error))
-    except TimeoutError:
-        logger.info("a client has not taken its status: %s", message)
+    await context.abort(status_of(error), str(error)[:MAX_MESSAGE_CHARS], trailers_of(error))
+    raise AssertionError("abort raises")
 
 
 def answered(
@@ -50,6 +43,5 @@ def answered(
             logger.exception("a call failed")
             failure = AnabranchError("the orchestrator failed; its log says why")
         await abort(context, failure)
-        raise failure
 
     return handle

@@ -1,7 +1,8 @@
 """The Inference service: takes clients' requests in, and gives their answers out at the pace they read.
 
 A call's life: parsed -> checked -> encoded (in a thread) -> accepted -> its events are written until the end.
-Each write waits for the client to have room; a client that makes none for `client_stall_s` loses its request.
+Each write waits for the client to have room; a client that makes none for `client_stall_s` loses its request
+(`CallGuard`).
 A call that goes away, whenever that is, stops its request.
 """
 
@@ -17,7 +18,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, InvalidRequest, RequestCancelled
+from anabranch.errors import AnabranchError, Draining, InvalidRequest, RequestCancelled
 from anabranch.protocol.requests import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import (
@@ -99,11 +100,11 @@ class Gateway:
             if isinstance(message, InvalidRequest):
                 raise message
             lifecycle = await self._admit(message)
-            await self._write(context, accepted_event(lifecycle.client_id, len(lifecycle.request.prompt_ids)))
+            await context.write(accepted_event(lifecycle.client_id, len(lifecycle.request.prompt_ids)))
             part = None
             while not isinstance(part, Finished):
                 part = await lifecycle.answer.next()
-                await self._write(context, answer_event(part, include_timings=message.include_timings))
+                await context.write(answer_event(part, include_timings=message.include_timings))
         except AnabranchError as error:
             if lifecycle is not None:
                 lifecycle.stop(error)
@@ -147,17 +148,6 @@ class Gateway:
             cache_salt=message.cache_salt,
         )
         return self._dispatcher.submit(request, accepted_at, client_id=client_id, place=place)
-
-    async def _write(self, context: _GenerateContext, event: pb.GenerateEvent) -> None:
-        """Write once the client has room. Raises DeadlineExceeded when it makes none."""
-        try:
-            # Not wait_for: before Python 3.12 it can lose the cancellation of a client that goes away meanwhile.
-            async with asyncio.timeout(self._config.client_stall_s):
-                await context.write(event)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"client_stall_s: the client read nothing for {self._config.client_stall_s:g} s"
-            ) from None
 
     def context_limit(self) -> ContextLimit:
         """How long a request may be: what living workers hold, or what the model was made for."""

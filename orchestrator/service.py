@@ -3,7 +3,7 @@
     clients --gRPC--> Gateway -> Dispatcher -> Lifecycle (one task each) --control channel--> workers
                                                    ^------- receive task <--------------------'
 
-Tasks: one receives from workers, one beats and notices silence, one reports health, one per request.
+Tasks: one receives from workers, one beats and notices silence, one per request.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
 from anabranch.protocol.workers import Beat, Ended, Paused, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
 from orchestrator import admin, gateway
+from orchestrator.call_guard import CallGuard
+from orchestrator.connections import server_options
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
 from orchestrator.membership import Membership
@@ -80,7 +82,6 @@ class Orchestrator:
         self._dispatcher.attach(self.membership)
         self._gateway = gateway.Gateway(config, self._model, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
-        await self._health.report()
         try:
             await self._start_grpc()
         except BaseException:
@@ -89,24 +90,17 @@ class Orchestrator:
             raise
         self._spawn(self._receive(), "receive")
         self._spawn(self.membership.watch(), "watch")
-        self._spawn(self._health.run(), "health")
         if config.endpoints_file:
             self._announce(Path(config.endpoints_file))
         logger.info("gRPC on %s, workers on %s", self.grpc_endpoint, self.control_endpoint)
 
     async def _start_grpc(self) -> None:
         config = self._config
-        server = grpc.aio.server(
-            options=[
-                # Otherwise a second process could take the same port and half of the clients in silence.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", config.max_request_bytes),
-                ("grpc.max_concurrent_streams", 4 * config.max_queued),
-            ]
-        )
+        guard = CallGuard(max_calls=config.max_calls, stall_s=config.client_stall_s)
+        server = grpc.aio.server(interceptors=(guard,), options=server_options(config))
         administration = admin.Admin(self.membership, self._dispatcher, self._gateway)
         server.add_generic_rpc_handlers((self._gateway.handlers(), administration.handlers()))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (gateway.SERVICE, admin.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )

@@ -34,7 +34,7 @@ from prefill.export import KvExporter
 from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
 from transport.kv_stream import KvStreamSender, KvStreamSource
-from transport.planes import usable_planes
+from transport.planes import configured_planes
 
 NUM_CONNECTORS = 4
 SEND_TIMEOUT_S = 30.0
@@ -58,7 +58,7 @@ class PrefillRank:
         self._opening: set[Key] = set()
         self._senders: dict[Key, KvStreamSender] = {}
         self._source = KvStreamSource(
-            planes=usable_planes(),
+            planes=configured_planes(config.kv_transport, config.listen_host),
             kernels=engine.runner.kernels,
             configured=config.kv_transport,
             listen_host=config.listen_host,

@@ -64,7 +64,7 @@ class PrefillWorker(Worker):
         self.scheduler = PrefillScheduler(
             self.engine.cache, max_step_tokens=self.config.max_step_tokens, max_running=self.config.max_running
         )
-        info = worker_info(self.config, self.engine, usable_planes())
+        info = worker_info(self.config, self.engine, usable_planes(self.config.listen_host))
         self.start_engine(self._step)
         return info
 

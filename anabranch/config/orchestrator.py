@@ -31,6 +31,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         allow_remote: let the two addresses be reachable from other machines, without TLS.
         max_queued: most requests that wait for their first token; more are refused at once.
         max_queued_bytes: most memory that these take together (message, prompt ids); more are refused at once.
+        max_calls: most calls at a time, of all clients; more are refused at once.
+        max_connections: most connections of clients at a time; fewer where the process may not have the descriptors.
         max_request_bytes: largest message of a client.
         max_control_bytes: largest message to or from a worker.
         max_unread_tokens: most tokens kept for a client that does not read; one more ends the request.
@@ -46,7 +48,11 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         token_timeout_s: wait for the next token, or for the end after the last.
         pause_timeout_s: wait for the next token of a request that has given way to others at its worker.
         report_timeout_s: wait for prefill's report (timings, KV bytes) once the answer is complete.
-        client_stall_s: wait for a client to read.
+        client_stall_s: wait for a client to read, or to send what its call begins with.
+        handshake_timeout_s: wait for a new connection's first frames.
+        connection_idle_s: time without a call after which a connection is closed.
+        keepalive_s: silence of a connection after which its client is asked for a sign of life.
+        keepalive_timeout_s: wait for that sign; without it the connection is closed.
         worker_timeout_s: silence after which a worker counts as dead.
         heartbeat_s: time between signs of life sent to workers.
         drain_timeout_s: wait for running requests at the end of the process.
@@ -59,6 +65,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     allow_remote: bool = False
     max_queued: int = 256
     max_queued_bytes: int = 256 * 1024 * 1024
+    max_calls: int = 4096
+    max_connections: int = 4096
     max_request_bytes: int = 4 * 1024 * 1024
     max_control_bytes: int = 8 * 1024 * 1024
     max_unread_tokens: int = 16384
@@ -73,6 +81,10 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     pause_timeout_s: float = 300.0
     report_timeout_s: float = 2.0
     client_stall_s: float = 10.0
+    handshake_timeout_s: float = 5.0
+    connection_idle_s: float = 300.0
+    keepalive_s: float = 30.0
+    keepalive_timeout_s: float = 20.0
     worker_timeout_s: float = 3.0
     heartbeat_s: float = 0.5
     drain_timeout_s: float = 30.0
@@ -81,6 +93,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         for key in (
             "max_queued",
             "max_queued_bytes",
+            "max_calls",
+            "max_connections",
             "max_request_bytes",
             "max_control_bytes",
             "max_unread_tokens",

@@ -17,7 +17,7 @@ When `close` returns, no `place` of that stream is running or will run: its bloc
 
 Prefill side (one source for each rank; it owns planes and links and shares them among streams):
 
-    source = KvStreamSource(planes=usable_planes(), configured="auto", listen_host=host)
+    source = KvStreamSource(planes=configured_planes("auto", host), configured="auto", listen_host=host)
     sender = source.open(destination, source_layout=layout, source_rank=0)   # connects: call off the event loop
     sender.send_layer(layer, head_start, token_start, k_TKD, v_TKD)          # copies, then returns at once
     done = sender.commit(token_id=..., logprob=..., queue_s=..., prefill_s=..., num_cached_tokens=...)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
+from collections.abc import Mapping
 
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.plain import PlainKernels
+from anabranch.limited_log import LimitedLog
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
 from transport.kv_stream.messages import decode_to_sender
@@ -16,15 +19,25 @@ from transport.kv_stream.staging import StagingPool
 from transport.planes.base import Link, Plane
 from transport.planes.registry import choose_plane, create_plane, reachable_planes
 
+logger = logging.getLogger(__name__)
+
 # All streams together, in units of one stream's share.
 MAX_SHARES = 8
+
+
+class _Connecting:
+    """One address that threads wait for; the first of them connects."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_threads = 0
 
 
 class KvStreamSource:
     """Opens KV streams; links are kept and shared by streams to the same address.
 
     Args:
-        planes: names that may be used here (`usable_planes()`).
+        planes: names that may be used here (`configured_planes()`).
         kernels: pack slices; None: PyTorch operations.
         configured: a plane's name, or auto.
         listen_host: interface for the planes' own sockets.
@@ -51,6 +64,7 @@ class KvStreamSource:
         self._connect_timeout_s = connect_timeout_s
         self._send_timeout_s = send_timeout_s
         self._max_in_flight_bytes = max_in_flight_bytes
+        self._log = LimitedLog(logger)
         self._pool = StagingPool(MAX_SHARES * max_in_flight_bytes)
         # Guards what follows; never held while connecting.
         self._lock = threading.Lock()
@@ -58,7 +72,7 @@ class KvStreamSource:
         self._planes: dict[str, Plane] = {}
         self._links: dict[tuple[str, str], Link] = {}
         self._gone: weakref.WeakSet[Link] = weakref.WeakSet()
-        self._connecting: dict[tuple[str, str], threading.Lock] = {}
+        self._connecting: dict[tuple[str, str], _Connecting] = {}
         self._senders: dict[tuple[int, int], set[KvStreamSender]] = {}
 
     @property
@@ -78,13 +92,8 @@ class KvStreamSource:
                 f"{destination.worker} gives {len(destination.addresses)} addresses for its "
                 f"{destination.layout.num_ranks} ranks"
             )
-        names = [
-            choose_plane(self._configured, self._names, reachable_planes(addresses))
-            for addresses in destination.addresses
-        ]
-        links = [
-            self._link(name, addresses[name]) for name, addresses in zip(names, destination.addresses, strict=True)
-        ]
+        reached = [self._reach(destination.worker, addresses) for addresses in destination.addresses]
+        names, links = [name for name, _ in reached], [link for _, link in reached]
         sender = KvStreamSender(
             links,
             destination,
@@ -145,20 +154,40 @@ class KvStreamSource:
 
     # Links ----------------------------------------------------------------------------------------------
 
+    def _reach(self, worker: str, addresses: Mapping[str, str]) -> tuple[str, Link]:
+        """A link to a rank, and its plane: the best that both ends have, or with auto the next where that fails."""
+        theirs, ours = reachable_planes(addresses), self._names
+        while True:
+            name = choose_plane(self._configured, ours, theirs)
+            try:
+                return name, self._link(name, addresses[name])
+            except (TransportUnavailable, PeerLost) as error:
+                ours = tuple(other for other in ours if other != name)
+                if self._closed or self._configured != "auto" or not set(ours) & set(theirs):
+                    raise
+                self._log.warning(f"{name} does not reach {worker}: {error}; another plane is tried")
+
     def _link(self, name: str, address: str) -> Link:
         key = (name, address)
         with self._lock:
-            connecting = self._connecting.setdefault(key, threading.Lock())
-        with connecting:
+            connecting = self._connecting.setdefault(key, _Connecting())
+            connecting.num_threads += 1
+        try:
+            with connecting.lock:
+                with self._lock:
+                    if key in self._links:
+                        return self._links[key]
+                link = self._plane(name).connect(address, self._connect_timeout_s)
+                with self._lock:
+                    if link in self._gone:
+                        raise PeerLost(f"the {name} link was lost at once")
+                    self._links[key] = link
+                return link
+        finally:
             with self._lock:
-                if key in self._links:
-                    return self._links[key]
-            link = self._plane(name).connect(address, self._connect_timeout_s)
-            with self._lock:
-                if link in self._gone:
-                    raise PeerLost(f"the link to {address} was lost at once")
-                self._links[key] = link
-            return link
+                connecting.num_threads -= 1
+                if not connecting.num_threads:
+                    del self._connecting[key]
 
     def _plane(self, name: str) -> Plane:
         with self._lock:

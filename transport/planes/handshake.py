@@ -29,6 +29,7 @@ from anabranch.errors import (
     TransportError,
     TransportUnavailable,
 )
+from anabranch.limited_log import LimitedLog
 from transport.planes.loop import ProgressLoop
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ VERSION = 1
 MAX_BODY_BYTES = 64 * 1024
 MAX_PENDING_HELLOS = 64
 HELLO_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 TOKEN_BYTES = 16
 
 _PREFIX = struct.Struct("!4sBBH16sI")
@@ -188,6 +190,7 @@ class Acceptor:
         admit: called on the progress thread with the socket (non-blocking) and the peer's introduction;
             answers with our own, which is sent as the welcome, or raises to refuse.
         joined: called after the welcome is on its way.
+        left: called instead where an admitted peer could not be welcomed.
     """
 
     def __init__(
@@ -198,12 +201,16 @@ class Acceptor:
         listen_host: str,
         admit: Callable[[socket.socket, Introduction], Introduction],
         joined: Callable[[socket.socket], None],
+        left: Callable[[socket.socket], None],
     ) -> None:
         self._loop = loop
         self._scheme = scheme
         self._kind = kind
         self._admit = admit
         self._joined = joined
+        self._left = left
+        self._log = LimitedLog(logger)
+        self._accepts_again_s: float | None = None
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._pending: dict[socket.socket, tuple[HelloReader, float]] = {}
         self.num_refused = 0
@@ -214,21 +221,32 @@ class Acceptor:
             raise TransportUnavailable(f"cannot listen on {listen_host}: {error}; set listen_host") from error
         self._listener.setblocking(False)
         self.address = format_address(scheme, listen_host, self._listener.getsockname()[1], self._token)
-        loop.watch(self._listener.fileno(), selectors.EVENT_READ, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._loop.watch(self._listener.fileno(), selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
         """On the progress thread (or once it has ended)."""
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
         for sock in list(self._pending):
-            self._refuse(sock, "this plane closes")
+            self._forget(sock)
+            sock.close()
 
     def expire(self, now: float) -> float:
         """Refuse those who are late; returns the seconds until the next one is."""
         late = [sock for sock, (_, deadline) in self._pending.items() if deadline <= now]
         for sock in late:
             self._refuse(sock, f"no hello within {HELLO_TIMEOUT_S} s")
-        return min((deadline - now for _, deadline in self._pending.values()), default=3600.0)
+        left = min((deadline - now for _, deadline in self._pending.values()), default=3600.0)
+        if self._accepts_again_s is not None:
+            if self._accepts_again_s <= now:
+                self._accepts_again_s = None
+                self._listen()
+            else:
+                left = min(left, self._accepts_again_s - now)
+        return left
 
     def _accept(self) -> None:
         try:
@@ -236,8 +254,10 @@ class Acceptor:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # out of descriptors: those who wait in the backlog are served later
-            logger.warning("%s: accept failed: %s", self._scheme, error)
-            time.sleep(0.05)
+            self._log.warning(f"{self._scheme}: accept failed: {error}")
+            # The links of this loop go on meanwhile.
+            self._loop.unwatch(self._listener.fileno())
+            self._accepts_again_s = time.monotonic() + ACCEPT_PAUSE_S
             return
         if len(self._pending) >= MAX_PENDING_HELLOS:
             # The oldest has had its chance; a flood of silent connections must not keep real peers out.
@@ -249,6 +269,7 @@ class Acceptor:
 
     def _read(self, sock: socket.socket) -> None:
         reader, _ = self._pending[sock]
+        admitted = False
         try:
             data = sock.recv(reader.num_missing)
             if not data:
@@ -257,25 +278,32 @@ class Acceptor:
             if hello is None:
                 return
             welcome = self._admit(sock, hello)
+            admitted = True
             # A fresh socket's buffer holds the whole welcome (at most 64 KiB and a bit).
             if sock.send(frame := encode(self._kind, NO_TOKEN, welcome)) != len(frame):
                 raise PeerLost("welcome could not be sent")
-        except BlockingIOError:
+        except BlockingIOError as error:
+            if admitted:
+                self._refuse(sock, str(error), admitted=True)
             return
         except (OSError, TransportError) as error:
-            self._refuse(sock, str(error))
+            self._refuse(sock, str(error), admitted)
             return
         except Exception as error:
             logger.exception("%s: a peer could not be admitted", self._scheme)
-            self._refuse(sock, str(error))
+            self._refuse(sock, str(error), admitted)
             return
-        del self._pending[sock]
-        self._loop.unwatch(sock.fileno())
+        self._forget(sock)
         self._joined(sock)
 
-    def _refuse(self, sock: socket.socket, reason: str) -> None:
+    def _refuse(self, sock: socket.socket, reason: str, admitted: bool = False) -> None:
         self.num_refused += 1
-        logger.debug("%s: connection refused: %s", self._scheme, reason)
-        self._pending.pop(sock, None)
-        self._loop.unwatch(sock.fileno())
+        self._log.warning(f"{self._scheme}: connection refused: {reason}")
+        self._forget(sock)
+        if admitted:
+            self._left(sock)
         sock.close()
+
+    def _forget(self, sock: socket.socket) -> None:
+        del self._pending[sock]
+        self._loop.unwatch(sock.fileno())

@@ -106,6 +106,8 @@ class InprocPlane:
         ours, theirs = InprocLink(self, address), InprocLink(target, self._address)
         ours.other, theirs.other = theirs, ours
         if not self._adopt(ours) or not target._adopt(theirs):
+            with self._lock:
+                self._links.discard(ours)
             raise PeerLost(f"in-process plane {address} is closed")
         return ours
 

@@ -129,8 +129,14 @@ class ProgressLoop:
                     timeout_s = 0.0
             for key, _ in self._selector.select(timeout_s):
                 self._sleeping = False
-                self._guard(key.data)
+                # One callback may end what another of the same turn is for, and its descriptor may be another's now.
+                if self._watches(key):
+                    self._guard(key.data)
             self._sleeping = False
+
+    def _watches(self, key: selectors.SelectorKey) -> bool:
+        now = self._selector.get_map().get(key.fd)
+        return now is not None and now.data is key.data
 
     def _doze(self, timeout_s: float) -> None:
         self._dozing = True

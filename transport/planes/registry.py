@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from anabranch.errors import ConfigError, TransportUnavailable
 from transport.planes import inproc
 from transport.planes.base import Plane, PlaneHandler
+
+logger = logging.getLogger(__name__)
 
 PREFERENCE = ("inproc", "ucx", "tcp")
 _UCX_REMEDY = "pip install 'anabranch[ucx-cu12]' (or ucx-cu13, to match the machine's CUDA; no GPU is needed)"
@@ -23,6 +25,7 @@ class PlaneStatus:
         reason: why it cannot be used; empty when usable.
         remedy: what to do about it; empty when usable.
         detail: versions and transports, for people.
+        broken: it is installed, and does not work.
     """
 
     name: str
@@ -30,6 +33,7 @@ class PlaneStatus:
     reason: str = ""
     remedy: str = ""
     detail: str = ""
+    broken: bool = False
 
 
 def _make_inproc(handler: PlaneHandler, listen_host: str) -> Plane:
@@ -55,31 +59,58 @@ _FACTORIES: dict[str, Callable[[PlaneHandler, str], Plane]] = {
 }
 
 
-def _ucx_status() -> PlaneStatus:
+def _ucx_status(listen_host: str) -> PlaneStatus:
     if importlib.util.find_spec("ucxx") is None:
         return PlaneStatus(name="ucx", usable=False, reason="the package ucxx is not installed", remedy=_UCX_REMEDY)
     try:
-        from transport.planes.ucx_api import describe
+        from transport.planes import ucx_api, ucx_trial
 
-        return PlaneStatus(name="ucx", usable=True, detail=describe())
+        detail = ucx_api.describe()
+        reason = ucx_trial.failure(ucx_api.transports_for(listen_host))
     except Exception as error:  # a broken UCX install fails in many ways; all of them mean: not usable
         return PlaneStatus(
             name="ucx", usable=False, reason=f"ucxx does not start: {error}", remedy=f"reinstall: {_UCX_REMEDY}"
         )
+    if reason:
+        return PlaneStatus(name="ucx", usable=False, reason=reason, remedy=ucx_trial.shm_remedy(), broken=True)
+    return PlaneStatus(name="ucx", usable=True, detail=detail)
 
 
-def available_planes() -> list[PlaneStatus]:
-    """Every plane that Anabranch knows, best first, and whether it can be used here."""
+def available_planes(listen_host: str = "127.0.0.1") -> list[PlaneStatus]:
+    """Every plane that Anabranch knows, best first, and whether it can be used here (UCX is tried once)."""
     return [
         PlaneStatus(name="inproc", usable=True, detail="memory copy between workers of one process"),
-        _ucx_status(),
+        _ucx_status(listen_host),
         PlaneStatus(name="tcp", usable=True, detail="sockets"),
     ]
 
 
-def usable_planes() -> tuple[str, ...]:
+def usable_planes(listen_host: str = "127.0.0.1") -> tuple[str, ...]:
     """Names of the planes that can be used here, best first."""
-    return tuple(status.name for status in available_planes() if status.usable)
+    return tuple(status.name for status in available_planes(listen_host) if status.usable)
+
+
+def configured_planes(configured: str, listen_host: str) -> tuple[str, ...]:
+    """The planes that a process starts with: the one that is named, or with auto all that can be used.
+
+    With auto, a plane that is installed and does not work is passed over, and the log says why and what to do.
+
+    Raises:
+        ConfigError: no plane has that name.
+        TransportUnavailable: the named plane cannot be used here; the message gives the remedy.
+    """
+    if configured != "auto":
+        if configured not in PREFERENCE:
+            raise ConfigError("kv_transport", configured, f"must be auto or one of {', '.join(PREFERENCE)}")
+        status = next(status for status in available_planes(listen_host) if status.name == configured)
+        if not status.usable:
+            raise TransportUnavailable(f"kv_transport: {configured} cannot be used: {status.reason}; {status.remedy}")
+        return (configured,)
+    statuses = available_planes(listen_host)
+    for status in statuses:
+        if status.broken:
+            logger.warning("kv_transport auto passes over %s: %s; %s", status.name, status.reason, status.remedy)
+    return tuple(status.name for status in statuses if status.usable)
 
 
 def reachable_planes(addresses: Mapping[str, str]) -> tuple[str, ...]:
@@ -116,7 +147,7 @@ def _remedy(name: str, side: str) -> str:
     if name == "inproc":
         return "it joins workers of one process only; use auto, ucx or tcp"
     if name == "ucx":
-        status = _ucx_status()
+        status = _ucx_status("127.0.0.1")
         if side == "here" and not status.usable:
             return f"{status.reason}; {status.remedy}"
         return _UCX_REMEDY
@@ -134,7 +165,7 @@ def create_plane(name: str, handler: PlaneHandler, *, listen_host: str = "127.0.
     if factory is None:
         raise ConfigError("kv_transport", name, f"must be one of {', '.join(_FACTORIES)}")
     if name == "ucx":
-        status = _ucx_status()
+        status = _ucx_status(listen_host)
         if not status.usable:
             raise TransportUnavailable(f"{status.reason}; {status.remedy}")
     return factory(handler, listen_host)

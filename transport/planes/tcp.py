@@ -33,7 +33,7 @@ class TcpPlane:
         self._closed = False
         self.loop = ProgressLoop("plane-tcp", self._tick)
         try:
-            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined)
+            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined, self._left)
         except TransportError:
             self.loop.stop(lambda: None)
             raise
@@ -93,6 +93,9 @@ class TcpPlane:
         link = self._link(sock, self._admitted.pop(sock))
         self._links.add(link)
         link.start()
+
+    def _left(self, sock: socket.socket) -> None:
+        del self._admitted[sock]
 
     def _tick(self) -> float:
         now = time.monotonic()

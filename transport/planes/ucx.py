@@ -13,9 +13,9 @@ import time
 
 from anabranch.errors import PeerLost, TransportError
 from transport.planes.base import Link, PlaneHandler
-from transport.planes.handshake import Acceptor, Introduction, dial, is_loopback, my_name
+from transport.planes.handshake import Acceptor, Introduction, dial, my_name
 from transport.planes.loop import MIN_SELECT_S, ProgressLoop
-from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS, UcxWorker, make_context, make_worker
+from transport.planes.ucx_api import UcxWorker, make_context, make_worker, transports_for
 from transport.planes.ucx_link import UcxLink
 
 KIND = 2
@@ -49,11 +49,10 @@ class UcxPlane:
         self._hot: list[UcxLink] = []
         self._admitted: dict[socket.socket, UcxLink] = {}
         self._closed = False
-        default = HOST_TRANSPORTS if is_loopback(listen_host) else NETWORK_TRANSPORTS
-        self._context = make_context(transports or default)
+        self._context = make_context(transports or transports_for(listen_host))
         self.loop = ProgressLoop("plane-ucx", self._tick)
         try:
-            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined)
+            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined, self._left)
         except TransportError:
             self.loop.stop(lambda: None)
             raise
@@ -125,6 +124,9 @@ class UcxPlane:
         link = self._admitted.pop(side)
         self._links.add(link)
         link.start()
+
+    def _left(self, side: socket.socket) -> None:
+        self._admitted.pop(side).drop(PeerLost("the peer was gone before it could be welcomed"))
 
     def _tick(self) -> float:
         hot = self._hot

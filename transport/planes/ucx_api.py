@@ -1,7 +1,7 @@
 """What the UCX plane uses of ucxx: its core objects, configured for this plane, imported at first use.
 
 Endpoints have error handling on. Left to itself UCX then avoids shared memory, because its shared-memory
-transports do not announce that they can tell a dead peer; three options make them say so, and keep the
+transports do not announce that they can tell a dead peer; two options make them say so, and keep the
 single-copy path (CMA). With error handling off UCX takes the same path but ends the whole process when the
 other one dies in the middle of a transfer. A peer that dies without a transfer is noticed by the plane itself.
 """
@@ -20,16 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from anabranch.errors import TransportUnavailable
+from transport.planes.handshake import is_loopback
 
-# Within a host no UCX transport listens on a socket; between hosts the operator has named an interface.
-HOST_TRANSPORTS = "shm,self"
-NETWORK_TRANSPORTS = "all"
+# Within a host no UCX transport listens on a socket; between hosts the operator has named an interface. Never SysV:
+# its segments have mode 0660, so that another user of the group can read the KV in them; POSIX ones have 0600 and no
+# name. UCX's `shm` and `all` mean both.
+HOST_TRANSPORTS = "posix,cma,self"
+NETWORK_TRANSPORTS = "^sysv"
 
 Bytes = npt.NDArray[np.uint8]
 
 _OPTIONS = {
     "POSIX_ERROR_HANDLING": "y",
-    "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
     # Payloads go by rendezvous: nothing is buffered at a receiver that has not asked for it.
     "RNDV_THRESH": "8192",
@@ -101,6 +103,8 @@ def load() -> ModuleType:
     """ucxx's core module. Raises TransportUnavailable."""
     # UCX warns on stderr about the variable that ucxx itself sets; only the environment can tell it not to.
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    # Its log goes to the standard output otherwise, into what programs read.
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
     try:
         import ucxx._lib.libucxx as core
         from ucxx._lib.arr import Array
@@ -121,9 +125,13 @@ def make_context(transports: str) -> object:
 
 
 def make_worker(context: object) -> UcxWorker:
-    """A UCX worker whose events can be waited for."""
-    worker: UcxWorker = load().UCXWorker(context)
-    worker.init_blocking_progress_mode()
+    """A UCX worker whose events can be waited for. Raises TransportUnavailable."""
+    core = load()
+    try:
+        worker: UcxWorker = core.UCXWorker(context)
+        worker.init_blocking_progress_mode()
+    except core.UCXError as error:  # each has shared memory of its own, which may have run out
+        raise TransportUnavailable(f"UCX makes no worker: {error}; see the space in /dev/shm") from error
     return worker
 
 
@@ -149,9 +157,14 @@ def _canceling_size() -> Callable[[int], int]:
     return function
 
 
+def transports_for(listen_host: str) -> str:
+    """UCX's transports (UCX_TLS) for a plane that listens there."""
+    return HOST_TRANSPORTS if is_loopback(listen_host) else NETWORK_TRANSPORTS
+
+
 def describe() -> str:
-    """UCX's and ucxx's versions, once a context could be made. Raises TransportUnavailable."""
-    make_context(HOST_TRANSPORTS)
+    """UCX's and ucxx's versions. Raises TransportUnavailable."""
+    load()  # sets what UCX reads from the environment when it is loaded, so it must be the first to load it
     import ucxx
 
     version = ".".join(str(part) for part in ucxx.get_ucx_version())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,8 +20,10 @@ import transformers
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, TransportUnavailable
 from anabranch.protocol.workers import Generate, Shutdown
-from anabranch_client import AsyncClient, Draining, Sampling
+from anabranch_client import AsyncClient, Draining, Sampling, Unavailable
 from orchestrator.service import Orchestrator
+from tests.support.http2 import PREFACE, connect, settings
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -54,9 +58,10 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 async def started(
-    wait, *flags: str, folder: Path, endpoints: Path
+    wait, *flags: str, folder: Path, endpoints: Path, prefix: tuple[str, ...] = ()
 ) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
     process = await asyncio.create_subprocess_exec(
+        *prefix,
         sys.executable,
         "-m",
         "orchestrator",
@@ -135,6 +140,61 @@ def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted, wait):
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    asyncio.run(main())
+
+
+def test_silent_connections_starve_nobody(model_folder, tmp_path, scripted, wait):
+    """More of them than the process may have descriptors; a third says nothing, half a preface, or all but a call."""
+
+    def flood(endpoint: str) -> list[socket.socket]:
+        sockets = []
+        for number in range(300):
+            sockets.append(connect(endpoint))
+            with contextlib.suppress(OSError):  # one too many is closed at once
+                sockets[-1].sendall((b"", PREFACE[:10], PREFACE + settings(0))[number % 3])
+        return sockets
+
+    async def main() -> None:
+        process, announced = await started(
+            wait,
+            "--handshake-timeout-s=1",
+            "--connection-idle-s=2",
+            f"--control-bind=ipc://{tmp_path}/control",
+            folder=model_folder,
+            endpoints=tmp_path / "endpoints.json",
+            prefix=("sh", "-c", 'ulimit -Sn 64; ulimit -Hn 256; exec "$@"', "sh"),
+        )
+        sockets: list[socket.socket] = []
+        try:
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (256, 256)
+            before = len(os.listdir(f"/proc/{process.pid}/fd"))
+            async with AsyncClient(announced["grpc"]) as client:
+                assert await client.health() == "not_serving"
+                sockets = await asyncio.to_thread(flood, announced["grpc"])
+                # A worker comes, and the client that is connected goes on.
+                worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4, **HEADS)
+                assert (await worker.register()).error is None
+                assert await client.health() == "serving"
+            # New clients are served again as soon as the silent are gone; nobody had to close them.
+            for _ in range(4):
+                async with AsyncClient(announced["grpc"], call_timeout_s=WAIT_S) as client:
+
+                    async def served(client: AsyncClient = client) -> bool:
+                        with contextlib.suppress(Unavailable):
+                            return await client.tokenize("hello") == (1,)
+                        return False
+
+                    await wait(served)
+            await wait(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) <= before + 10)
+            await worker.close()
+        finally:
+            for sock in sockets:
+                sock.close()
+            process.kill()
+            said = (await process.communicate())[1].decode()
+        assert "max_connections: 128, not 4096: this process may have 256 descriptors" in said
+        assert "Traceback" not in said
 
     asyncio.run(main())
 

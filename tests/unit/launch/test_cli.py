@@ -14,6 +14,7 @@ from anabranch_client import Completion, KvTransfer, Timings, Usage
 from launch.cli import app
 from launch.generate import completion_json
 from launch.verify import first_difference
+from transport.planes import registry
 
 pytestmark = pytest.mark.unit
 
@@ -115,6 +116,17 @@ def test_doctor_names_what_decides() -> None:
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
     assert {"cores", "CPU", "memory", "GPUs", "plane ucx", "plane tcp", "compiler", "versions"} <= set(findings)
     assert "torch" in findings["versions"]["found"]
+
+
+def test_doctor_says_why_a_plane_that_is_installed_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = registry.PlaneStatus(
+        name="ucx", usable=False, reason="UCX moves nothing", remedy="mount /dev/shm writable", broken=True
+    )
+    monkeypatch.setattr(registry, "_ucx_status", lambda listen_host: broken)
+    findings = {finding["name"]: finding for finding in json.loads(run("doctor", "--json").stdout)}
+    assert findings["plane ucx"]["found"] == "UCX moves nothing"
+    assert findings["plane ucx"]["remedy"] == "mount /dev/shm writable"
+    assert findings["plane tcp"]["used"] == "kv_transport auto between processes"
 
 
 def test_the_json_of_an_answer() -> None:

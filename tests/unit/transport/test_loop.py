@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import selectors
+
+import pytest
+
 from tests.support.waiting import eventually
 from transport.planes.loop import ProgressLoop
 
@@ -34,3 +40,38 @@ def test_a_call_ends_a_doze() -> None:
     finally:
         loop.stop(lambda: None)
     assert all(called)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_what_one_callback_ends_is_not_called_in_the_same_turn(caplog: pytest.LogCaptureFixture, reused: bool) -> None:
+    """Both descriptors are ready; whoever is called first ends the other, whose number may be another's then."""
+    called: list[str] = []
+    pipes = {name: os.pipe() for name in ("first", "second")}
+    extra = os.pipe()
+    loop = ProgressLoop("ending", lambda: 3600.0)
+
+    def end_other(name: str) -> None:
+        called.append(name)
+        os.read(pipes[name][0], 1)
+        other = pipes["second" if name == "first" else "first"][0]
+        loop.unwatch(other)
+        if reused:
+            os.dup2(extra[0], other)
+            loop.watch(other, selectors.EVENT_READ, lambda: called.append("wrong"))
+
+    for name, (reader, writer) in pipes.items():
+        os.write(writer, b"x")
+        loop.watch(reader, selectors.EVENT_READ, lambda name=name: end_other(name))
+    loop.start()
+    try:
+        eventually(lambda: called)
+        turns: list[None] = []
+        loop.call_soon(lambda: turns.append(None))
+        eventually(lambda: turns)
+        assert len(called) == 1
+        assert "wrong" not in called
+    finally:
+        loop.stop(lambda: None)
+        for fd in (*pipes["first"], *pipes["second"], *extra):
+            os.close(fd)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import socket
@@ -30,11 +31,14 @@ from transport.planes import (
     MAX_PAYLOAD_BYTES,
     Link,
     Plane,
+    PlaneStatus,
     available_planes,
     choose_plane,
+    configured_planes,
     create_plane,
     handshake,
     reachable_planes,
+    registry,
     stall,
     tcp,
     usable_planes,
@@ -399,6 +403,91 @@ def test_a_flood_of_silent_connections_keeps_nobody_out(network_pair: Pair) -> N
         sock.close()
 
 
+def test_a_connection_that_gives_way_while_it_says_something_leaves_no_trace_in_the_log(
+    network_pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port, _ = endpoint_of(network_pair.b)
+    acceptor = network_pair.b._acceptor
+    silent = [socket.create_connection((host, port), timeout=WAIT_S) for _ in range(handshake.MAX_PENDING_HELLOS)]
+    eventually(lambda: len(acceptor._pending) == handshake.MAX_PENDING_HELLOS)
+    # The loop finds all of it in one turn: a newcomer, for whom the oldest gives way, and words of the oldest.
+    go_on = threading.Event()
+    network_pair.b.loop.call_soon(lambda: go_on.wait(WAIT_S) and None)
+    silent.append(socket.create_connection((host, port), timeout=WAIT_S))
+    for sock in silent:
+        sock.sendall(b"AN")
+    go_on.set()
+    eventually(lambda: network_pair.b.num_refused > 0)
+    network_pair.link.send(b"x").result(WAIT_S)
+    for sock in silent:
+        sock.close()
+    eventually(lambda: not acceptor._pending)
+    assert not [record for record in caplog.records if record.exc_info]
+    # Each was refused, few of them were written about.
+    assert network_pair.b.num_refused == len(silent)
+    assert 1 <= len([r for r in caplog.records if "connection refused" in r.message]) <= 10
+
+
+class NoDescriptors:
+    """A listening socket whose process has no descriptors left, a few times."""
+
+    def __init__(self, real: socket.socket, times: int) -> None:
+        self._real = real
+        self.times = times
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.times -= 1
+        if self.times >= 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self._real.accept()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+
+def test_a_process_without_descriptors_goes_on_with_the_links_that_it_has(
+    network_pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handshake, "ACCEPT_PAUSE_S", 0.05)
+    acceptor = network_pair.b._acceptor
+    acceptor._listener = listener = NoDescriptors(acceptor._listener, 5)
+    host, port, _ = endpoint_of(network_pair.b)
+    with socket.create_connection((host, port), timeout=WAIT_S):
+        eventually(lambda: listener.times < 5)
+        # Nobody sleeps on the thread that moves bytes, nor is it asked about the same connection without end.
+        network_pair.link.send(b"x", payload_of(100_000)).result(WAIT_S)
+        eventually(lambda: listener.times < 0)
+    network_pair.a.connect(network_pair.b.address, 5.0).send(b"y").result(WAIT_S)
+    eventually(lambda: len(network_pair.at_b.messages) == 2)
+    assert len([r for r in caplog.records if "accept failed" in r.message]) == 5
+
+
+def test_a_peer_that_is_admitted_and_gone_leaves_nothing(network_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, port, token = endpoint_of(network_pair.b)
+    endpoint = b""
+    if network_pair.name == "ucx":
+        from transport.planes.ucx_api import HOST_TRANSPORTS, make_context, make_worker
+
+        worker = make_worker(make_context(HOST_TRANSPORTS))
+        endpoint = worker.address.tobytes()
+    introduction = handshake.Introduction(name="peer", endpoint=endpoint)
+    hello = handshake.encode(kind_of(network_pair.b), token, introduction)
+    before = num_descriptors()
+
+    def gone(*arguments: object) -> bytes:
+        raise BrokenPipeError("gone")
+
+    monkeypatch.setattr(handshake, "encode", gone)
+    for count in range(1, 4):
+        with socket.create_connection((host, port), timeout=WAIT_S) as sock:
+            sock.sendall(hello)
+            assert sock.recv(1) == b""
+        eventually(lambda count=count: network_pair.b.num_refused == count)
+    eventually(lambda: num_descriptors() == before)
+    assert network_pair.b._admitted == {}
+    network_pair.link.send(b"x").result(WAIT_S)
+
+
 def test_connecting_to_what_is_no_plane_is_bounded_in_time(network_pair: Pair) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{network_pair.name}:127.0.0.1:{server.getsockname()[1]}:{'00' * 16}"
@@ -572,6 +661,22 @@ def test_a_plane_listens_on_loopback_alone() -> None:
         if name != "inproc":
             assert endpoint_of(plane)[0] == "127.0.0.1"
         plane.close()
+
+
+def test_a_plane_is_named_or_all_that_work_are_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert configured_planes("tcp", "127.0.0.1") == ("tcp",)
+    assert configured_planes("auto", "127.0.0.1") == usable_planes()
+    assert not caplog.records
+    with pytest.raises(ConfigError, match="kv_transport"):
+        configured_planes("carrier-pigeon", "127.0.0.1")
+    broken = PlaneStatus(name="ucx", usable=False, reason="it moves nothing", remedy="mend it", broken=True)
+    monkeypatch.setattr(registry, "_ucx_status", lambda listen_host: broken)
+    assert configured_planes("auto", "127.0.0.1") == ("inproc", "tcp")
+    assert "kv_transport auto passes over ucx: it moves nothing; mend it" in caplog.text
+    with pytest.raises(TransportUnavailable, match="kv_transport: ucx cannot be used: it moves nothing; mend it"):
+        configured_planes("ucx", "127.0.0.1")
 
 
 def test_an_interface_that_is_not_there_is_refused() -> None:

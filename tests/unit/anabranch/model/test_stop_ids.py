@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
+from anabranch.errors import CheckpointError
 from anabranch.model.sources import resolve_model
 from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
