@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from anabranch.clock import timeout
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, InvalidRequest, RequestCancelled
 from anabranch.protocol.requests import Request
@@ -133,7 +134,7 @@ class Gateway:
         """Write once the client has room. Raises DeadlineExceeded when it makes none."""
         try:
             # Not wait_for: before Python 3.12 it can lose the cancellation of a client that goes away meanwhile.
-            async with asyncio.timeout(self._config.client_stall_s):
+            async with timeout(self._config.client_stall_s):
                 await context.write(event)
         except TimeoutError:
             raise DeadlineExceeded(
