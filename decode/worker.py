@@ -90,10 +90,10 @@ class DecodeWorker(Worker):
             parking=self._parking(),
             ahead=self.config.schedule_ahead,
         )
-        self.leases = LeaseBook(clock=time.monotonic)
+        self.leases = LeaseBook()
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)
         info = worker_info(self.config, self.engine, tuple(self.ranks.addresses[0]))
-        self.start_engine(self._step)
+        self.start_engine(self._step, self.ranks.activity)
         return info
 
     def handle(self, message: Message) -> None:
@@ -178,12 +178,10 @@ class DecodeWorker(Worker):
         try:
             result = launched.result(STEP_TIMEOUT_S)
         except Exception as error:
-            if isinstance(error, AnabranchError):
-                logger.warning("step %d: %s", launched.plan.step, error)
-            else:
-                logger.error("step %d", launched.plan.step, exc_info=error)
+            self.step_failed(launched.plan.step, error)
             self._fail_step(launched.plan, error)
         else:
+            self.step_passed()
             self._publish(self.scheduler.update(launched.plan, result))
         return True
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from types import TracebackType
 
 import psutil
 
+from anabranch.clock import awake_s
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
@@ -152,6 +152,20 @@ class LocalCluster:
                 return self._deaths[after]
         return None
 
+    @property
+    def missing_role(self) -> str:
+        """A role without which the living workers cannot serve; empty where they can."""
+        living = {
+            worker.role
+            for plan in self._plans
+            if (child := self._children.get(plan.name)) is not None and child.alive
+            for worker in plan.workers
+        }
+        if "colocated" in living or {"prefill", "decode"} <= living:
+            return ""
+        started = {worker.role for plan in self._plans for worker in plan.workers}
+        return next(role for role in ("prefill", "decode", "colocated") if role in started - living)
+
     def process(self, name: str) -> ChildProcess:
         """The child called `name`. Raises KeyError."""
         return self._children[name]
@@ -217,7 +231,7 @@ class LocalCluster:
     def _start(self) -> None:
         if self._folder is not None:
             raise RuntimeError("a LocalCluster starts once; make a new one")
-        deadline = time.monotonic() + self._ready_timeout_s
+        deadline = awake_s() + self._ready_timeout_s
         source = resolve_model(self.topology.model)  # an unknown name is refused here; a conversion happens once
         check_fit(self.topology, source)
         self._folder = _private_folder()
@@ -282,7 +296,7 @@ class LocalCluster:
                 missing = names - probe.worker_names()
                 if not missing and probe.serving():
                     break
-            if time.monotonic() > deadline:
+            if awake_s() > deadline:
                 who = ", ".join(sorted(missing)) if probe is not None else "orchestrator"
                 raise DeadlineExceeded(
                     f"cluster start: {who or 'the gateway'} not ready after {self._ready_timeout_s:g} s; "

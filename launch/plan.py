@@ -110,6 +110,7 @@ def plan_workers(
                     cp=pool.cp,
                     ring=pool.ring,
                     collective_timeout_s=topology.collective_timeout_s,
+                    step_stall_s=topology.step_stall_s,
                     # What shares memory shares a process.
                     rank_processes=topology.kv_transport != "inproc" or role == "colocated",
                 )

@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from anabranch.clock import awake_s
 
 _TAIL_BYTES = 16384
 _START_TIMEOUT_S = 30.0
@@ -181,9 +182,11 @@ class ChildProcess:
 
 def wait_all(children: Sequence[ChildProcess], timeout_s: float) -> list[ChildProcess]:
     """Wait until all have ended; returns those that still run after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+    deadline = awake_s() + timeout_s
     for child in children:
-        child.wait(max(0.0, deadline - time.monotonic()))
+        # Stopped together with the children, they get the rest of their time once all go on.
+        while child.alive and (left_s := deadline - awake_s()) > 0.0:
+            child.wait(left_s)
     return [child for child in children if child.alive]
 
 

@@ -88,8 +88,12 @@ def up(
             death = cluster.wait_for_death(after=num_deaths)
             assert death is not None
             num_deaths += 1
-            say_death(death)
+            missing_role = cluster.missing_role
+            say_death(death, still_serves=not missing_role)
             if death.name == ORCHESTRATOR_NAME:
+                raise typer.Exit(EXIT_FAILED)
+            if missing_role:
+                err.print(f"no {missing_role} worker is left, so nothing can be served; `anabranch up` starts anew")
                 raise typer.Exit(EXIT_FAILED)
     except KeyboardInterrupt:
         err.print("stopping ...")
@@ -122,9 +126,9 @@ def say_lowered_context(topology: Topology, endpoint: str) -> None:
         err.print(f"[yellow]max_context:[/yellow] {asked} asked, {served} served: the model's context ends there")
 
 
-def say_death(death: ProcessExit) -> None:
-    """Say what died, how, and what it said last."""
+def say_death(death: ProcessExit, *, still_serves: bool) -> None:
+    """Say what died, how, what it said last, and what that means where the others go on."""
     lines = "".join(f"\n    {line}" for line in death.log_tail[-5:])
     err.print(f"[bold red]died:[/bold red] {escape(str(death) + lines)}", soft_wrap=True)
-    if death.name != ORCHESTRATOR_NAME:
+    if death.name != ORCHESTRATOR_NAME and still_serves:
         err.print("its requests have failed, the others go on; `anabranch up` again brings it back")

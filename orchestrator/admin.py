@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from anabranch.clock import loop_clock
 from anabranch.errors import InvalidRequest
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.calls import answered
@@ -64,7 +64,7 @@ class Admin:
         )
 
     async def get_cluster(self, message: pb.GetClusterRequest) -> pb.Cluster:
-        now = asyncio.get_running_loop().time()
+        now = loop_clock().now()
         return pb.Cluster(
             workers=[worker_message(member, now) for member in self._membership.members],
             departures=[departure_message(departure) for departure in self._membership.departures],

@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from anabranch.clock import timeout
 from anabranch.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from anabranch.limited_log import LimitedLog
 from orchestrator.calls import abort
@@ -61,7 +62,7 @@ class GuardedContext:
     async def read(self) -> Any:
         """The client's next message, or `grpc.aio.EOF`. Ends the call when none comes, or one that is none."""
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with timeout(self._stall_s):
                 return await self._context.read()
         except TimeoutError:
             error = DeadlineExceeded(f"client_stall_s: the client sent nothing for {self._stall_s:g} s")
@@ -74,7 +75,7 @@ class GuardedContext:
         """Write once the client has room. Raises ClientStalled when it makes none."""
         try:
             # Not wait_for: before Python 3.12 it can lose the cancellation of a client that goes away meanwhile.
-            async with asyncio.timeout(self._stall_s):
+            async with timeout(self._stall_s):
                 await self._context.write(message)
         except TimeoutError:
             raise self._stalled(f"client_stall_s: the client read nothing for {self._stall_s:g} s") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from anabranch.clock import loop_clock, timeout_at
 from anabranch.errors import AnabranchError, DeadlineExceeded, Overloaded
 from anabranch.protocol.requests import Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
@@ -78,13 +79,13 @@ class Inbox:
 
     def allow(self, name: str, timeout_s: float, state: str) -> None:
         """Let events take `timeout_s` from now; `name` is the timeout's, for the error."""
-        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._deadline = loop_clock().now() + timeout_s
         self._what = f"{name}: nothing for {timeout_s:g} s while {state}"
 
     async def next(self) -> Assigned | Said | Lost:
         """The next event. Raises DeadlineExceeded once the allowed time is over, and what a Stop carries."""
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with timeout_at(self._deadline):
                 event = await self._events.get()
         except TimeoutError:
             raise DeadlineExceeded(self._what) from None

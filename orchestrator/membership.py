@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from anabranch.clock import loop_clock
 from anabranch.errors import AnabranchError, ConfigError, NoWorkers, PeerLost, WorkerDied
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import (
@@ -57,7 +58,7 @@ class Member:
     """A living worker.
 
     Attributes:
-        heard_at: when its last message came, on the loop's clock.
+        heard_at: when its last message came, on `loop_clock`.
         end: how it went; None while it lives.
         num_requests: attempts that it was given and that have not ended.
         prefill_tokens: prompt tokens of those attempts that are not yet known to be computed.
@@ -192,7 +193,7 @@ class Membership:
             return
         if known is not None:
             self.lose(known, f"its connection now speaks for {info.name} (pid {info.pid})")
-        member = Member(info, peer, asyncio.get_running_loop().time())
+        member = Member(info, peer, loop_clock().now())
         self._by_name[info.name] = member
         self._by_peer[peer] = member
         logger.info("worker %s came: %s, pid %d on %s", info.name, info.role, info.pid, info.host)
@@ -228,7 +229,7 @@ class Membership:
         if member is None:
             await self._answer(peer, WorkerDied("this connection is not registered, or counts as dead; start anew"))
             return None
-        member.heard_at = asyncio.get_running_loop().time()
+        member.heard_at = loop_clock().now()
         if stats is not None:
             member.stats = stats
         return member
@@ -246,19 +247,14 @@ class Membership:
 
     async def watch(self) -> None:
         """Send beats and notice silence, until cancelled."""
-        loop = asyncio.get_running_loop()
-        before = loop.time()
+        # It stands still while this loop is held up, and beats wait in the socket: our silence is not theirs.
+        clock = loop_clock()
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            now = loop.time()
-            late_s = now - before - self._heartbeat_s
-            before = now
             for member in self.members:
-                # While this loop was held up, beats waited in the socket: that is our silence, not theirs.
-                if late_s > self._heartbeat_s:
-                    member.heard_at += late_s
-                if now - member.heard_at > self._worker_timeout_s:
-                    self.lose(member, f"it was silent for {now - member.heard_at:.1f} s")
+                silence_s = clock.now() - member.heard_at
+                if silence_s > self._worker_timeout_s:
+                    self.lose(member, f"it was silent for {silence_s:.1f} s")
                     continue
                 try:
                     await self.send(member, Beat())

@@ -21,9 +21,20 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from anabranch.clock import timeout
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
-from anabranch.protocol.workers import Beat, Ended, Paused, PrefillEnded, Register, Reserved, Tokens, ToOrchestrator
+from anabranch.protocol.workers import (
+    Beat,
+    Ended,
+    Failing,
+    Paused,
+    PrefillEnded,
+    Register,
+    Reserved,
+    Tokens,
+    ToOrchestrator,
+)
 from orchestrator import admin, gateway
 from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options
@@ -148,6 +159,10 @@ class Orchestrator:
                 await self.membership.register(peer, message.worker)
             elif isinstance(message, Beat):
                 await self.membership.heard(peer, message.stats)
+            elif isinstance(message, Failing):
+                member = await self.membership.heard(peer)
+                if member is not None:
+                    self.membership.lose(member, message.error.message)
             elif isinstance(message, Reserved | Tokens | Paused | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:
@@ -172,7 +187,7 @@ class Orchestrator:
         self._gateway.draining = True
         self._health.changed()
         try:
-            async with asyncio.timeout(self._config.drain_timeout_s):
+            async with timeout(self._config.drain_timeout_s):
                 await self._dispatcher.wait_until_idle()
         except TimeoutError:
             num_left = self._dispatcher.num_requests

@@ -9,10 +9,10 @@ Blocks are free as soon as the last chunk is computed, for what is on its way ha
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 
+from anabranch.clock import awake_s
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.intake import check_request
@@ -36,8 +36,6 @@ from prefill.scheduler import PrefillScheduler
 from runtime.info import worker_info
 from runtime.worker import Worker, unexpected
 from transport.planes import usable_planes
-
-logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]
 
@@ -65,7 +63,7 @@ class PrefillWorker(Worker):
             self.engine.cache, max_step_tokens=self.config.max_step_tokens, max_running=self.config.max_running
         )
         info = worker_info(self.config, self.engine, usable_planes(self.config.listen_host))
-        self.start_engine(self._step)
+        self.start_engine(self._step, self.ranks.activity)
         return info
 
     def handle(self, message: Message) -> None:
@@ -135,18 +133,16 @@ class PrefillWorker(Worker):
         try:
             result = self.ranks.step(plan)
         except Exception as error:
-            if isinstance(error, AnabranchError):
-                logger.warning("step %d: %s", plan.step, error)
-            else:
-                logger.exception("step %d", plan.step)
+            self.step_failed(plan.step, error)
             self._fail_step(plan, error)
             return True
+        self.step_passed()
         for sequence, token in self.scheduler.update(plan, result):
             self._commit(sequence, token)
         return True
 
     def _commit(self, sequence: Sequence, token: SampledToken) -> None:
-        deadline_s = time.monotonic() + self.config.ack_timeout_s
+        deadline_s = awake_s() + self.config.ack_timeout_s
         self._acknowledging[sequence.key] = Acknowledging(sequence=sequence, deadline_s=deadline_s)
         self.ranks.send(
             CommitStream(
@@ -188,7 +184,7 @@ class PrefillWorker(Worker):
         self.ranks.send(EndStream(key=key, error=WireError.of(error)))
 
     def _expire(self) -> None:
-        now = time.monotonic()
+        now = awake_s()
         limit_s = self.config.ack_timeout_s
         for key, held in list(self._acknowledging.items()):
             if now > held.deadline_s:

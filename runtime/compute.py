@@ -18,6 +18,8 @@ from typing import Generic
 
 import torch
 
+from anabranch.clock import result_of
+from anabranch.engine.activity import Activity
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.errors import AnabranchError, DeadlineExceeded
@@ -53,7 +55,7 @@ class Launched:
             WorkerDied: one of several ranks could not; none can go on. With one rank, whatever the step raised.
         """
         try:
-            pending = self.future.result(timeout_s)
+            pending = result_of(self.future, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"step_timeout_s: step {self.plan.step} is not over after {timeout_s} s") from None
         try:
@@ -72,6 +74,9 @@ class ComputeThread(Generic[Command]):
         rank: what to call.
         num_threads: compute threads of this thread (OpenMP keeps the number per calling thread).
         failed: hears of every error, on this thread; returns what it means to whoever waits for the step.
+
+    Attributes:
+        activity: the command or step in hand.
     """
 
     def __init__(self, rank: Rank[Command], num_threads: int, device: torch.device, failed: Failed) -> None:
@@ -79,6 +84,7 @@ class ComputeThread(Generic[Command]):
         self._num_threads = num_threads
         self._device = device
         self._failed = failed
+        self.activity = Activity("the compute thread")
         self._queue: queue.SimpleQueue[Command | Launched | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
@@ -104,17 +110,22 @@ class ComputeThread(Generic[Command]):
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # NCCL's groups use the current one of the thread that calls
         while (item := self._queue.get()) is not None:
+            self.activity.begin()
             if isinstance(item, Launched):
                 self._step(item)
-                continue
-            try:
-                self._rank.handle(item)
-            except Exception as error:
-                if isinstance(error, AnabranchError):
-                    logger.error("%s: %s", type(item).__name__, error)
-                else:
-                    logger.exception("%s", type(item).__name__)
-                self._failed(error)
+            else:
+                self._handle(item)
+            self.activity.end()
+
+    def _handle(self, command: Command) -> None:
+        try:
+            self._rank.handle(command)
+        except Exception as error:
+            if isinstance(error, AnabranchError):
+                logger.error("%s: %s", type(command).__name__, error)
+            else:
+                logger.exception("%s", type(command).__name__)
+            self._failed(error)
 
     def _step(self, launched: Launched) -> None:
         try:

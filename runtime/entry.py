@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -76,4 +77,9 @@ def worker_main(role: Role, about: str, build: Callable[[WorkerConfig], Worker])
     except AnabranchError as error:
         logger.error("%s", error)
         raise SystemExit(2) from None
-    raise SystemExit(run_workers([lambda: build(config)]))
+    code = run_workers([lambda: build(config)])
+    if code == 1:
+        # Not the interpreter's own end, which would wait for threads that may hang.
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)

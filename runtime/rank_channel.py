@@ -11,7 +11,6 @@ collectives.
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 
 import msgspec
@@ -19,6 +18,7 @@ import zmq
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.model.config import ModelConfig
+from runtime.outbox import Outbox
 
 MAX_COMMAND_BYTES = 64 << 20
 BEAT_S = 1.0
@@ -91,8 +91,9 @@ class RankChannel:
         self._context = context
         self._where = where
         self._rank = rank
-        # Not a SimpleQueue: its `get` can miss its timeout for good.
-        self._outbox: queue.Queue[msgspec.Struct | None] = queue.Queue()
+        self._closing = False
+        self._emitted = threading.Event()
+        self._outbox = Outbox[tuple[bytes, bytes]](f"events of rank {rank}", self._emitted.set)
         self._commands = context.socket(zmq.PULL)
         self._commands.setsockopt(zmq.MAXMSGSIZE, MAX_COMMAND_BYTES)
         self._commands.setsockopt(zmq.LINGER, 0)
@@ -106,26 +107,30 @@ class RankChannel:
         return self._commands.recv()
 
     def emit(self, event: msgspec.Struct) -> None:
-        """Send a notice or an event; from any thread, never blocking."""
-        self._outbox.put(event)
+        """Send a notice or an event; from any thread, never blocking. Raises Overloaded where the driver takes none."""
+        kind = NOTICE if isinstance(event, RankNotice) else EVENT
+        data = msgspec.msgpack.encode((self._rank, event))
+        self._outbox.put((kind, data), len(data))
 
     def close(self) -> None:
         """Send what has been emitted, and end."""
-        self._outbox.put(None)
+        self._closing = True
+        self._emitted.set()
         self._sender.join(FAREWELL_TIMEOUT_S)
         self._commands.close()
 
     def _send(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
+        beat = (NOTICE, msgspec.msgpack.encode((self._rank, RankBeat())))
         with contextlib.suppress(zmq.ContextTerminated), self._context.socket(zmq.PUSH) as socket:
             socket.setsockopt(zmq.LINGER, int(FAREWELL_TIMEOUT_S * 1000))
             socket.connect(event_address(self._where))
             while True:
-                try:
-                    event = self._outbox.get(timeout=BEAT_S)
-                except queue.Empty:
-                    event = RankBeat()
-                if event is None:
+                silent = not self._emitted.wait(BEAT_S)
+                self._emitted.clear()
+                closing = self._closing  # before the last look: what was emitted before `close` is sent
+                while (event := self._outbox.take()) is not None:
+                    socket.send_multipart(event)
+                if closing:
                     return
-                kind = NOTICE if isinstance(event, RankNotice) else EVENT
-                socket.send_multipart((kind, encoder.encode((self._rank, event))))
+                if silent:
+                    socket.send_multipart(beat)

@@ -26,6 +26,7 @@ from typing import Generic
 import msgspec
 import zmq
 
+from anabranch.clock import awake_s, wait_for
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
@@ -222,7 +223,7 @@ class RankGroup(Generic[Command, Event]):
     def _send(self, data: bytes) -> None:
         """Put a command into every rank's socket; a rank that is gone or takes nothing fails the group."""
         limit_s = self.config.collective_timeout_s
-        deadline_s = time.monotonic() + limit_s
+        deadline_s = awake_s() + limit_s
         with self._sending:
             for rank, socket in enumerate(self._commands, start=1):
                 while self._failure is None:
@@ -230,7 +231,7 @@ class RankGroup(Generic[Command, Event]):
                         socket.send(data, zmq.NOBLOCK, copy=False)
                         break
                     except zmq.Again:
-                        if time.monotonic() > deadline_s:
+                        if awake_s() > deadline_s:
                             self._lose(rank, f"took no command in collective_timeout_s = {limit_s} s")
                     with self._changed:
                         self._changed.wait_for(lambda: self._failure is not None, _RETRY_S)
@@ -280,7 +281,7 @@ class RankGroup(Generic[Command, Event]):
 
     def _await(self, ranks: set[int], what: str) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or len(ranks) == self.size - 1, START_TIMEOUT_S)
+            wait_for(self._changed, lambda: self._failure or len(ranks) == self.size - 1, START_TIMEOUT_S)
             if self._failure is not None:
                 raise self._failure
             missing = sorted(set(range(1, self.size)) - ranks)

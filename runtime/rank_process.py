@@ -6,6 +6,7 @@ rank does, and the others compute until then. The kernel ends it with the drivin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ import torch
 from anabranch.engine.build import build_engine
 from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
-from anabranch.errors import AnabranchError, PeerLost
+from anabranch.errors import AnabranchError, Overloaded, PeerLost
 from anabranch.parallel.mesh import Mesh
 from runtime.log import configure_logging
 from runtime.rank import Command, Event, Rank, RankRoom
@@ -83,7 +84,8 @@ def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, ran
             logger.error("rank %d: %s", rank, error)
         else:
             logger.exception("rank %d", rank)
-        channel.emit(RankFailed(message=f"{type(error).__name__}: {error}", torn=isinstance(error, PeerLost)))
+        with contextlib.suppress(Overloaded):  # where the driver takes nothing, the end of this process has to say it
+            channel.emit(RankFailed(message=f"{type(error).__name__}: {error}", torn=isinstance(error, PeerLost)))
         if mesh is not None:
             mesh.abort(f"rank {rank}: {error}")
         return False

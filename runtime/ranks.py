@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic
 
 from anabranch.config.worker import WorkerConfig
+from anabranch.engine.activity import Activity
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.fit import check_memory, check_worker, rank_config
 from anabranch.engine.plan import StepPlan, StepResult
@@ -19,7 +20,7 @@ from runtime.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
-# Above what the longest prompt's chunk takes: only a rank that hangs reaches it.
+# Steps that warm up may compile; those of requests are watched with `step_stall_s`.
 STEP_TIMEOUT_S = 600.0
 CLOSE_TIMEOUT_S = 5.0
 
@@ -54,6 +55,12 @@ class Ranks(Generic[Command, Event]):
     def size(self) -> int:
         return self._group.size
 
+    @property
+    def activity(self) -> Activity:
+        """What the driving rank computes, once it has started."""
+        assert self._compute is not None
+        return self._compute.activity
+
     def start(self) -> Engine:
         """Check that the ranks fit, then start, join, load and warm up all of them. Blocking.
 
@@ -82,7 +89,7 @@ class Ranks(Generic[Command, Event]):
             WorkerDied: one of several ranks could not; none can go on.
             DeadlineExceeded: it took longer than any step may.
         """
-        return self.launch(plan).result(STEP_TIMEOUT_S)
+        return self.launch(plan).result(max(STEP_TIMEOUT_S, self._config.step_stall_s))
 
     def launch(self, plan: StepPlan) -> Launched:
         """Let all ranks compute a step after all that they have been sent before; does not wait for it."""

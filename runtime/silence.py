@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from anabranch.clock import AwakeClock
+
 
 class Silence:
-    """When each rank was last heard; those that were never heard are not missed.
+    """When each rank was last heard; those that were never heard are not missed. One thread calls.
+
+    What the others said while that thread was held up may not have come in yet, so that time does not count.
 
     Args:
         limit_s: longest silence.
@@ -17,20 +21,15 @@ class Silence:
 
     def __init__(self, limit_s: float, *, look_every_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s = limit_s
-        self._look_every_s = look_every_s
-        self._clock = clock
-        self._awake_s = clock()
+        self._clock = AwakeClock(max_gap_s=2 * look_every_s, clock=clock)
         self._heard_s: dict[int, float] = {}
 
     def heard(self, rank: int) -> None:
-        self._heard_s[rank] = self._awake_s = self._clock()
+        self._clock.tick()
+        self._heard_s[rank] = self._clock.now()
 
     def look(self) -> int | None:
         """A rank that has been silent for too long; to be asked when all that came has been heard."""
-        now = self._clock()
-        late_s = now - self._awake_s - self._look_every_s
-        self._awake_s = now
-        if late_s > self._look_every_s:
-            # This process was held up, and what the others said meanwhile may not have come in yet.
-            self._heard_s = {rank: heard_s + late_s for rank, heard_s in self._heard_s.items()}
-        return next((rank for rank, heard_s in self._heard_s.items() if now - heard_s > self._limit_s), None)
+        self._clock.tick()
+        now_s = self._clock.now()
+        return next((rank for rank, heard_s in self._heard_s.items() if now_s - heard_s > self._limit_s), None)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from anabranch.cache.block_table import BlockTable
+from anabranch.clock import awake_s
 from anabranch.errors import InvalidRequest, StaleLease
 
 
@@ -46,7 +46,7 @@ class LeaseBook:
         clock: gives seconds; only differences matter.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = awake_s) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._leases: dict[int, Lease] = {}

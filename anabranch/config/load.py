@@ -94,8 +94,12 @@ def check_topology(topology: Topology) -> Topology:
     """
     _within("block_size", topology.block_size, 1, MAX_BLOCK_SIZE)
     _within("max_context", topology.max_context, 0, MAX_CONTEXT)
-    if not 0.0 < topology.collective_timeout_s < 86400.0:
-        raise ConfigError("collective_timeout_s", topology.collective_timeout_s, "must be above 0 and below 86400")
+    for key in ("collective_timeout_s", "step_stall_s"):
+        if not 0.0 < getattr(topology, key) < 86400.0:
+            raise ConfigError(key, getattr(topology, key), "must be above 0 and below 86400")
+    if topology.step_stall_s <= topology.collective_timeout_s:
+        least_s = topology.collective_timeout_s
+        raise ConfigError("step_stall_s", topology.step_stall_s, f"must be above collective_timeout_s ({least_s} s)")
     if not topology.model:
         raise ConfigError("model", topology.model, "name a model (`anabranch models`), a folder or a GGUF file")
     _check_address("grpc", topology.grpc)

@@ -63,6 +63,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         schedule_ahead: while a worker's ranks compute a decode step, plan the next one and send it to them.
         max_context: most tokens of one request; 0: what the model and the pools allow.
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
+        step_stall_s: longest time of one step of a worker; then the worker ends.
         grpc: address that the gateway listens on; port 0: chosen by the system.
     """
 
@@ -77,6 +78,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     schedule_ahead: bool = True
     max_context: int = 0
     collective_timeout_s: float = 30.0
+    step_stall_s: float = 120.0
     grpc: str = "127.0.0.1:0"
     pools: Pools = msgspec.field(default_factory=lambda: Pools(prefill=PoolConfig(), decode=PoolConfig()))
 

@@ -51,6 +51,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
         collectives: what ranks sum with: shm (one host, CPU), gloo, nccl, or auto.
         collective_timeout_s: longest wait of a rank for the others.
+        step_stall_s: longest time that one step, or anything else that the worker's threads do in one piece, may take;
+            then the worker ends.
         rank_processes: give each rank a process of its own; without, all are threads of the worker's (CPU only).
     """
 
@@ -84,6 +86,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ring: Literal["auto", "pass_kv", "pass_q"] = "auto"
     collectives: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     collective_timeout_s: float = 30.0
+    step_stall_s: float = 120.0
     rank_processes: bool = True
 
     def __post_init__(self) -> None:
@@ -95,11 +98,24 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(key, getattr(self, key), "must be at least 0")
         if self.preemption == "offload" and self.offload_bytes == 0:
             raise ConfigError("preemption", self.preemption, "needs host memory; give offload_bytes, or choose auto")
-        for key in ("lease_s", "ack_timeout_s", "collective_timeout_s", "heartbeat_s", "orchestrator_timeout_s"):
-            if not 0.0 < getattr(self, key) < 86400.0:
+        for key in self.__struct_fields__:
+            if key.endswith("_s") and not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
+        self._check_order()
         if not self.name or len(self.name) > 100:
             raise ConfigError("name", self.name, "must have 1 to 100 characters")
+
+    def _check_order(self) -> None:
+        """What takes longer must be given longer, or the wrong one is blamed."""
+        if self.orchestrator_timeout_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                "orchestrator_timeout_s",
+                self.orchestrator_timeout_s,
+                f"must be at least two beats ({2 * self.heartbeat_s} s)",
+            )
+        longer = "heartbeat_s" if self.num_ranks == 1 else "collective_timeout_s"
+        if self.step_stall_s <= getattr(self, longer):
+            raise ConfigError("step_stall_s", self.step_stall_s, f"must be above {longer} ({getattr(self, longer)} s)")
 
     @property
     def host_kv_bytes(self) -> int:

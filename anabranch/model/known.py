@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from anabranch.clock import awake_s
 from anabranch.errors import CheckpointError, DeadlineExceeded, UnknownModel
 
 logger = logging.getLogger(__name__)
@@ -121,14 +122,14 @@ def cache_folder() -> Path:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; the system frees it when its holder ends, however it ends."""
-    deadline = time.monotonic() + CONVERT_TIMEOUT_S
+    deadline = awake_s() + CONVERT_TIMEOUT_S
     with path.open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if awake_s() > deadline:
                     raise DeadlineExceeded(
                         f"{path}: another process has been converting for {CONVERT_TIMEOUT_S:.0f} s"
                     ) from None

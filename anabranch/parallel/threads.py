@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from anabranch.clock import wait_for
 from anabranch.errors import DeadlineExceeded, PeerLost, TransportError
 from anabranch.parallel.exchange import check_post, check_sizes
 
@@ -91,7 +92,7 @@ class _Hub:
             raise PeerLost(self.failure)
 
     def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
-        done = self.changed.wait_for(lambda: ready() or self.failure is not None, self.timeout_s)
+        done = wait_for(self.changed, lambda: ready() or self.failure is not None, self.timeout_s)
         if not done:
             self.failure = f"a rank gave up waiting for {what()}"
             self.changed.notify_all()

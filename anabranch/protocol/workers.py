@@ -1,7 +1,7 @@
 """What workers and the orchestrator say to each other.
 
 Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Drain, Shutdown, Beat.
-Worker -> orchestrator: Register, Beat, Reserved, Tokens, Paused, PrefillEnded, Ended.
+Worker -> orchestrator: Register, Beat, Reserved, Tokens, Paused, PrefillEnded, Ended, Failing.
 
 A request's life on a split pair: Reserve -> Reserved (or Ended: failed), Prefill -> PrefillEnded, Tokens...,
 Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exactly once for each
@@ -79,6 +79,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         queued_tokens: prompt tokens that wait to be computed.
         num_parked: requests that have given way with their KV in host memory.
         num_free_host_blocks, num_total_host_blocks: room for more of them.
+        num_done: commands and steps that the worker's threads have ended.
+        work_age_s: how long the one in hand has lasted; a thread that hangs shows here, though beats go on.
     """
 
     num_free_blocks: Count
@@ -90,6 +92,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_parked: Count = 0
     num_free_host_blocks: Count = 0
     num_total_host_blocks: Count = 0
+    num_done: Count = 0
+    work_age_s: Seconds = 0.0
 
 
 # Orchestrator -> worker ---------------------------------------------------------------------------------
@@ -189,6 +193,12 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     num_cached_tokens: Count = 0
 
 
+class Failing(Message, frozen=True, kw_only=True, tag="failing"):
+    """A worker's last words: it cannot go on, and all that it holds ends with `error`."""
+
+    error: WireError
+
+
 # Both ways ----------------------------------------------------------------------------------------------
 
 
@@ -199,4 +209,4 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Drain | Shutdown | Beat
-ToOrchestrator = Register | Reserved | Tokens | Paused | PrefillEnded | Ended | Beat
+ToOrchestrator = Register | Reserved | Tokens | Paused | PrefillEnded | Ended | Failing | Beat

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 # Names of the threads that clusters, engines, planes and connectors run on.
-_OURS = ("cluster", "engine", "plane-", "connect", "encode", "rank-")
+_OURS = ("cluster", "engine", "plane-", "connect", "encode", "rank-", "watchdog")
 
 
 def num_descriptors() -> int:

@@ -12,6 +12,7 @@ import stat
 import time
 from pathlib import Path
 
+from anabranch.clock import awake_s
 from anabranch.errors import ConfigError, DeadlineExceeded
 
 _POLL_S = 0.002
@@ -55,11 +56,11 @@ class Patience:
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
         self._timeout_s = timeout_s
-        self._end = time.monotonic() + timeout_s
+        self._end = awake_s() + timeout_s
 
     @property
     def rest_s(self) -> float:
-        return max(0.0, self._end - time.monotonic())
+        return max(0.0, self._end - awake_s())
 
     def pause(self) -> None:
         """Sleep a little. Raises DeadlineExceeded when the time is over."""

@@ -11,6 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 
 import torch
 
+from anabranch.clock import awake_s, result_of
 from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost
 from anabranch.kernels.base import Kernels
 from anabranch.parallel.layout import KvLayout
@@ -184,7 +185,7 @@ class KvStreamSender:
     def wait_ack(self, timeout_s: float) -> KvStreamStats:
         """Wait for the commit's acknowledgement. Raises DeadlineExceeded, or the stream's error."""
         try:
-            return self._done.result(timeout_s)
+            return result_of(self._done, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"acknowledgement of KV stream {self.destination.stream_id}: {timeout_s} s"
@@ -279,7 +280,7 @@ class KvStreamSender:
 
     def _take(self, num_bytes: int) -> Staging:
         """A staging buffer, once the stream's share of bytes in flight allows it."""
-        deadline = time.monotonic() + self._send_timeout_s
+        deadline = awake_s() + self._send_timeout_s
         with self._changed:
             while self._error is None:
                 if not self._in_flight_bytes or self._in_flight_bytes + num_bytes <= self._max_in_flight_bytes:
@@ -287,9 +288,9 @@ class KvStreamSender:
                     if staging is not None:
                         self._in_flight_bytes += staging.capacity
                         return staging
-                left = deadline - time.monotonic()
+                left = deadline - awake_s()
                 # Woken by this stream's own bytes; another stream's, in the shared pool, are looked for now and then.
-                if left <= 0 or (not self._changed.wait(min(left, 0.05)) and time.monotonic() >= deadline):
+                if left <= 0 or (not self._changed.wait(min(left, 0.05)) and awake_s() >= deadline):
                     raise DeadlineExceeded(
                         f"KV stream {self.destination.stream_id} to {self.destination.worker}: "
                         f"{self._in_flight_bytes} bytes in flight for {self._send_timeout_s} s"

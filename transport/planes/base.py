@@ -13,10 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from anabranch.errors import FrameTooLarge
+from anabranch.errors import FrameTooLarge, Overloaded
 
 MAX_HEADER_BYTES = 4096
 MAX_PAYLOAD_BYTES = 1 << 30
+# Of one link, payloads or not; far more than the buffers of all KV streams on it. Their bytes are bounded with those
+# buffers, the headers' with MAX_HEADER_BYTES.
+MAX_WAITING_MESSAGES = 1 << 16
 
 
 def too_large(header: bytes, payload: memoryview | None) -> FrameTooLarge | None:
@@ -25,6 +28,13 @@ def too_large(header: bytes, payload: memoryview | None) -> FrameTooLarge | None
     if len(header) <= MAX_HEADER_BYTES and num_bytes <= MAX_PAYLOAD_BYTES:
         return None
     return FrameTooLarge(f"header {len(header)} of {MAX_HEADER_BYTES}, payload {num_bytes} of {MAX_PAYLOAD_BYTES}")
+
+
+def too_many(num_waiting: int, peer: str) -> Overloaded | None:
+    """Why no more messages can wait for `peer`, whose link must end then; None where they can."""
+    if num_waiting < MAX_WAITING_MESSAGES:
+        return None
+    return Overloaded(f"{peer} does not take what is sent: {num_waiting} messages wait")
 
 
 class Link(Protocol):
@@ -36,7 +46,8 @@ class Link(Protocol):
         """Queue one message; messages of one link arrive in order.
 
         The payload (contiguous bytes) must stay unchanged until the future is done. The future fails with
-        PeerLost or DeadlineExceeded. Never blocks.
+        PeerLost, DeadlineExceeded or FrameTooLarge, and with Overloaded where MAX_WAITING_MESSAGES wait, which ends
+        the link. Never blocks.
         """
         ...
 

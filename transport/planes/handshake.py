@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from anabranch.clock import awake_s
 from anabranch.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -151,7 +152,7 @@ def dial(
 ) -> tuple[socket.socket, Introduction]:
     """Connect, show the token, wait for the welcome. Raises PeerLost, DeadlineExceeded, MalformedMessage."""
     host, port, token = parse_address(scheme, address)
-    deadline = time.monotonic() + timeout_s
+    deadline = awake_s() + timeout_s
     sock: socket.socket | None = None
     try:
         sock = socket.create_connection((host, port), timeout=timeout_s)
@@ -159,8 +160,13 @@ def dial(
         sock.sendall(encode(kind, token, introduction))
         reader = HelloReader(kind, NO_TOKEN)
         while True:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            data = sock.recv(reader.num_missing)
+            sock.settimeout(max(0.001, deadline - awake_s()))
+            try:
+                data = sock.recv(reader.num_missing)
+            except TimeoutError:
+                if awake_s() < deadline:  # this process was stopped meanwhile
+                    continue
+                raise
             if not data:
                 raise PeerLost(f"{scheme} peer at {host}:{port} refused the connection")
             welcome = reader.feed(data)
@@ -235,7 +241,7 @@ class Acceptor:
             sock.close()
 
     def expire(self, now: float) -> float:
-        """Refuse those who are late; returns the seconds until the next one is."""
+        """Refuse those who are late by `awake_s`; returns the seconds until the next one is."""
         late = [sock for sock, (_, deadline) in self._pending.items() if deadline <= now]
         for sock in late:
             self._refuse(sock, f"no hello within {HELLO_TIMEOUT_S} s")
@@ -264,7 +270,7 @@ class Acceptor:
             self._refuse(next(iter(self._pending)), "too many connections that say nothing")
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._pending[sock] = (HelloReader(self._kind, self._token), time.monotonic() + HELLO_TIMEOUT_S)
+        self._pending[sock] = (HelloReader(self._kind, self._token), awake_s() + HELLO_TIMEOUT_S)
         self._loop.watch(sock.fileno(), selectors.EVENT_READ, lambda: self._read(sock))
 
     def _read(self, sock: socket.socket) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from anabranch.clock import awake_s
 
 STALL_TIMEOUT_S = 10.0
 MIN_BYTES_PER_S = 1 << 20
 
 
 def message_deadline(num_bytes: int) -> float:
-    """When a message of `num_bytes` that begins now is late, by the monotonic clock."""
-    return time.monotonic() + STALL_TIMEOUT_S + num_bytes / MIN_BYTES_PER_S
+    """When a message of `num_bytes` that begins now is late, on `awake_s`."""
+    return awake_s() + STALL_TIMEOUT_S + num_bytes / MIN_BYTES_PER_S

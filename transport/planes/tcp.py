@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-import time
 
+from anabranch.clock import awake_s
 from anabranch.errors import PeerLost, TransportError
 from transport.planes.base import Link, PlaneHandler
 from transport.planes.handshake import Acceptor, Introduction, dial, my_name
@@ -98,7 +98,7 @@ class TcpPlane:
         del self._admitted[sock]
 
     def _tick(self) -> float:
-        now = time.monotonic()
+        now = awake_s()
         left = self._acceptor.expire(now)
         for link in list(self._links):
             left = min(left, link.expire(now))

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 from anabranch.errors import DeadlineExceeded, FrameTooLarge, MalformedMessage, PeerLost, TransportError
 from transport.planes import futures
-from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, too_large
+from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, too_large, too_many
 from transport.planes.link_owner import LinkOwner
 from transport.planes.stall import message_deadline
 
@@ -78,6 +78,10 @@ class TcpLink:
         refusal = too_large(header, payload)
         if refusal is not None:
             return futures.failed(refusal)
+        overrun = too_many(len(self._outgoing), self.peer)
+        if overrun is not None:
+            self._owner.loop.call_soon(lambda: self.drop(overrun))
+            return futures.failed(overrun)
         future: Future[None] = Future()
         self._outgoing.append(_Outgoing(header, payload, future))
         if self._error is not None:  # after the append: either this or `_drop` sees the message
@@ -105,7 +109,7 @@ class TcpLink:
         self._owner.handler.on_lost(self, error)
 
     def expire(self, now: float) -> float:
-        """Drop the link if a message is late; returns the seconds until one is."""
+        """Drop the link if a message is late by `awake_s`; returns the seconds until one is."""
         left = 3600.0
         if self._read_deadline is not None:
             left = min(left, self._read_deadline - now)

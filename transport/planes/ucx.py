@@ -11,6 +11,7 @@ import ctypes
 import socket
 import time
 
+from anabranch.clock import awake_s
 from anabranch.errors import PeerLost, TransportError
 from transport.planes.base import Link, PlaneHandler
 from transport.planes.handshake import Acceptor, Introduction, dial, my_name
@@ -148,9 +149,10 @@ class UcxPlane:
         for link in list(hot):
             if link.hot and now - link.quiet_since > LINGER_S and link.rest():
                 hot.remove(link)
-        left = self._acceptor.expire(now)
+        awake = awake_s()
+        left = self._acceptor.expire(awake)
         for link in list(self._links):
-            left = min(left, link.expire(now))
+            left = min(left, link.expire(awake))
         if hot:
             return DOZE_S if all(now - link.quiet_since > SPIN_S for link in hot) else 0.0
         return max(MIN_SELECT_S, left)

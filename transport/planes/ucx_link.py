@@ -15,6 +15,7 @@ from typing import Protocol
 
 from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError, TransportUnavailable
 from transport.planes import futures
+from transport.planes.base import too_many
 from transport.planes.link_owner import LinkOwner
 from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, forget_cancelled, load
 from transport.planes.ucx_inbox import UcxInbox
@@ -78,6 +79,10 @@ class UcxLink:
 
     def send(self, header: bytes, payload: memoryview | None = None) -> Future[None]:
         """See `Link.send`."""
+        overrun = too_many(len(self._outbox), self.peer)
+        if overrun is not None:
+            self._owner.loop.call_soon(lambda: self.drop(overrun))
+            return futures.failed(overrun)
         future = self._outbox.put(header, payload)
         if self._error is not None:  # after the put: either this or `drop` sees the message
             self._outbox.fail_waiting(self._error)
@@ -148,7 +153,7 @@ class UcxLink:
         return False
 
     def expire(self, now: float) -> float:
-        """Drop the link if a message is late; returns the seconds until one is."""
+        """Drop the link if a message is late by `awake_s`; returns the seconds until one is."""
         left = 3600.0
         for deadline in (self._outbox.deadline, self._inbox.deadline):
             if deadline is not None:

@@ -60,6 +60,10 @@ class UcxOutbox:
         self._posted: deque[_Posted] = deque()
         self._spare: list[Bytes] = []
 
+    def __len__(self) -> int:
+        """Messages that are not posted."""
+        return len(self._waiting)
+
     @property
     def has_work(self) -> bool:
         """Whether `post` would post something."""

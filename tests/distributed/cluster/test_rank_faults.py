@@ -95,13 +95,14 @@ def up(known: Known, tmp_path: Path) -> Iterator[Up]:
     assert not [name for name in set(os.listdir("/dev/shm")) - shm if not name.startswith("ucx")]
 
 
+def busy(admin: Admin, worker: str) -> bool:
+    return any(member.name == worker and member.num_requests for member in admin.cluster().workers)
+
+
 def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals) -> list[str]:
     """Signal a worker's second rank once it has work; how all requests ended."""
 
-    def busy() -> bool:
-        return any(member.name == worker and member.num_requests for member in admin.cluster().workers)
-
-    wait_until(busy, f"requests at {worker}")
+    wait_until(lambda: busy(admin, worker), f"requests at {worker}")
     if worker.startswith("decode"):
         wait_until(lambda: any(load.tokens), "tokens")
     rank = up.children()[f"{worker}.1"]
@@ -161,8 +162,13 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
         results = strike(up, admin, Load(client, *LONG_PROMPT), "prefill-0", signal.SIGKILL)
         assert "prefill-1+decode-2" in results, results
         check()
-        # No more than the last one takes at once: the others would wait in the queue for a worker to come.
-        results = strike(up, admin, Load(client, LONG_PROMPT[0][:2], 4), "prefill-1", signal.SIGSTOP)
-        assert all(": " in result for result in results), results
-        assert client.health() == "not_serving"
-        assert set(up.children()) & {*WORKERS, *(f"{worker}.1" for worker in WORKERS)} == {"decode-2", "decode-2.1"}
+        # The last of its role: with it goes all that could be served, and `up` says so and ends.
+        load = Load(client, LONG_PROMPT[0][:2], 4)
+        wait_until(lambda: busy(admin, "prefill-1"), "requests at prefill-1")
+        os.kill(up.children()["prefill-1.1"].pid, signal.SIGSTOP)
+        results = load.results()
+        assert all(result.startswith("worker_died: ") and "prefill-1" in result for result in results), results
+        wait_until(lambda: up.process.poll() is not None, "up to end", EXIT_TIMEOUT_S + READY_TIMEOUT_S, up.said)
+        assert up.process.returncode == 1
+        assert "died: prefill-1 (pid" in up.said()
+        assert "no prefill worker is left, so nothing can be served" in up.said()

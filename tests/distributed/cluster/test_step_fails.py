@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from anabranch import errors
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.plan import StepPlan
-from anabranch_client import ClientError, Sampling
-from tests.support.in_process import wait_until
+from anabranch_client import Client, ClientError, Sampling, WorkerDied
+from tests.support.in_process import InProcessCluster, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
 
@@ -59,3 +60,26 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
     assert [len(plan.sequences) for plan in failing[:3]] == [1, 2, 1]
     assert [s.follows for s in failing[2].sequences] == [None]
     still_serves(cluster, client)
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
+def test_a_step_that_hangs_ends_its_worker_by_name(tmp_path, known, name) -> None:
+    """Nothing of it shows outside: the worker's event loop goes on, and so do its beats."""
+    reason = r"step_stall_s: the compute thread has been at one thing for \d\.\d s, longer than 2 s; .*"
+
+    def serve() -> None:
+        with (
+            InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), step_stall_s=2.0) as cluster,
+            Client(cluster.endpoint, timeout_s=30.0) as client,
+            cluster.throttled(name) as throttle,
+        ):
+            stream = client.generate((5,) * 9, Sampling(max_tokens=1500, ignore_eos=True))
+            if name == "decode-1":
+                throttle.allow(3)
+            with pytest.raises(WorkerDied, match=reason):
+                list(stream)
+            throttle.open()
+            wait_until(lambda: cluster._error is not None, "the end of the worker")
+
+    with pytest.raises(errors.WorkerDied, match=f"^{reason}$"):
+        serve()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from anabranch.errors import ConfigError, DeadlineExceeded, PeerLost, TransportError
+from tests.support.waiting import eventually
 from transport.collectives import CollectiveGroup, create_group
 from transport.collectives.segment import Ticket
 
@@ -85,6 +86,35 @@ def test_a_stalled_rank_is_named_at_the_deadline(ranks: Ranks, what: str) -> Non
     os.kill(pids[1], signal.SIGCONT)
     (second,) = ranks.wait()
     assert second.error in ("DeadlineExceeded", "PeerLost"), second
+
+
+def test_ranks_that_are_all_stopped_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 0 waits for rank 1 for longer than it may, but is stopped itself for most of it."""
+    running, enough = tmp_path / "running", tmp_path / "enough"
+
+    def body(group: CollectiveGroup) -> object:
+        turn = 0
+        while group.broadcast(b"enough" if enough.exists() else b"on") != b"enough":
+            x = torch.full((4,), float(turn + group.rank))
+            assert torch.equal(group.all_reduce(x), torch.full((4,), 2.0 * turn + 1.0))
+            turn += 1
+            if turn == 30 and group.rank == 0:
+                running.touch()
+        return turn
+
+    pids = ranks.start(2, body, timeout_s=2.0)
+    eventually(running.exists, "the ranks to run")
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(0.2)  # rank 0 waits
+    os.kill(pids[0], signal.SIGSTOP)
+    time.sleep(2.5)  # the subject
+    os.kill(pids[0], signal.SIGCONT)
+    time.sleep(0.2)  # it finds its time to be over, by other clocks
+    os.kill(pids[1], signal.SIGCONT)
+    enough.touch()
+    first, second = ranks.wait()
+    assert (first.error, second.error) == ("", ""), first
+    assert first.value == second.value
 
 
 def test_the_first_failure_is_everybodys(ranks: Ranks) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from anabranch.protocol.requests import WireError
-from anabranch.protocol.workers import Cancel, Generate, Prefill, Registered, Reserve
+from anabranch.protocol.workers import Cancel, Failing, Generate, Prefill, Registered, Reserve
 from anabranch_client import Admin, NoWorkers, Sampling, Unavailable, WorkerDied
 
 pytestmark = pytest.mark.distributed
@@ -20,15 +20,22 @@ async def die(world, worker, how):
         await worker.close()
     elif how == "silence":
         worker.fall_silent()
+    elif how == "last words":
+        await worker.send(Failing(error=WireError(code="worker_died", message="step_stall_s: it hangs")))
     else:
         with Admin(world.orchestrator.grpc_endpoint) as admin:
             assert await asyncio.to_thread(admin.report_exit, worker.info.name, worker.info.pid, "killed by SIGKILL")
 
 
-REASONS = {"connection": "connection is gone", "silence": "silent for", "report": "killed by SIGKILL"}
+REASONS = {
+    "connection": "connection is gone",
+    "silence": "silent for",
+    "report": "killed by SIGKILL",
+    "last words": "step_stall_s: it hangs",
+}
 
 
-@pytest.mark.parametrize("how", ["connection", "silence", "report"])
+@pytest.mark.parametrize("how", list(REASONS))
 @pytest.mark.parametrize(
     ("stage", "victim"),
     [("reserving", "decode"), ("prefilling", "prefill"), ("prefilling", "decode"), ("decoding", "decode")],

@@ -44,9 +44,9 @@ def test_our_own_silence_is_not_theirs(silence: Silence, clock: Clock) -> None:
     silence.heard(1)
     clock.now += 1.0
     assert silence.look() is None
-    clock.now += 60.0  # this process was stopped
+    clock.now += 60.0  # this process was stopped; two looks of it count
     assert silence.look() is None
-    for _ in range(8):
+    for _ in range(7):
         clock.now += 1.0
         assert silence.look() is None
     for _ in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.config.worker import WorkerConfig
+from anabranch.engine.activity import Activity
+from anabranch.engine.faults import MAX_IN_A_ROW
 from anabranch.errors import (
     AnabranchError,
     CheckpointError,
@@ -24,6 +27,7 @@ from anabranch.protocol.workers import (
     Cancel,
     Drain,
     Ended,
+    Failing,
     Generate,
     Message,
     Registered,
@@ -32,10 +36,11 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from runtime.outbox import MAX_MESSAGES
 from runtime.worker import Worker, unexpected
 from tests.support.resources import our_threads
 from tests.support.scripted import DEADLINE_S, ScriptedOrchestrator, play, request
-from tests.support.waiting import eventually_async
+from tests.support.waiting import eventually, eventually_async
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -56,7 +61,8 @@ class Room(Worker):
         self.built_on = threading.current_thread().name
         if self.build_error is not None:
             raise self.build_error
-        self.start_engine(lambda: False)
+        self.compute = Activity("the compute thread")
+        self.start_engine(lambda: self.step(), self.compute)
         return WorkerInfo(
             name=self.config.name,
             role="colocated",
@@ -78,6 +84,9 @@ class Room(Worker):
             device="cpu",
             num_threads=1,
         )
+
+    def step(self) -> bool:
+        return False
 
     def handle(self, message: Message) -> None:
         match message:
@@ -294,6 +303,154 @@ def test_a_failure_is_no_drain(with_room, monkeypatch: pytest.MonkeyPatch) -> No
         await eventually_async(lambda: room.held)
         await asyncio.to_thread(room.fail, WorkerDied("rank 1 was killed"))
         with pytest.raises(WorkerDied, match="rank 1 was killed"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
+def test_a_compute_thread_that_hangs_ends_the_worker_by_name(with_room) -> None:
+    """One rank: nobody waits for it in a collective, and beats go on."""
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually_async(lambda: room.held)
+        room.compute.begin()
+        reason = r"step_stall_s: the compute thread has been at one thing for \d\.\d s, longer than 0\.5 s; .*"
+        message = await orchestrator.expect(Ended)
+        assert message.error is not None
+        assert re.fullmatch(reason, message.error.message)
+        last = await orchestrator.expect(Failing)
+        assert last.error == message.error
+        with pytest.raises(WorkerDied, match=reason):
+            await ended(orchestrator)
+        ages = [beat.stats.work_age_s for beat in orchestrator.beats if beat.stats is not None]
+        assert max(ages) > 0.3
+        assert ages[0] == 0.0
+
+    with_room(act, step_stall_s=0.5)
+
+
+def test_an_engine_that_hangs_ends_the_worker_by_name(with_room) -> None:
+    """Its requests cannot be ended one by one, for that is the engine's to do: the last message ends them."""
+    go_on = threading.Event()
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually_async(lambda: room.held)
+        room.submit(lambda: go_on.wait(DEADLINE_S))  # type: ignore[arg-type,return-value]
+        reason = "step_stall_s: the engine's thread has been at one thing for "
+        last = await orchestrator.expect(Failing)
+        assert last.error.message.startswith(reason)
+        go_on.set()
+        with pytest.raises(WorkerDied, match=reason):
+            await ended(orchestrator)
+
+    with_room(act, step_stall_s=0.5)
+
+
+def test_an_event_loop_that_hangs_ends_the_process(with_room, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("runtime.worker.os._exit", codes.append)
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await eventually_async(lambda: room.num_ticks)
+        eventually(lambda: codes, "the end of the process", DEADLINE_S)  # this holds the loop up
+        assert codes == [1]
+        assert "step_stall_s: the event loop has been at one thing for " in caplog.text
+
+    with_room(act, step_stall_s=0.5)
+
+
+def test_work_that_goes_on_is_no_stall(with_room) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        for _ in range(10):
+            room.compute.begin()
+            await asyncio.sleep(0.1)
+            room.compute.end()
+        assert not orchestrator.run.done()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually_async(lambda: room.held)
+        await orchestrator.send(Cancel(request_id="a", epoch=0))
+        await orchestrator.expect(Ended)
+        stats = orchestrator.beats[-1].stats
+        assert stats is not None
+        assert stats.num_done >= 10
+
+    with_room(act, step_stall_s=0.5)
+
+
+def test_steps_that_all_raise_end_the_worker_by_name(with_room, caplog) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        await eventually_async(lambda: room.held)
+        for _ in range(2 * MAX_IN_A_ROW):
+            room.submit(lambda: room.step_failed(1, InvalidRequest("has a name", "x")))
+        for number in range(4 * MAX_IN_A_ROW):
+            room.submit(room.step_passed if number % MAX_IN_A_ROW == 0 else lambda: room.step_failed(2, fault))
+        for _ in range(MAX_IN_A_ROW):
+            room.submit(lambda: room.step_failed(3, fault))
+        message = await orchestrator.expect(Ended)
+        assert message.error is not None
+        assert message.error.message == "every step fails, at last with ZeroDivisionError: always"
+        await orchestrator.expect(Failing)
+        with pytest.raises(WorkerDied, match="every step fails"):
+            await ended(orchestrator)
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("a step: ")]
+        assert said == [
+            "a step: InvalidRequest: x: has a name",
+            "a step: InvalidRequest: x: has a name (10 times)",
+            "a step: ZeroDivisionError: always",
+            "a step: ZeroDivisionError: always (10 times)",
+        ]
+
+    fault = ZeroDivisionError("always")
+    with_room(act)
+
+
+def test_a_scheduler_that_always_raises_ends_the_worker_by_name(with_room) -> None:
+    def fail() -> bool:
+        raise KeyError("lost")
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        room.step = fail  # type: ignore[method-assign]
+        await orchestrator.send(Generate(request=request((1,), 2)))
+        message = await orchestrator.expect(Ended)
+        assert message.error is not None
+        assert message.error.message == "every step fails, at last with KeyError: 'lost'"
+        with pytest.raises(WorkerDied, match="every step fails"):
+            await ended(orchestrator)
+
+    with_room(act)
+
+
+@pytest.mark.parametrize("what", ["messages to the orchestrator", "commands to the engine"])
+def test_what_piles_up_ends_the_worker_by_name(with_room, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr("runtime.worker.MAX_WAITING_COMMANDS", 20)
+    go_on = threading.Event()
+
+    async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
+        await orchestrator.accept()
+        # The loop comes to none of it in between.
+        if what == "messages to the orchestrator":
+            for _ in range(MAX_MESSAGES + 1):
+                room.post(Ended(request_id="a", epoch=0, reason="stop"))
+            error = f"{MAX_MESSAGES} messages of \\d+ bytes wait to be sent"
+        else:
+            room.submit(lambda: go_on.wait(DEADLINE_S))  # type: ignore[arg-type,return-value]
+            for _ in range(22):
+                room.submit(lambda: None)
+            error = "the engine has not come to 20 commands that wait for it"
+        while not isinstance(last := (await orchestrator.next())[1], Failing):
+            assert isinstance(last, Ended)
+        assert re.search(error, last.error.message)
+        go_on.set()
+        with pytest.raises(WorkerDied, match=error):
             await ended(orchestrator)
 
     with_room(act)

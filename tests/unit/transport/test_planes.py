@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from anabranch.errors import (
     DeadlineExceeded,
     FrameTooLarge,
     MalformedMessage,
+    Overloaded,
     PeerLost,
     TransportError,
     TransportUnavailable,
@@ -33,6 +35,7 @@ from transport.planes import (
     Plane,
     PlaneStatus,
     available_planes,
+    base,
     choose_plane,
     configured_planes,
     create_plane,
@@ -346,6 +349,26 @@ def network_pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     yield pair
     pair.a.close()
     pair.b.close()
+
+
+def test_a_peer_that_takes_nothing_loses_the_link_by_name(network_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages without a payload have no buffers that would run out."""
+    monkeypatch.setattr(base, "MAX_WAITING_MESSAGES", 100)
+    pair = network_pair
+    go_on = threading.Event()
+    monkeypatch.setattr(pair.at_b, "on_header", lambda *_: go_on.wait(WAIT_S) and None)
+    error: BaseException | None = None
+    try:
+        for _ in range(100_000):
+            future = pair.link.send(bytes(MAX_HEADER_BYTES))
+            if future.done() and (error := future.exception()) is not None:
+                break
+        assert isinstance(error, Overloaded), error
+        assert re.fullmatch(r".* does not take what is sent: 100 messages wait", str(error))
+        eventually(lambda: len(pair.at_a.lost) == 1)
+        assert isinstance(pair.at_a.lost[0][1], Overloaded)
+    finally:
+        go_on.set()
 
 
 def kind_of(plane: Plane) -> int:

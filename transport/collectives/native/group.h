@@ -21,6 +21,7 @@ namespace anabranch {
 enum Code : int { kOk = 0, kDeadline = 1, kPeerLost = 2, kDisagree = 3, kClosed = 4 };
 
 constexpr int64_t kSliceNs = 20'000'000;  // a sleeper looks around this often
+constexpr int64_t kMaxGapNs = 300'000'000;  // most that counts between two looks, as in anabranch/clock.py
 constexpr int kPauses = 100;              // before the core is first offered to others
 
 inline int64_t now_ns() {
@@ -153,6 +154,22 @@ inline int fail_lost(const Group& g, int lost, const char* what) {
   return fail(g, kPeerLost, "rank %d (pid %d) %s; rank %d was in %s", lost, s.pid.load(), how, g.rank, what);
 }
 
+// How long a rank has waited. It looks at least every `kSliceNs`; where much more has passed between two looks, the
+// process was stopped, perhaps with all its peers, and that time is not held against them.
+class AwakeTime {
+ public:
+  int64_t ns() {
+    const int64_t now = now_ns();
+    sum_ += now - looked_ < kMaxGapNs ? now - looked_ : kMaxGapNs;
+    looked_ = now;
+    return sum_;
+  }
+
+ private:
+  int64_t sum_ = 0;
+  int64_t looked_ = now_ns();
+};
+
 // Wait until `ready()`, which a change of `word` makes true: spin, then offer the core, then sleep.
 // `work()` is done at every turn and says whether it moved something. `peer` is whom we wait for.
 template <class Ready, class Work>
@@ -162,14 +179,13 @@ int wait_until(const Group& g, Word& word, int peer, const char* what, int64_t t
     if (ready()) return kOk;
     pause_core();
   }
-  const int64_t start = now_ns();
+  AwakeTime waited;
   for (;;) {
     if (const uint32_t code = g.header().failed.load()) return ready() ? kOk : static_cast<int>(code);
     const bool moved = work();
     if (ready()) return kOk;
     if (moved) continue;
-    int64_t waited = now_ns() - start;
-    if (waited < g.spin_ns) {
+    if (waited.ns() < g.spin_ns) {
       sched_yield();
       continue;
     }
@@ -177,7 +193,7 @@ int wait_until(const Group& g, Word& word, int peer, const char* what, int64_t t
     const uint32_t seen = word.value.load();
     work();
     if (!ready() && !g.header().failed.load() && word.value.load() == seen) {
-      const int64_t rest = timeout_ns - waited;
+      const int64_t rest = timeout_ns - waited.ns();
       futex_sleep(word.value, seen, rest < kSliceNs ? (rest > 0 ? rest : 1) : kSliceNs);
     }
     word.sleepers.fetch_sub(1);
@@ -188,7 +204,7 @@ int wait_until(const Group& g, Word& word, int peer, const char* what, int64_t t
     if (ready()) return kOk;
     if (const uint32_t failed = g.header().failed.load()) return static_cast<int>(failed);
     if (code) return fail_lost(g, lost, what);
-    if (now_ns() - start >= timeout_ns) {
+    if (waited.ns() >= timeout_ns) {
       const char* limit = timeout_ns == g.timeout_ns ? "collective_timeout_s" : g.other_limit;
       return fail(g, kDeadline, "rank %d waited for rank %d in %s longer than %s = %g s", g.rank, peer, what, limit,
                   timeout_ns * 1e-9);

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from anabranch.engine.faults import MAX_IN_A_ROW
 from anabranch.engine.loop import EngineLoop
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -33,6 +35,10 @@ class Engine:
         return True
 
 
+def unexpected(error: Exception) -> None:
+    raise AssertionError(f"given up: {error}")
+
+
 Start = Callable[[Engine], EngineLoop]
 
 
@@ -41,7 +47,7 @@ def start() -> Iterator[Start]:
     loops: list[EngineLoop] = []
 
     def run(engine: Engine) -> EngineLoop:
-        loop = EngineLoop("engine-under-test", engine.step)
+        loop = EngineLoop("engine-under-test", engine.step, unexpected)
         loops.append(loop)
         loop.start()
         return loop
@@ -68,7 +74,7 @@ def do(loop: EngineLoop, action: Callable[[], object] = lambda: None) -> None:
 def test_commands_that_wait_run_before_the_next_step(start: Start) -> None:
     engine = Engine()
     engine.work = 3
-    loop = EngineLoop("engine-under-test", engine.step)
+    loop = EngineLoop("engine-under-test", engine.step, unexpected)
     for name in "abc":
         loop.submit(lambda name=name: engine.events.append(name))
     loop.start()
@@ -120,10 +126,12 @@ def test_a_step_that_fails_is_tried_again_after_the_commands(start: Start, caplo
             raise RuntimeError("the step is wrong")
         return engine.step()
 
-    loop = EngineLoop("engine-under-test", step)
+    loop = EngineLoop("engine-under-test", step, unexpected)
     loop.start()
     assert engine.idle.wait(DEADLINE_S)
-    assert caplog.text.count("the step is wrong") >= 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step of the engine: RuntimeError: the step is wrong"
+    ]
     assert loop.stop(DEADLINE_S)
 
 
@@ -135,9 +143,49 @@ def test_stop_waits_for_the_step_in_progress_and_no_longer_than_it_may() -> None
         assert go_on.wait(DEADLINE_S)
         return False
 
-    loop = EngineLoop("engine-under-test", step)
+    loop = EngineLoop("engine-under-test", step, unexpected)
     loop.start()
     assert begun.wait(DEADLINE_S)
     assert not loop.stop(0.05)
     go_on.set()
     assert loop.stop(DEADLINE_S)
+
+
+def test_steps_that_do_nothing_but_raise_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    num_steps = 0
+    broken: list[Exception] = []
+
+    def step() -> bool:
+        nonlocal num_steps
+        num_steps += 1
+        raise RuntimeError("the step is wrong")
+
+    loop = EngineLoop("engine-under-test", step, broken.append)
+    loop.start()
+    eventually(lambda: broken, "the end of steps")
+    for _ in range(50):  # commands are still run, as the worker's end needs
+        do(loop)
+    assert loop.stop(DEADLINE_S)
+    assert num_steps == MAX_IN_A_ROW
+    assert [str(error) for error in broken] == ["the step is wrong"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step of the engine: RuntimeError: the step is wrong",
+        "a step of the engine: RuntimeError: the step is wrong (10 times)",
+    ]
+
+
+def test_steps_that_now_and_then_succeed_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    num_steps = 0
+
+    def step() -> bool:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps % MAX_IN_A_ROW:
+            raise RuntimeError(f"the step is wrong in way {num_steps % 2}")
+        return num_steps < 5 * MAX_IN_A_ROW
+
+    loop = EngineLoop("engine-under-test", step, unexpected)
+    loop.start()
+    eventually(lambda: num_steps >= 5 * MAX_IN_A_ROW, "steps")
+    assert loop.stop(DEADLINE_S)
+    assert len(caplog.records) == 2 * 2  # each error once, and once more at the tenth
