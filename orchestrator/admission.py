@@ -13,12 +13,11 @@ from anabranch.errors import ContextExceeded, InvalidRequest
 from anabranch.sampling.params import SamplingParams
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
-from orchestrator.served_model import ServedModel
+from orchestrator.served_model import Messages, Prompt, ServedModel, num_chars_of
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 MAX_CHAT_MESSAGES = 1024
-
-Messages = Sequence[tuple[str, str]]
+MAX_ROLE_CHARS = 64
 
 
 def request_id_of(request: pb.GenerateRequest) -> str:
@@ -81,34 +80,54 @@ def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tup
     return tuple(ids)
 
 
-def text_or_messages(request: pb.GenerateRequest | pb.TokenizeRequest) -> str | Messages | None:
-    """The prompt that has to be encoded; None for token ids. Raises InvalidRequest."""
+def text_or_messages(
+    request: pb.GenerateRequest | pb.TokenizeRequest, model: ServedModel, max_chars: int
+) -> Prompt | None:
+    """The prompt that has to be encoded, of bounded size; None for token ids. Raises InvalidRequest."""
     kind = request.WhichOneof("prompt")
     if kind is None:
         fields = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
         raise InvalidRequest(f"is missing; set {', '.join(fields[:-1])} or {fields[-1]}", "prompt")
-    if kind == "text":
-        if not request.text:
-            raise InvalidRequest("is empty", "text")
-        return request.text
-    if kind == "chat":
-        messages = [(message.role, message.content) for message in request.chat.messages]
-        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
-            raise InvalidRequest(f"has {len(messages)} messages; it must have 1 to {MAX_CHAT_MESSAGES}", "chat")
-        for position, (role, _) in enumerate(messages):
-            if not role:
-                raise InvalidRequest(f"message {position} has no role", "chat")
-        return messages
-    return None
+    if kind == "token_ids":
+        return None
+    prompt = _messages(request.chat, model) if kind == "chat" else request.text
+    if not prompt:
+        raise InvalidRequest("is empty", kind)
+    num_chars = num_chars_of(prompt)
+    if num_chars > max_chars:
+        raise InvalidRequest(f"has {num_chars} characters; max_prompt_chars allows {max_chars}", kind)
+    return prompt
 
 
-def encode(model: ServedModel, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt; takes long for long ones. Raises InvalidRequest."""
-    if isinstance(prompt, str):
-        return model.encode(prompt)
+def _messages(chat: pb.Chat, model: ServedModel) -> Messages:
     if not model.has_chat_template:
         raise InvalidRequest(f"the model {model.name} has no chat template; send text or token_ids", "chat")
-    return model.encode_chat(prompt)
+    messages = [(message.role, message.content) for message in chat.messages]
+    if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+        raise InvalidRequest(f"has {len(messages)} messages; it must have 1 to {MAX_CHAT_MESSAGES}", "chat")
+    for position, (role, _) in enumerate(messages):
+        if not role:
+            raise InvalidRequest(f"message {position} has no role", "chat")
+        if len(role) > MAX_ROLE_CHARS:
+            raise InvalidRequest(
+                f"the role of message {position} has {len(role)} characters; at most {MAX_ROLE_CHARS} are taken", "chat"
+            )
+    return messages
+
+
+def check_fits(prompt: Prompt, longest_token_chars: int | None, limit: ContextLimit) -> None:
+    """Refuse a text that no tokenizing could fit into the context. Raises ContextExceeded.
+
+    A chat may pass: its template may leave messages out.
+    """
+    if longest_token_chars is None or not isinstance(prompt, str):
+        return
+    if len(prompt) > limit.num_tokens * longest_token_chars:
+        raise ContextExceeded(
+            f"has {len(prompt)} characters; a token has at most {longest_token_chars}, and the context holds "
+            f"{limit.num_tokens} tokens{limit.remedy}",
+            "prompt",
+        )
 
 
 def _too_long(num_tokens: int, limit: ContextLimit) -> ContextExceeded:

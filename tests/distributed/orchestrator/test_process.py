@@ -20,6 +20,7 @@ from anabranch.errors import ConfigError, TransportUnavailable
 from anabranch.protocol.workers import Generate, Shutdown
 from anabranch_client import AsyncClient, Draining, Sampling
 from orchestrator.service import Orchestrator
+from tests.support.thread_encoder import ThreadEncoder
 
 pytestmark = pytest.mark.distributed
 
@@ -175,16 +176,19 @@ def test_help_teaches():
 
 
 def test_addresses_that_are_taken(model, tmp_path):
+    def encoder() -> ThreadEncoder:
+        return ThreadEncoder(model.encode_prompt)
+
     async def main() -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match=f"grpc_bind: '127.0.0.1:{port}': cannot be bound"):
-                await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model).start()
+                await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model, encoder()).start()
             with pytest.raises(TransportUnavailable, match="cannot bind"):
-                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model).start()
-        first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model)
+                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model, encoder()).start()
+        first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model, encoder())
         await first.start()
         async with AsyncClient(first.grpc_endpoint) as client:
             assert await client.tokenize("ab") == (97, 98)
