@@ -61,12 +61,10 @@ class Tokenizer:
         )
         return text
 
-    def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation; see `render_chat`."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
-
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text of a conversation under the model's chat template, ready for the assistant's answer.
+
+        It has all special tokens: encode it with `add_special_tokens=False`.
 
         The template is a program that came with the model: transformers runs it in Jinja's sandbox, which bounds
         neither its time nor its memory.

@@ -31,11 +31,7 @@ _NUM_TICKS = 4
 
 
 class Encoder:
-    """Encodes one prompt at a time; what takes too long or breaks the process ends it.
-
-    Attributes:
-        alive: whether another prompt may be given.
-    """
+    """Encodes one prompt at a time; what takes too long ends it. Life: `start` -> encode -> `end`."""
 
     def __init__(
         self,
@@ -48,13 +44,18 @@ class Encoder:
         max_answer_bytes: int,
     ) -> None:
         self.pid = pid
-        self.alive = True
         self._server = server
         self._reader = reader
         self._writer = writer
         self._timeout_s = timeout_s
         self._answers = FrameReader[FromEncoder](FromEncoder, max_answer_bytes)  # type: ignore[arg-type]
         self._rendering = False
+        self._how_ended = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether another prompt may be given: the process has not ended, as far as is known."""
+        return not self._how_ended and not self._reader.at_eof()
 
     @classmethod
     async def start(cls, server: ForkServer, name: str, *, timeout_s: float, max_answer_bytes: int) -> Encoder:
@@ -99,12 +100,13 @@ class Encoder:
 
     async def end(self) -> str:
         """Kill the process, if it lives. Returns how it ended."""
-        self.alive = False
         self.disconnect()
-        try:
-            return await self._server.end(self.pid)
-        except PeerLost as error:
-            return str(error)
+        if not self._how_ended:
+            try:
+                self._how_ended = await self._server.end(self.pid)
+            except PeerLost as error:
+                self._how_ended = str(error)
+        return self._how_ended
 
     async def _exchange(self, request: ToEncoder) -> Encoded | Failed | None:
         """The last answer; None where the process ended or broke before it."""

@@ -104,16 +104,14 @@ class Lane:
             self._queue.remove(job)
             self._num_queued_chars -= job.num_chars
 
-    async def _take(self) -> _Job:
+    def _pop(self) -> _Job | None:
         """The oldest prompt that somebody still waits for."""
-        while True:
-            while self._queue:
-                job = self._queue[0]
-                self._withdraw(job)
-                if not job.answer.done():
-                    return job
-            self._news.clear()
-            await self._news.wait()
+        while self._queue:
+            job = self._queue[0]
+            self._withdraw(job)
+            if not job.answer.done():
+                return job
+        return None
 
     async def _serve(self) -> None:
         """Give prompts to one encoder after another, for ever."""
@@ -127,7 +125,12 @@ class Lane:
             self.ready.set()
             try:
                 while encoder.alive:
-                    await self._run(await self._take(), encoder)
+                    if (job := self._pop()) is not None:
+                        await self._run(job, encoder)
+                        continue
+                    self._news.clear()
+                    await self._news.wait()
+                await encoder.end()
             finally:
                 encoder.disconnect()
 

@@ -92,7 +92,7 @@ def serve_forks(control: socket.socket, encode: Encode, *, memory_bytes: int, ma
         while (received := messages.receive(control)) is not None:
             message, descriptor = received
             if not isinstance(message, Fork):
-                pids.discard(message.pid)
+                pids.remove(message.pid)  # an id that is reaped may be another process's already
                 control.sendall(frame(Ended(how=_end(message.pid))))
                 continue
             assert descriptor is not None
