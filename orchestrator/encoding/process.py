@@ -111,6 +111,8 @@ def serve_forks(control: socket.socket, encode: Encode, *, memory_bytes: int, ma
             control.sendall(frame(Forked(pid=pid)))
     finally:
         for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
             _end(pid)
 
 
