@@ -8,6 +8,7 @@
     |   +-- UnknownModel (ValueError)
     |   +-- UnsupportedArchitecture (ValueError)
     |   +-- CheckpointError             files that are missing, cut short or mislabelled
+    |   +-- ChatTemplateError           the model's chat template fails, or takes too long or too much
     +-- CapacityError
     |   +-- OutOfBlocks                 no KV blocks now; later there may be
     |   +-- Overloaded                  the queue is full
@@ -87,6 +88,12 @@ class UnsupportedArchitecture(ModelError, ValueError):
 
 class CheckpointError(ModelError):
     code = "checkpoint"
+
+
+class ChatTemplateError(ModelError):
+    """The model's chat template is broken, at least for these messages; it did not refuse them on purpose."""
+
+    code = "chat_template"
 
 
 class CapacityError(AnabranchError):

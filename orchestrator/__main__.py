@@ -14,7 +14,9 @@ from anabranch.config.flags import parse_flags
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError
 from orchestrator.connections import raise_descriptor_limit
+from orchestrator.encoding.pool import fork_encoders
 from orchestrator.resolved_model import CheckpointModel
+from orchestrator.served_model import PromptEncoder, ServedModel
 from orchestrator.service import Orchestrator
 
 logger = logging.getLogger(__name__)
@@ -30,13 +32,13 @@ ends with status 0; a second signal ends at once.
 """
 
 
-async def serve(config: OrchestratorConfig) -> int:
+async def serve(config: OrchestratorConfig, model: ServedModel, encoder: PromptEncoder) -> int:
     """Serve until a signal, then drain. Returns the exit status."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    orchestrator = Orchestrator(config, await asyncio.to_thread(CheckpointModel, config.model))
+    orchestrator = Orchestrator(config, model, encoder)
     await orchestrator.start()
     failed = asyncio.create_task(orchestrator.failed.wait())
     signalled = asyncio.create_task(signals.get())
@@ -56,7 +58,7 @@ async def serve(config: OrchestratorConfig) -> int:
 
 
 def main() -> None:
-    """Parse -> build -> announce ready -> run -> drain -> exit."""
+    """Parse -> load -> fork what encodes prompts -> announce ready -> run -> drain -> exit."""
     config = parse_flags(OrchestratorConfig, sys.argv[1:], prog="python -m orchestrator", about=ABOUT)
     logging.basicConfig(
         level=logging.getLevelNamesMapping().get(os.environ.get("ANABRANCH_LOG", "INFO").upper(), logging.INFO),
@@ -64,8 +66,13 @@ def main() -> None:
         datefmt="%H:%M:%S",
     )
     raise_descriptor_limit()
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them: nothing is to be drained yet
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
-        status = uvloop.run(serve(config))
+        model = CheckpointModel(config.model)
+        # Before the event loop and gRPC start threads, which a fork would not take along.
+        encoder = fork_encoders(config, model.tokenizer)
+        status = uvloop.run(serve(config, model, encoder))
     except AnabranchError as error:
         logger.error("%s", error)
         status = 2 if isinstance(error, ValueError) else 1

@@ -13,11 +13,9 @@ from anabranch.errors import ContextExceeded, InvalidRequest
 from anabranch.sampling.params import SamplingParams
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
-from orchestrator.served_model import ServedModel
+from orchestrator.served_model import Messages, Prompt, ServedModel, num_chars_of
 
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")
-
-Messages = Sequence[tuple[str, str]]
 
 
 def drawn_id() -> str:
@@ -93,34 +91,48 @@ def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tup
     return tuple(ids)
 
 
-def text_or_messages(request: pb.GenerateRequest | pb.TokenizeRequest) -> str | Messages | None:
-    """The prompt that has to be encoded; None for token ids. Raises InvalidRequest."""
+def text_or_messages(
+    request: pb.GenerateRequest | pb.TokenizeRequest, model: ServedModel, max_chars: int
+) -> Prompt | None:
+    """The prompt that has to be encoded, of bounded size; None for token ids. Raises InvalidRequest."""
     kind = request.WhichOneof("prompt")
     if kind is None:
         fields = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
         raise InvalidRequest(f"is missing; set {', '.join(fields[:-1])} or {fields[-1]}", "prompt")
-    if kind == "text":
-        if not request.text:
-            raise InvalidRequest("is empty", "text")
-        return request.text
-    if kind == "chat":
-        messages = [(message.role, message.content) for message in request.chat.messages]
-        if not messages:
-            raise InvalidRequest("has 0 messages; it must have at least 1", "chat")
-        for position, (role, _) in enumerate(messages):
-            if not role:
-                raise InvalidRequest(f"message {position} has no role", "chat")
-        return messages
-    return None
+    if kind == "token_ids":
+        return None
+    prompt = _messages(request.chat, model) if kind == "chat" else request.text
+    if not prompt:
+        raise InvalidRequest("is empty", kind)
+    num_chars = num_chars_of(prompt)
+    if num_chars > max_chars:
+        raise InvalidRequest(f"has {num_chars} characters; max_prompt_chars allows {max_chars}", kind)
+    return prompt
 
 
-def encode(model: ServedModel, prompt: str | Messages) -> list[int]:
-    """Token ids of a prompt; takes long for long ones. Raises InvalidRequest."""
-    if isinstance(prompt, str):
-        return model.encode(prompt)
+def _messages(chat: pb.Chat, model: ServedModel) -> Messages:
     if not model.has_chat_template:
         raise InvalidRequest(f"the model {model.name} has no chat template; send text or token_ids", "chat")
-    return model.encode_chat(prompt)
+    messages = [(message.role, message.content) for message in chat.messages]
+    for position, (role, _) in enumerate(messages):
+        if not role:
+            raise InvalidRequest(f"message {position} has no role", "chat")
+    return messages
+
+
+def check_fits(prompt: Prompt, longest_token_chars: int | None, limit: ContextLimit) -> None:
+    """Refuse a text that no tokenizing could fit into the context. Raises ContextExceeded.
+
+    A chat may pass: its template may leave messages out.
+    """
+    if longest_token_chars is None or not isinstance(prompt, str):
+        return
+    if len(prompt) > limit.num_tokens * longest_token_chars:
+        raise ContextExceeded(
+            f"has {len(prompt)} characters; a token has at most {longest_token_chars}, and the context holds "
+            f"{limit.num_tokens} tokens{limit.remedy}",
+            "prompt",
+        )
 
 
 def _too_long(num_tokens: int, limit: ContextLimit) -> ContextExceeded:

@@ -1,6 +1,6 @@
 """The Inference service: takes clients' requests in, and gives their answers out at the pace they read.
 
-A call's life: parsed -> checked -> encoded (in a thread) -> accepted -> its events are written until the end.
+A call's life: parsed -> checked -> encoded (in another process) -> accepted -> its events are written until the end.
 Each write waits for the client to have room; a client that makes none for `client_stall_s` loses its request
 (`CallGuard`).
 A call that goes away, whenever that is, stops its request.
@@ -8,10 +8,8 @@ A call that goes away, whenever that is, stops its request.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -22,11 +20,10 @@ from anabranch.errors import AnabranchError, Draining, InvalidRequest, RequestCa
 from anabranch.protocol.requests import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import (
-    Messages,
+    check_fits,
     checked_ids,
     client_id_of,
     drawn_id,
-    encode,
     fitted,
     sampling_of,
     text_or_messages,
@@ -39,7 +36,7 @@ from orchestrator.events import accepted_event, answer_event, model_message
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
-from orchestrator.served_model import ServedModel
+from orchestrator.served_model import Prompt, PromptEncoder, ServedModel
 from orchestrator.waiting_room import message_bytes
 
 logger = logging.getLogger(__name__)
@@ -53,13 +50,18 @@ class Gateway:
     """Serves `anabranch.v1.Inference`."""
 
     def __init__(
-        self, config: OrchestratorConfig, model: ServedModel, membership: Membership, dispatcher: Dispatcher
+        self,
+        config: OrchestratorConfig,
+        model: ServedModel,
+        encoder: PromptEncoder,
+        membership: Membership,
+        dispatcher: Dispatcher,
     ) -> None:
         self._config = config
         self._model = model
+        self._encoder = encoder
         self._membership = membership
         self._dispatcher = dispatcher
-        self._encoders = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="encode")
         self.draining = False
         self.num_calls = 0
         self.num_encoding = 0
@@ -86,9 +88,6 @@ class Gateway:
                 ),
             },
         )
-
-    def close(self) -> None:
-        self._encoders.shutdown(wait=False, cancel_futures=True)
 
     # Generate ---------------------------------------------------------------------------------------------
 
@@ -127,12 +126,13 @@ class Gateway:
         self._check_open()
         client_id = client_id_of(message)
         sampling = sampling_of(message.sampling, self._model.vocab_size, self._model.eos_token_ids)
-        prompt = text_or_messages(message)
+        prompt = text_or_messages(message, self._model, self._config.max_prompt_chars)
         place = self._dispatcher.room.enter(message_bytes(message))
         try:
             if prompt is None:
                 prompt_ids = checked_ids(message.token_ids.ids, self._model.vocab_size, self.context_limit())
             else:
+                check_fits(prompt, self._model.longest_token_chars, self.context_limit())
                 prompt_ids = await self._encode(prompt)
                 self._check_open()
             sampling = fitted(sampling, len(prompt_ids), self.context_limit())
@@ -159,11 +159,10 @@ class Gateway:
         if (missing := self._membership.missing()) is not None:
             raise missing
 
-    async def _encode(self, prompt: str | Messages) -> tuple[int, ...]:
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         self.num_encoding += 1
         try:
-            loop = asyncio.get_running_loop()
-            ids = tuple(await loop.run_in_executor(self._encoders, encode, self._model, prompt))
+            ids = tuple(await self._encoder.encode(prompt))
         finally:
             self.num_encoding -= 1
         if not ids:
@@ -173,7 +172,7 @@ class Gateway:
     # Tokenize, GetModel -----------------------------------------------------------------------------------
 
     async def tokenize(self, message: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        prompt = text_or_messages(message)
+        prompt = text_or_messages(message, self._model, self._config.max_prompt_chars)
         assert prompt is not None
         place = self._dispatcher.room.enter(message_bytes(message))
         try:

@@ -20,6 +20,7 @@ from orchestrator.wire import BYTES, num_varints, wire_fields
 
 MAX_CHAT_MESSAGES = 1024
 MAX_NAME_CHARS = 128
+MAX_ROLE_CHARS = 64
 MAX_REASON_CHARS = 10_000
 
 # Most entries of repeated fields, by message and field.
@@ -32,7 +33,7 @@ MAX_ENTRIES: Mapping[str, int] = {
 
 # Most characters of a string, of each one where the field is repeated.
 MAX_CHARS: Mapping[str, int] = {
-    "ChatMessage.role": MAX_NAME_CHARS,
+    "ChatMessage.role": MAX_ROLE_CHARS,
     "GenerateRequest.request_id": MAX_NAME_CHARS,
     "GenerateRequest.cache_salt": MAX_SALT_CHARS,
     "SamplingParams.stop": MAX_STOP_STRING_CHARS,

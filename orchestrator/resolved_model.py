@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
 from anabranch.model.stop_ids import stop_ids
@@ -24,24 +22,17 @@ class CheckpointModel:
     def __init__(self, name: str) -> None:
         source = resolve_model(name)
         config = source.config()
-        self._tokenizer = Tokenizer(source)
+        self.tokenizer = Tokenizer(source)
         self.name = name
         self.identity = read_identity(source, config)
         self.vocab_size = config.vocab_size
         self.max_context = config.max_context
-        self.eos_token_ids = stop_ids(config, self._tokenizer.eos_token_ids)
-        self.has_chat_template = self._tokenizer.has_chat_template
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, the model's own at its start included."""
-        return self._tokenizer.encode(text)
-
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a chat under the model's template. Raises InvalidRequest."""
-        return self._tokenizer.apply_chat([{"role": role, "content": content} for role, content in messages])
+        self.eos_token_ids = stop_ids(config, self.tokenizer.eos_token_ids)
+        self.has_chat_template = self.tokenizer.has_chat_template
+        self.longest_token_chars = self.tokenizer.longest_token_chars
 
     def text_stream(self, sampling: SamplingParams) -> CheckpointText:
-        return CheckpointText(self._tokenizer, sampling)
+        return CheckpointText(self.tokenizer, sampling)
 
 
 class CheckpointText:

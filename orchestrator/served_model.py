@@ -1,4 +1,8 @@
-"""What the orchestrator knows of the model: its name, its limits, and the way between text and tokens."""
+"""What the orchestrator knows of the model: its name, its limits, and the way between text and tokens.
+
+Tokens become text here, one at a time (`TextStream`). Prompts become tokens elsewhere (`PromptEncoder`), since that
+may take long and runs the model's own template.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,17 @@ from typing import Protocol
 
 from anabranch.protocol.workers import ModelIdentity
 from anabranch.sampling.params import SamplingParams
+
+# (role, content)
+Messages = Sequence[tuple[str, str]]
+Prompt = str | Messages
+
+
+def num_chars_of(prompt: Prompt) -> int:
+    """Characters of a prompt, roles and contents for a chat."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(role) + len(content) for role, content in prompt)
 
 
 class TextStream(Protocol):
@@ -26,8 +41,6 @@ class TextStream(Protocol):
 
 
 class ServedModel(Protocol):
-    """Encoding may take long and is called from threads."""
-
     @property
     def name(self) -> str: ...
 
@@ -52,12 +65,32 @@ class ServedModel(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, special tokens at its start included."""
-        ...
-
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a chat of (role, content) under the model's template. Raises InvalidRequest."""
+    @property
+    def longest_token_chars(self) -> int | None:
+        """Most characters of a text that one token stands for; None where there is no such bound."""
         ...
 
     def text_stream(self, sampling: SamplingParams) -> TextStream: ...
+
+
+class PromptEncoder(Protocol):
+    """Turns prompts into token ids away from the event loop. Life: `start` -> `run`, encode -> `close`."""
+
+    async def start(self) -> None:
+        """Get ready. Raises AnabranchError."""
+        ...
+
+    async def run(self) -> None:
+        """Return or raise only when no prompt can be encoded any more."""
+        ...
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, special tokens at its start included, or of a chat under the model's template.
+
+        A caller that is cancelled frees its place at once. Raises AnabranchError.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End at once, whatever is being encoded."""
+        ...

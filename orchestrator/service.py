@@ -3,7 +3,8 @@
     clients --gRPC--> Gateway -> Dispatcher -> Lifecycle (one task each) --control channel--> workers
                                                    ^------- receive task <--------------------'
 
-Tasks: one receives from workers, one beats and notices silence, one per request.
+Tasks: one receives from workers, one beats and notices silence, one watches the processes that encode prompts, one
+per request.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
 from orchestrator.membership import Membership
 from orchestrator.router import LeastWork, Router
-from orchestrator.served_model import ServedModel
+from orchestrator.served_model import PromptEncoder, ServedModel
 from transport.control import ControlServer
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Orchestrator:
     """Life: construct -> `start` (bound, announced) -> serves -> `drain` -> `close`.
 
     Args:
+        encoder: is started and closed with this.
         router: None takes LeastWork.
 
     Attributes:
@@ -62,9 +64,12 @@ class Orchestrator:
         grpc_endpoint, control_endpoint: where clients and workers connect, once started.
     """
 
-    def __init__(self, config: OrchestratorConfig, model: ServedModel, router: Router | None = None) -> None:
+    def __init__(
+        self, config: OrchestratorConfig, model: ServedModel, encoder: PromptEncoder, router: Router | None = None
+    ) -> None:
         self._config = config
         self._model = model
+        self._encoder = encoder
         self._router = router or LeastWork(config.prefill_ahead_tokens)
         self._tasks: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
@@ -91,14 +96,16 @@ class Orchestrator:
             on_lost=self._dispatcher.worker_lost,
         )
         self._dispatcher.attach(self.membership)
-        self._gateway = gateway.Gateway(config, self._model, self.membership, self._dispatcher)
+        self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
         try:
+            await self._encoder.start()
             await self._start_grpc()
         except BaseException:
             self._control.close()
-            self._gateway.close()
+            await self._encoder.close()
             raise
+        self._spawn(self._encoder.run(), "encoders")
         self._spawn(self._receive(), "receive")
         self._spawn(self.membership.watch(), "watch")
         if config.endpoints_file:
@@ -205,7 +212,7 @@ class Orchestrator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._gateway.close()
+        await self._encoder.close()
         self._control.close()
 
     def check_integrity(self) -> None:

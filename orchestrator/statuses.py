@@ -7,6 +7,7 @@ import grpc
 from anabranch.errors import (
     AnabranchError,
     CapacityError,
+    ChatTemplateError,
     ConfigError,
     DeadlineExceeded,
     Draining,
@@ -25,6 +26,8 @@ _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    # Not the client's fault, and trying again does not help until the model's files are mended.
+    (ChatTemplateError, grpc.StatusCode.FAILED_PRECONDITION),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestCancelled, grpc.StatusCode.CANCELLED),

@@ -6,29 +6,10 @@ that was itself killed. The process is named, so that `ps` and `top` show which 
 
 from __future__ import annotations
 
-import ctypes
-import os
 import runpy
-import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
-_MAX_NAME_BYTES = 15
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel for SIGKILL when the parent ends; exits at once where it has ended already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        sys.exit(f"runtime.child: the parent {parent_pid} has ended")
-
-
-def set_process_name(name: str) -> None:
-    """Set what `ps -o comm` shows (15 bytes)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:_MAX_NAME_BYTES], 0, 0, 0)
+from anabranch.process import die_with_parent, set_process_name
 
 
 def main() -> None:

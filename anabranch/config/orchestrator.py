@@ -39,8 +39,11 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         prefill_ahead_tokens: prompt tokens given to a prefill worker before the next request waits in the queue;
             a worker without work takes one request of any length.
         max_retries: times that one request is tried again because a worker gave it back without a new token.
-        tokenizer_threads: threads that turn text into token ids.
-        queue_timeout_s: wait for a worker that can take the request.
+        encoders_per_lane: processes that turn prompts into token ids, for each of short texts, long texts, short
+            chats and long chats.
+        max_prompt_chars: most characters of a prompt of text, and of a chat before and after the model's template.
+        encode_timeout_s: time that one prompt's template and tokenizer may take; then its process is killed.
+        queue_timeout_s: wait for a process that can encode the prompt; wait for a worker that can take the request.
         no_worker_grace_s: wait of requests in the queue for a worker to come, while none of a role that is needed
             takes requests; new ones are refused at once.
         reserve_timeout_s: wait for a decode worker's KV blocks.
@@ -72,7 +75,9 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     max_unread_tokens: int = 16384
     prefill_ahead_tokens: int = 4096
     max_retries: int = 8
-    tokenizer_threads: int = 1
+    encoders_per_lane: int = 1
+    max_prompt_chars: int = 1024 * 1024
+    encode_timeout_s: float = 10.0
     queue_timeout_s: float = 60.0
     no_worker_grace_s: float = 10.0
     reserve_timeout_s: float = 60.0
@@ -99,7 +104,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             "max_control_bytes",
             "max_unread_tokens",
             "prefill_ahead_tokens",
-            "tokenizer_threads",
+            "encoders_per_lane",
+            "max_prompt_chars",
         ):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be at least 1")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anabranch.errors import CheckpointError, InvalidRequest, ModelError
+from anabranch.errors import ChatTemplateError, CheckpointError, InvalidRequest, ModelError
 from anabranch.model.end_of_turn import END_OF_TURN
 from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.sources import ModelSource
+from anabranch.model.token_length import longest_token_chars
 from anabranch.model.tokenizer_files import checked_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Of what a chat template says when it fails.
+_MAX_REASON_CHARS = 500
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +62,12 @@ class Tokenizer:
         """Write the tokenizer's files, chat template included."""
         self._tokenizer.save_pretrained(folder)
 
+    @cached_property
+    def longest_token_chars(self) -> int | None:
+        """Most characters of a text that one token stands for; None where no bound is known."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else longest_token_chars(json.loads(backend.to_str()))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts the model's own around it (most often BOS).
 
@@ -77,26 +89,36 @@ class Tokenizer:
         )
         return text
 
-    def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation under the model's chat template, ready for the assistant's answer.
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation under the model's chat template, ready for the assistant's answer.
+
+        It has all special tokens: encode it with `add_special_tokens=False`.
+
+        The template is a program that came with the model: transformers runs it in Jinja's sandbox, which bounds
+        neither its time nor its memory.
 
         Args:
             messages: each with `role` and `content`.
 
         Raises:
             InvalidRequest: the model has no template, or its template refuses the conversation.
+            ChatTemplateError: the template is broken, or does not provide for such a conversation.
         """
         if not self.has_chat_template:
             raise InvalidRequest("this model has no chat template; send a plain prompt", "messages")
         from jinja2 import TemplateError
 
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"the model's chat template refuses them: {error}", "messages") from error
-        return [int(token) for token in ids]
+        except Exception as error:
+            reason = str(error)[:_MAX_REASON_CHARS]
+            # What a template raises by itself is of the base class; Jinja's own errors are of classes below it.
+            if type(error) is TemplateError:
+                raise InvalidRequest(f"the model's chat template refuses them: {reason}", "messages") from error
+            raise ChatTemplateError(f"the model's chat template failed: {type(error).__name__}: {reason}") from error
+        return text
 
     def _try(self) -> None:
         """Encode short texts that slow regular expressions choke on, rather than let a client's prompt be the first."""

@@ -29,6 +29,7 @@ from orchestrator.service import Orchestrator
 from prefill.worker import PrefillWorker
 from runtime.worker import Worker
 from tests.support.resources import our_threads
+from tests.support.thread_encoder import ThreadEncoder
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
@@ -304,7 +305,8 @@ class InProcessCluster:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self._orchestrator = Orchestrator(self._orchestrator_config, CheckpointModel(self._orchestrator_config.model))
+        model = CheckpointModel(self._orchestrator_config.model)
+        self._orchestrator = Orchestrator(self._orchestrator_config, model, ThreadEncoder.of(model.tokenizer))
         await self._orchestrator.start()
         self.endpoint = self._orchestrator.grpc_endpoint
         rooms = {"prefill": PrefillWorker, "decode": DecodeWorker, "colocated": DecodeWorker}

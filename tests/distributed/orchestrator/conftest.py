@@ -38,7 +38,9 @@ from anabranch.protocol.workers import (
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
 from anabranch.sampling.params import SamplingParams
 from anabranch_client import AsyncClient
+from orchestrator.served_model import Prompt
 from orchestrator.service import Orchestrator
+from tests.support.thread_encoder import ThreadEncoder
 from tests.support.waiting import eventually_async
 from transport.control import ControlClient
 
@@ -81,10 +83,14 @@ class ByteModel:
     max_context = CONTEXT
     eos_token_ids = (EOS,)
     has_chat_template = True
+    longest_token_chars = None
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        return self.encode(prompt) if isinstance(prompt, str) else self.encode_chat(prompt)
 
     def encode(self, text: str) -> list[int]:
         assert self.gate.wait(DEADLINE_S)
@@ -303,7 +309,7 @@ def play(tmp_path) -> Callable[..., None]:
             settings = {"control_bind": f"ipc://{tmp_path}/control", **QUICK, **changes}
             config = OrchestratorConfig(model="bytes", **settings)  # type: ignore[arg-type]
             model = ByteModel()
-            orchestrator = Orchestrator(config, model)
+            orchestrator = Orchestrator(config, model, ThreadEncoder(model.encode_prompt))
             await orchestrator.start()
             world = World(orchestrator, model, config)
             try:

@@ -186,6 +186,33 @@ def test_the_client_names_what_cannot_even_be_sent(play):
     play(scenario)
 
 
+def test_prompts_are_bounded_before_they_are_encoded(play):
+    async def scenario(world):
+        world.model.gate.clear()  # whatever reached the encoder would wait
+        world.model.longest_token_chars = 3
+        user = ChatMessage("user", "x" * 5000)
+        for prompt, says in (
+            ("x" * 5001, "text: has 5001 characters; max_prompt_chars allows 5000"),
+            ([user], "chat: has 5004 characters; max_prompt_chars allows 5000"),
+            ([ChatMessage("", "x" * 9000)], "chat: message 0 has no role"),
+            ([ChatMessage("r" * 65, "x")], "chat: the role of message 0 has 65 characters; at most 64"),
+        ):
+            for call in (world.client.complete, world.client.tokenize):
+                with pytest.raises(InvalidRequest, match=says):
+                    await call(prompt)
+        says = "prompt: has 3073 characters; a token has at most 3, and the context holds 1024 tokens"
+        with pytest.raises(ContextExceeded, match=says):
+            await world.client.complete("x" * 3073)
+        world.model.gate.set()
+        # To count the tokens of a text that is too long is no mistake.
+        assert len(await world.client.tokenize("x" * 3073)) == 3073
+        # A template may leave messages out, so a chat is judged by what becomes of it.
+        with pytest.raises(ContextExceeded, match="prompt: has 4006 tokens; the context holds 1024"):
+            await world.client.complete([ChatMessage("user", "x" * 4000)])
+
+    play(scenario, max_prompt_chars=5000)
+
+
 def test_tokenize(play):
     async def scenario(world):
         assert await world.client.tokenize("aé") == (97, 195, 169)

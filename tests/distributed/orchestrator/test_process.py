@@ -7,12 +7,14 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import tokenizers
 import transformers
@@ -20,9 +22,10 @@ import transformers
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, TransportUnavailable
 from anabranch.protocol.workers import Generate, Shutdown
-from anabranch_client import AsyncClient, Draining, Sampling, Unavailable
+from anabranch_client import AsyncClient, ChatMessage, Draining, InvalidRequest, Sampling, ServerFailed, Unavailable
 from orchestrator.service import Orchestrator
 from tests.support.http2 import PREFACE, connect, settings
+from tests.support.thread_encoder import ThreadEncoder
 from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
@@ -196,6 +199,75 @@ def test_silent_connections_starve_nobody(model_folder, tmp_path, scripted, wait
         assert "max_connections: 128, not 4096: this process may have 256 descriptors" in said
         assert "Traceback" not in said
 
+
+# Each does what the first message says.
+BAD_TEMPLATE = """
+{%- macro again(x) %}{{ again(x) }}{% endmacro -%}
+{%- set order = messages[0].content -%}
+{%- if order == "wedge" %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}
+{%- elif order == "huge" %}{{ order * 15000000 }}
+{%- elif order == "huger" %}{{ order * 10**10 }}
+{%- elif order == "zero" %}{{ 1 / 0 }}
+{%- elif order == "recursion" %}{{ again(1) }}
+{%- elif order == "range" %}{% for a in range(10**8) %}{% endfor %}
+{%- elif order == "refuse" %}{{ raise_exception("roles must alternate") }}
+{%- else %}hello world{% endif -%}
+"""
+
+
+def test_no_chat_template_holds_up_or_ends_the_process(model_folder, tmp_path, wait):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(BAD_TEMPLATE)
+
+    async def main() -> None:
+        process, announced = await started(
+            wait, "--encode-timeout-s=1", folder=folder, endpoints=tmp_path / "endpoints.json"
+        )
+        encoders = psutil.Process(process.pid).children(recursive=True)
+        assert len(encoders) == 5
+        try:
+            async with AsyncClient(announced["grpc"]) as client:
+
+                async def chat(order: str) -> tuple[int, ...]:
+                    return await client.tokenize([ChatMessage("user", order)])
+
+                assert await chat("hello") == (1, 2)
+                for order, says in {
+                    "huge": "8 characters become 60000000 ",
+                    "huger": "chat template failed: MemoryError",
+                    "zero": "chat template failed: ZeroDivisionError: division by zero",
+                    "recursion": "chat template failed: RecursionError",
+                    "range": "chat template failed: OverflowError: Range too big",
+                    "wedge": r"chat template was not done after 1 s \(encode_timeout_s\)",
+                }.items():
+                    with pytest.raises(ServerFailed, match=says) as caught:
+                        await chat(order)
+                    assert caught.value.code == "chat_template"
+                with pytest.raises(InvalidRequest, match=r"messages: .* refuses them: roles must alternate"):
+                    await chat("refuse")
+                assert await chat("hello") == (1, 2)
+
+                process.send_signal(signal.SIGSTOP)
+                wedged = [asyncio.create_task(chat("wedge")) for _ in range(30)]
+                texts = [asyncio.create_task(client.tokenize("hello again")) for _ in range(30)]
+                process.send_signal(signal.SIGCONT)
+                assert set(await asyncio.gather(*texts)) == {(1, 3)}
+                assert not wedged[-1].done()
+                encoders += psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signal.SIGTERM)
+                await asyncio.wait_for(process.wait(), 20)
+                assert process.returncode == 0
+                await asyncio.gather(*wedged, return_exceptions=True)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        await wait(lambda: not any(encoder.is_running() for encoder in encoders))
+        log = (await process.stderr.read()).decode()
+        assert "Traceback" not in log
+        assert log.count("ZeroDivisionError") == log.count("60000000 ") == 1
+
     asyncio.run(main())
 
 
@@ -235,16 +307,19 @@ def test_help_teaches():
 
 
 def test_addresses_that_are_taken(model, tmp_path):
+    def encoder() -> ThreadEncoder:
+        return ThreadEncoder(model.encode_prompt)
+
     async def main() -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match=f"grpc_bind: '127.0.0.1:{port}': cannot be bound"):
-                await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model).start()
+                await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model, encoder()).start()
             with pytest.raises(TransportUnavailable, match="cannot bind"):
-                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model).start()
-        first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model)
+                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model, encoder()).start()
+        first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model, encoder())
         await first.start()
         async with AsyncClient(first.grpc_endpoint) as client:
             assert await client.tokenize("ab") == (97, 98)
