@@ -28,6 +28,26 @@ Each carries `code`, a stable snake-case word that travels on the wire; `error_f
 
 from __future__ import annotations
 
+import reprlib
+
+MAX_SHOWN_CHARS = 200
+MAX_SHOWN_ITEMS = 20
+
+
+class _ShortRepr(reprlib.Repr):
+    """What is shown of a value from outside, however long, deep or many-headed it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = MAX_SHOWN_CHARS
+        self.maxlist = self.maxtuple = self.maxdict = MAX_SHOWN_ITEMS
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT_REPR = _ShortRepr()
+
 
 class AnabranchError(Exception):
     """Base of the tree. `code` is what travels on the wire."""
@@ -41,7 +61,7 @@ class ConfigError(AnabranchError, ValueError):
     code = "config"
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
-        super().__init__(f"{key}: {value!r}: {remedy}")
+        super().__init__(f"{key[:MAX_SHOWN_CHARS]}: {_SHORT_REPR.repr(value)}: {remedy}")
         self.key = key
         self.value = value
         self.remedy = remedy

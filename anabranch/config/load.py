@@ -15,14 +15,20 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from anabranch.config.bounds import MAX_SIZE_BYTES, check_count, check_text, is_port
 from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
+from anabranch.files import read_regular
 from anabranch.parallel.mesh import MAX_RANKS
 
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 16
 MAX_WORKERS = 256
-MAX_SIZE_BYTES = 1 << 50
+MAX_KEYS = 1000
+MAX_DEPTH = 32
+MAX_PATH_CHARS = 4096
+MAX_DEVICE_CHARS = 100
+MAX_ERROR_CHARS = 500
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}iB": 1 << (10 * (i + 1)) for i, letter in enumerate("KMGT")}
@@ -37,16 +43,18 @@ def load_topology(path: Path) -> Topology:
         ConfigError: the file cannot be read, is no YAML mapping, or says something that cannot be.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+        raw = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError("topology file", str(path), f"cannot be read ({error.strerror}); check the path") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError("topology file", str(path), f"is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
     try:
         data = yaml.load(raw, Loader=_StrictLoader)  # _StrictLoader is a SafeLoader
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise _too_deep() from None
+    # The last four are YAML's words for `!!timestamp x`, `!!bool x`, `!!int ""` and a number of 5,000 digits.
+    except (yaml.YAMLError, AttributeError, LookupError, ValueError, OverflowError) as error:
+        text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
         raise ConfigError("topology file", str(path), f"is not valid YAML: {text}") from None
     return topology_from(data)
 
@@ -81,8 +89,10 @@ def check_topology(topology: Topology) -> Topology:
     Raises:
         ConfigError: what does not fit together, or does not fit this machine.
     """
-    _at_least("block_size", topology.block_size, 1)
-    _at_least("max_context", topology.max_context, 0)
+    check_text("model", topology.model, MAX_PATH_CHARS)
+    check_text("device", topology.device, MAX_DEVICE_CHARS)
+    check_count("block_size", topology.block_size, 1)
+    check_count("max_context", topology.max_context, 0)
     if not 0.0 < topology.collective_timeout_s < 86400.0:
         raise ConfigError("collective_timeout_s", topology.collective_timeout_s, "must be above 0 and below 86400")
     if not topology.model:
@@ -106,7 +116,7 @@ def parse_size(key: str, value: int | str, *, least_bytes: int = 1) -> int:
     if isinstance(value, bool):
         raise ConfigError(key, value, remedy)
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", value)
         factor = _UNIT_BY_LOWER.get(match[2].lower()) if match else None
         if match is None or factor is None:
             raise ConfigError(key, value, remedy)
@@ -128,12 +138,12 @@ def usable_cores() -> tuple[int, ...]:
 
 def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
     for name in ("workers", "max_running", "max_step_tokens"):
-        _at_least(f"{key}.{name}", getattr(pool, name), 1)
-    _at_least(f"{key}.threads", pool.threads, 0)
+        check_count(f"{key}.{name}", getattr(pool, name), 1)
+    check_count(f"{key}.threads", pool.threads, 0)
     if pool.workers > MAX_WORKERS:
         raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
     for degree in ("tp", "cp"):
-        _at_least(f"{key}.{degree}", getattr(pool, degree), 1)
+        check_count(f"{key}.{degree}", getattr(pool, degree), 1)
     if pool.tp * pool.cp > MAX_RANKS:
         raise ConfigError(
             f"{key}.tp x cp",
@@ -168,15 +178,10 @@ def _check_cores(key: str, pool: PoolConfig) -> None:
 
 def _check_address(key: str, address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not is_port(port):
         raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
     if not is_loopback(host):
         raise ConfigError(key, address, "is reachable from other machines and there is no TLS; use 127.0.0.1")
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(key, value, f"must be at least {least}")
 
 
 def _reject_unknown_keys(data: object, struct: type[msgspec.Struct], prefix: str) -> None:
@@ -230,8 +235,24 @@ def _leaf_type(struct: type[msgspec.Struct], names: list[str]) -> object:
     return hint
 
 
+def _too_deep() -> ConfigError:
+    return ConfigError("topology file", "its lists and mappings", "are nested too deeply; is it the right file?")
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML would keep the last silently."""
+    """A safe loader that refuses a key given twice, where YAML would keep the last silently, and what takes long."""
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        # PyYAML's time grows with the square of the depth.
+        if self.flow_level >= MAX_DEPTH:
+            raise _too_deep()
+        super().fetch_flow_collection_start(token)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # `<<` merges mappings into mappings, each level as many times as it is named.
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_KEYS:
+            raise ConfigError("topology file", f"line {node.start_mark.line + 1}", f"has more than {MAX_KEYS} keys")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, object]:
         seen: set[str] = set()
