@@ -11,7 +11,16 @@ import grpc
 import grpc.aio
 
 from anabranch_client import convert
-from anabranch_client.calls import CHANNEL_OPTIONS, HEALTH_CHECK, INFERENCE, health_request, health_response
+from anabranch_client.calls import (
+    CHANNEL_OPTIONS,
+    HEALTH_CHECK,
+    INFERENCE,
+    endpoint_of,
+    health_request,
+    health_response,
+    timeout_of,
+    timeout_or,
+)
 from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of
 from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
@@ -81,6 +90,9 @@ class AsyncClient:
         timeout_s: deadline of a whole answer, unless the call gives its own.
         call_timeout_s: deadline of the short calls.
         credentials: for TLS; None speaks plainly.
+
+    Raises:
+        InvalidRequest: a deadline is not above 0 and at most a day, as for each call's own; or the endpoint is none.
     """
 
     def __init__(
@@ -91,9 +103,9 @@ class AsyncClient:
         call_timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.endpoint = endpoint
-        self._timeout_s = timeout_s
-        self._call_timeout_s = call_timeout_s
+        self.endpoint = endpoint_of(endpoint)
+        self._timeout_s = timeout_of("timeout_s", timeout_s)
+        self._call_timeout_s = timeout_of("call_timeout_s", call_timeout_s)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
         else:
@@ -119,10 +131,11 @@ class AsyncClient:
             timeout_s: deadline of the whole answer.
 
         Raises:
-            InvalidRequest: the message cannot even be built; all else is raised by the stream.
+            InvalidRequest: the message cannot even be built, or timeout_s is no time to wait; all else is raised by
+                the stream.
         """
         request = convert.to_generate(prompt, sampling, request_id)
-        return AsyncStream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+        return AsyncStream(self._stub.Generate(request, timeout=timeout_or(timeout_s, self._timeout_s)))
 
     async def complete(
         self,
@@ -143,20 +156,22 @@ class AsyncClient:
         """The token ids that `generate` would compute for the prompt. Raises ClientError."""
         request = convert.to_tokenize(prompt)
         response: pb.TokenizeResponse = await _mapped_await(
-            self._stub.Tokenize(request, timeout=timeout_s or self._call_timeout_s)
+            self._stub.Tokenize(request, timeout=timeout_or(timeout_s, self._call_timeout_s))
         )
         return tuple(response.token_ids)
 
     async def model(self, *, timeout_s: float | None = None) -> Model:
         """What is served. Raises ClientError."""
         response: pb.Model = await _mapped_await(
-            self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s or self._call_timeout_s)
+            self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_or(timeout_s, self._call_timeout_s))
         )
         return convert.from_model(response)
 
     async def health(self, *, timeout_s: float | None = None) -> Health:
         """Whether a request could be served now. Raises ClientError where nobody answers."""
-        health: Health = await _mapped_await(self._health(INFERENCE, timeout=timeout_s or self._call_timeout_s))
+        health: Health = await _mapped_await(
+            self._health(INFERENCE, timeout=timeout_or(timeout_s, self._call_timeout_s))
+        )
         return health
 
     async def close(self) -> None:

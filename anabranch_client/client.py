@@ -9,7 +9,16 @@ from typing import TypeVar
 import grpc
 
 from anabranch_client import convert
-from anabranch_client.calls import CHANNEL_OPTIONS, HEALTH_CHECK, INFERENCE, health_request, health_response
+from anabranch_client.calls import (
+    CHANNEL_OPTIONS,
+    HEALTH_CHECK,
+    INFERENCE,
+    endpoint_of,
+    health_request,
+    health_response,
+    timeout_of,
+    timeout_or,
+)
 from anabranch_client.errors import ClientError, code_of, error_of
 from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
@@ -76,6 +85,9 @@ class Client:
         timeout_s: deadline of a whole answer, unless the call gives its own.
         call_timeout_s: deadline of the short calls.
         credentials: for TLS; None speaks plainly.
+
+    Raises:
+        InvalidRequest: a deadline is not above 0 and at most a day, as for each call's own; or the endpoint is none.
     """
 
     def __init__(
@@ -86,9 +98,9 @@ class Client:
         call_timeout_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.endpoint = endpoint
-        self._timeout_s = timeout_s
-        self._call_timeout_s = call_timeout_s
+        self.endpoint = endpoint_of(endpoint)
+        self._timeout_s = timeout_of("timeout_s", timeout_s)
+        self._call_timeout_s = timeout_of("call_timeout_s", call_timeout_s)
         if credentials is None:
             self._channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
         else:
@@ -114,10 +126,11 @@ class Client:
             timeout_s: deadline of the whole answer.
 
         Raises:
-            InvalidRequest: the message cannot even be built; all else is raised by the stream.
+            InvalidRequest: the message cannot even be built, or timeout_s is no time to wait; all else is raised by
+                the stream.
         """
         request = convert.to_generate(prompt, sampling, request_id)
-        return Stream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+        return Stream(self._stub.Generate(request, timeout=timeout_or(timeout_s, self._timeout_s)))
 
     def complete(
         self,
@@ -137,15 +150,17 @@ class Client:
     def tokenize(self, prompt: str | Sequence[ChatMessage], *, timeout_s: float | None = None) -> tuple[int, ...]:
         """The token ids that `generate` would compute for the prompt. Raises ClientError."""
         request = convert.to_tokenize(prompt)
-        return tuple(call(self._stub.Tokenize, request, timeout_s or self._call_timeout_s).token_ids)
+        return tuple(call(self._stub.Tokenize, request, timeout_or(timeout_s, self._call_timeout_s)).token_ids)
 
     def model(self, *, timeout_s: float | None = None) -> Model:
         """What is served. Raises ClientError."""
-        return convert.from_model(call(self._stub.GetModel, pb.GetModelRequest(), timeout_s or self._call_timeout_s))
+        return convert.from_model(
+            call(self._stub.GetModel, pb.GetModelRequest(), timeout_or(timeout_s, self._call_timeout_s))
+        )
 
     def health(self, *, timeout_s: float | None = None) -> Health:
         """Whether a request could be served now. Raises ClientError where nobody answers."""
-        return call(self._health, INFERENCE, timeout_s or self._call_timeout_s)
+        return call(self._health, INFERENCE, timeout_or(timeout_s, self._call_timeout_s))
 
     def close(self) -> None:
         """Cancel what runs and close the channel. Idempotent."""
