@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from anabranch.errors import ConfigError
+from anabranch.files import read_regular
 
 MAX_PROMPTS = 1000
+MAX_FILE_BYTES = 64 << 20
 _TEXTS = (
     "The capital of France is",
     "Grüße aus Zürich 🚲 — naïve café, 東京で会いましょう。\n\n```python\ndef fib(n: int) -> int:\n",
@@ -66,7 +68,7 @@ def read_prompts(path: Path, encoder: Encoder) -> list[VerifyPrompt]:
         ConfigError: the file cannot be read, is empty, or a line makes no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, MAX_FILE_BYTES).decode().splitlines()
     except OSError as error:
         raise ConfigError("--prompts", str(path), f"cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
@@ -82,7 +84,7 @@ def _parse_line(line: str, number: int, encoder: Encoder) -> VerifyPrompt:
     if line.lstrip()[:1] in ("{", "[", '"'):
         try:
             content = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             content = line  # a text that happens to begin like JSON
     if isinstance(content, dict):
         content = content.get("token_ids", content.get("text"))
