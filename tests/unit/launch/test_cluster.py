@@ -144,7 +144,7 @@ def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen
     )
     try:
         ready = tmp_path / "ready.json"
-        eventually(lambda: ready.exists() or process.poll() is not None, READY_TIMEOUT_S)
+        eventually(lambda: ready.exists() or process.poll() is not None, within_s=READY_TIMEOUT_S)
         assert process.poll() is None, process.communicate()
         yield process
     finally:
