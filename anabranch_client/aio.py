@@ -16,8 +16,11 @@ from anabranch_client.calls import (
     INFERENCE,
     KEEPALIVE_S,
     channel_options,
+    endpoint_of,
     health_request,
     health_response,
+    timeout_of,
+    timeout_or,
 )
 from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of
 from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
@@ -90,6 +93,9 @@ class AsyncClient:
         keepalive_s: silence during a call after which the server is asked for a sign of life; where none comes for
             as long again, the call ends with Unavailable (`unresponsive`). Servers allow no less than 5 s.
         credentials: for TLS; None speaks plainly.
+
+    Raises:
+        InvalidRequest: a deadline is not above 0 and at most a day, as for each call's own; or the endpoint is none.
     """
 
     def __init__(
@@ -101,14 +107,14 @@ class AsyncClient:
         keepalive_s: float = KEEPALIVE_S,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.endpoint = endpoint
-        self._timeout_s = timeout_s
-        self._call_timeout_s = call_timeout_s
+        self.endpoint = endpoint_of(endpoint)
+        self._timeout_s = timeout_of("timeout_s", timeout_s)
+        self._call_timeout_s = timeout_of("call_timeout_s", call_timeout_s)
         options = channel_options(keepalive_s)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(endpoint, options=options)
+            self._channel = grpc.aio.insecure_channel(self.endpoint, options=options)
         else:
-            self._channel = grpc.aio.secure_channel(endpoint, credentials, options=options)
+            self._channel = grpc.aio.secure_channel(self.endpoint, credentials, options=options)
         self._stub = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = self._channel.unary_unary(
             HEALTH_CHECK, request_serializer=health_request, response_deserializer=health_response
@@ -134,10 +140,11 @@ class AsyncClient:
             timeout_s: deadline of the whole answer.
 
         Raises:
-            InvalidRequest: the message cannot even be built; all else is raised by the stream.
+            InvalidRequest: the message cannot even be built, or timeout_s is no time to wait; all else is raised by
+                the stream.
         """
         request = convert.to_generate(prompt, sampling, request_id=request_id, cache_salt=cache_salt)
-        return AsyncStream(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+        return AsyncStream(self._stub.Generate(request, timeout=timeout_or(timeout_s, self._timeout_s)))
 
     async def complete(
         self,
@@ -161,20 +168,22 @@ class AsyncClient:
         """The token ids that `generate` would compute for the prompt. Raises ClientError."""
         request = convert.to_tokenize(prompt)
         response: pb.TokenizeResponse = await _mapped_await(
-            self._stub.Tokenize(request, timeout=timeout_s or self._call_timeout_s)
+            self._stub.Tokenize(request, timeout=timeout_or(timeout_s, self._call_timeout_s))
         )
         return tuple(response.token_ids)
 
     async def model(self, *, timeout_s: float | None = None) -> Model:
         """What is served. Raises ClientError."""
         response: pb.Model = await _mapped_await(
-            self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s or self._call_timeout_s)
+            self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_or(timeout_s, self._call_timeout_s))
         )
         return convert.from_model(response)
 
     async def health(self, *, timeout_s: float | None = None) -> Health:
         """Whether a request could be served now. Raises ClientError where nobody answers."""
-        health: Health = await _mapped_await(self._health(INFERENCE, timeout=timeout_s or self._call_timeout_s))
+        health: Health = await _mapped_await(
+            self._health(INFERENCE, timeout=timeout_or(timeout_s, self._call_timeout_s))
+        )
         return health
 
     async def close(self) -> None:

@@ -1,7 +1,8 @@
-"""What the two clients share: channel options, call paths that need no generated stub, health's tiny messages."""
+"""What the clients share: channel options, deadlines, paths that need no generated stub, health's tiny messages."""
 
 from __future__ import annotations
 
+from anabranch_client.errors import InvalidRequest
 from anabranch_client.types import Health
 
 INFERENCE = "anabranch.v1.Inference"
@@ -28,7 +29,32 @@ def channel_options(keepalive_s: float = KEEPALIVE_S) -> tuple[tuple[str, int], 
     )
 
 
+MAX_TIMEOUT_S = 86400.0
+MAX_ENDPOINT_CHARS = 1024
+
 _HEALTH_BY_NUMBER: dict[int, Health] = {1: "serving", 2: "not_serving"}
+
+
+def timeout_of(name: str, value: float) -> float:
+    """A deadline in seconds as a caller gave it. Raises InvalidRequest for what is no length of time to wait."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= MAX_TIMEOUT_S:
+        raise InvalidRequest(f"{name}: must be above 0 and at most {MAX_TIMEOUT_S:.0f} seconds", code="invalid_request")
+    return value
+
+
+def timeout_or(value: float | None, default_s: float) -> float:
+    """A call's own deadline where it gave one, else the client's. Raises InvalidRequest."""
+    return default_s if value is None else timeout_of("timeout_s", value)
+
+
+def endpoint_of(endpoint: str) -> str:
+    """An endpoint that gRPC can be given. Raises InvalidRequest."""
+    if not endpoint or len(endpoint) > MAX_ENDPOINT_CHARS or not endpoint.isprintable():
+        raise InvalidRequest(
+            f"endpoint: {endpoint[:80]!r}: give host:port, or unix:path, in at most {MAX_ENDPOINT_CHARS} characters",
+            code="invalid_request",
+        )
+    return endpoint
 
 
 def health_request(service: str) -> bytes:

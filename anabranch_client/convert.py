@@ -69,12 +69,12 @@ def _to_sampling(sampling: Sampling) -> pb.SamplingParams:
             continue
         try:
             setattr(message, field, value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise _invalid(field, error) from None
     try:
         for token, bias in sampling.logit_bias.items():
             message.logit_bias[token] = bias
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _invalid("logit_bias", error) from None
     if isinstance(sampling.stop, str):
         raise InvalidRequest("stop: must be a sequence of strings, not one string", code="invalid_request")

@@ -29,6 +29,7 @@ import torch
 from anabranch.kernels.native import select_kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
+from anabranch.python_child import python_module
 from benchmarks.report import Figure, parse_options, report
 from transport.kv_stream import KvStreamSource
 from transport.kv_stream.incoming import DTYPES
@@ -89,7 +90,7 @@ class Peer:
 
     def __init__(self, name: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.kv_stream_peer", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            python_module("benchmarks.kv_stream_peer", name), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.addresses = self.ask({})
 

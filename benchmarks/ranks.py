@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from anabranch.python_child import python_environment, python_module
 from transport.collectives.shm import ShmGroup, join
 
 Value: TypeAlias = "str | int | float | bool | Sequence[Value] | Mapping[str, Value]"
@@ -39,10 +40,13 @@ def run_ranks(module: str, size: int, task: Task, *, timeout_s: float = 240.0) -
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "task.json").write_text(json.dumps(task))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "benchmarks.ranks", module]
+        environment = python_environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
         ranks = [
-            subprocess.Popen([*command, str(rank), str(size), name], env=environment, stdout=subprocess.DEVNULL)
+            subprocess.Popen(
+                python_module("benchmarks.ranks", module, str(rank), str(size), name),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+            )
             for rank in range(size)
         ]
         end = time.monotonic() + timeout_s

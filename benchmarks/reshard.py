@@ -28,6 +28,7 @@ import msgspec
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.split import split_range
 from anabranch.protocol.kv import KvDestination
+from anabranch.python_child import python_environment, python_module
 from benchmarks.report import Figure, parse_options, report
 from benchmarks.reshard_peer import CHUNK_TOKENS, TIMEOUT_S, Answer, Clear, Expect, Forget, Go, Prepare, Request
 from transport.planes import usable_planes
@@ -84,8 +85,8 @@ class Peer:
 
     def __init__(self, plane_name: str, core: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.reshard_peer", plane_name, str(core)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            python_module("benchmarks.reshard_peer", plane_name, str(core)),
+            env=python_environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

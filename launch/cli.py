@@ -50,4 +50,6 @@ app.command("models")(models)
 
 
 if __name__ == "__main__":
-    app()
+    from launch.main import main
+
+    main()

@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,9 +30,10 @@ from anabranch.clock import awake_s
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
-from anabranch.errors import DeadlineExceeded, WorkerDied
-from anabranch.model.known import cache_folder
+from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.python_child import python_environment
+from anabranch.user_cache import cache_folder, cache_problem
 from launch import sweeper
 from launch.fit import check_fit
 from launch.gateway import GatewayProbe
@@ -190,7 +192,7 @@ class LocalCluster:
         """Start everything and wait until requests are served.
 
         Raises:
-            ConfigError: the meshes do not fit the model or this machine; nothing was started.
+            ConfigError: the meshes do not fit the model or this machine, or logs cannot be written; nothing is left.
             ModelError: the model cannot be found or converted.
             WorkerDied: a process ended before the cluster was ready; the message has its last lines.
             DeadlineExceeded: not ready in time; the message says who is missing.
@@ -250,20 +252,19 @@ class LocalCluster:
         self._wait_ready(endpoints, {worker.name for worker in workers}, deadline)
 
     def _child(self, plan: ProcessPlan) -> ChildProcess:
-        log_folder = self._log_folder or self.folder
-        log_folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"}
+        environment = python_environment({sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"})
         # What a child leaves in the system's temporary folder goes with the cluster's.
         environment["TMPDIR"] = str(self.folder)
         # ... except this, which is worth keeping.
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
+        if cache_problem() is None:
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
         if plan.num_threads:
             environment["OMP_NUM_THREADS"] = str(plan.num_threads)
         return ChildProcess(
             name=plan.name,
             module=plan.module,
             arguments=plan.arguments,
-            log=log_folder / f"{plan.name}.log",
+            log=_log_file(self._log_folder or self.folder, plan.name),
             environment=environment,
             on_exit=self._on_exit,
             echo=self._verbose,
@@ -352,6 +353,24 @@ def start_error(death: ProcessExit) -> WorkerDied:
         return WorkerDied(f"{death.name}: {match[1]}")
     lines = "\n".join(f"    {line}" for line in death.log_tail) or "    (it wrote nothing)"
     return WorkerDied(f"{death} before the cluster was ready; its last lines:\n{lines}")
+
+
+def _log_file(folder: Path, name: str) -> Path:
+    """The log of a child, empty or as an earlier child left it. Raises ConfigError."""
+    log = folder / f"{name}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opening a FIFO would otherwise wait for its reader.
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+    except OSError as error:
+        raise ConfigError(
+            "--log-dir", str(folder), f"{log.name} cannot be written there ({error.strerror}); name another folder"
+        ) from None
+    if not is_file:
+        raise ConfigError("--log-dir", str(folder), f"{log.name} there is no regular file; name another folder")
+    return log
 
 
 def _ranks(worker: WorkerConfig, pid: int) -> list[ProcessInfo]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from rich.markup import escape
-
 from anabranch.config.topology import KvTransport, PoolConfig, Pools, Topology
 from anabranch.errors import AnabranchError
+from anabranch.standard_streams import standard_streams
 from anabranch_client import ChatMessage, Client, ClientError, Sampling
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.generate import stream_answer
 from launch.report import interrupt_on_signals
 from launch.show import err, out, process_table
+from launch.terminal_text import said
 from transport.planes.registry import available_planes
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -26,7 +26,7 @@ def choose_transport() -> KvTransport:
     ucx = next(status for status in available_planes() if status.name == "ucx")
     if ucx.usable:
         return "ucx"
-    out.print(f"[yellow]UCX is not to be had here[/yellow] ({escape(ucx.reason)}); KV goes over TCP")
+    out.print(f"[yellow]UCX is not to be had here[/yellow] ({said(ucx.reason)}); KV goes over TCP")
     return "tcp"
 
 
@@ -43,7 +43,7 @@ def demo(question: str) -> None:
         cluster.start()
     with cluster, Client(cluster.endpoint) as client:
         folder = cluster.folder
-        out.print(f"\n[bold]> {escape(question)}[/bold]\n")
+        out.print(f"\n[bold]> {said(question)}[/bold]\n")
         sampling = Sampling(max_tokens=MAX_TOKENS)
         stream_answer(client, [ChatMessage("user", question)], sampling, ANSWER_TIMEOUT_S, out)
         out.print()
@@ -59,11 +59,12 @@ def main() -> None:
     try:
         demo(" ".join(sys.argv[1:]) or QUESTION)
     except (AnabranchError, ClientError) as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {said(error)}", soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    with standard_streams():
+        main()

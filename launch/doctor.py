@@ -15,14 +15,15 @@ from typing import Annotated
 
 import psutil
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from anabranch import __version__
 from anabranch.config.load import usable_cores
 from anabranch.model.known import known_models
+from anabranch.user_cache import cache_folder, cache_problem
 from launch.report import reported
 from launch.show import bytes_text, out
+from launch.terminal_text import said
 
 # Flags that decide which CPU kernels run, fastest first.
 _CPU_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "fma", "bf16", "asimd")
@@ -67,13 +68,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
     table.add_column("will be used", overflow="fold")
     for finding in findings:
         mark = "[yellow]![/yellow]" if finding.remedy else "[green]ok[/green]"
-        table.add_row(mark, finding.name, escape(finding.found), escape(finding.used))
+        table.add_row(mark, finding.name, said(finding.found), said(finding.used))
     out.print(table)
     remedies = [finding for finding in findings if finding.remedy]
     if remedies:
         out.print()
     for finding in remedies:
-        out.print(f"[yellow]![/yellow] {finding.name}: {escape(finding.remedy)}", soft_wrap=True)
+        out.print(f"[yellow]![/yellow] {finding.name}: {said(finding.remedy)}", soft_wrap=True)
 
 
 def examine() -> list[Finding]:
@@ -84,6 +85,7 @@ def examine() -> list[Finding]:
         _cpu_flags(),
         _memory(),
         _shared_memory(),
+        _cache(),
         _gpus(),
         *_planes(),
         _compiler(),
@@ -158,6 +160,15 @@ def _shared_memory() -> Finding:
         return Finding(name="shared memory", found="/dev/shm cannot be written to", remedy="mount /dev/shm writable")
     remedy = "" if usage.free >= _MIN_SHM_BYTES else "make /dev/shm larger (containers: --shm-size=1g)"
     return Finding(name="shared memory", found=f"{bytes_text(usage.free)} free in /dev/shm", remedy=remedy)
+
+
+def _cache() -> Finding:
+    return Finding(
+        name="cache",
+        found=str(cache_folder()),
+        used="converted models, compiled kernels",
+        remedy=cache_problem() or "",
+    )
 
 
 def _gpus() -> Finding:

@@ -32,7 +32,7 @@ def with_meshes(topology: Topology, text: str) -> Topology:
 
 
 def _with_mesh(pool: PoolConfig, part: str, text: str) -> PoolConfig:
-    degrees = re.fullmatch(r"(\d+)x(\d+)", part)
+    degrees = re.fullmatch(r"(\d{1,6})x(\d{1,6})", part)
     if degrees is None:
         raise ConfigError(OPTION, text, f"{part!r} is no TPxCP such as 2x1")
     mesh = Mesh(tp=int(degrees[1]), cp=int(degrees[2]))

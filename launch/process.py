@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.clock import awake_s
+from anabranch.python_child import python_module
+from launch.terminal_text import visible
 
 _TAIL_BYTES = 16384
 _START_TIMEOUT_S = 30.0
@@ -75,7 +77,7 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self.log = log
-        self._command = [sys.executable, "-m", "runtime.child", str(os.getpid()), name, module, *arguments]
+        self._command = python_module("runtime.child", str(os.getpid()), name, module, *arguments)
         self._environment = dict(environment)
         self._on_exit = on_exit
         self._echo = echo
@@ -176,8 +178,10 @@ class ChildProcess:
         assert self._popen.stdout is not None
         with self.log.open("ab", buffering=0) as log, self._popen.stdout as lines:
             for line in lines:
-                log.write(line)
-                sys.stderr.write(f"[{self.name}] {line.decode(errors='replace')}")
+                # A full disk must not stop the reading, or the child would wait for room in the pipe.
+                with contextlib.suppress(OSError):
+                    log.write(line)
+                sys.stderr.write(f"[{self.name}] {visible(line.decode(errors='replace'))}")
 
 
 def wait_all(children: Sequence[ChildProcess], timeout_s: float) -> list[ChildProcess]:

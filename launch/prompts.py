@@ -12,7 +12,7 @@ from anabranch.errors import ConfigError
 from anabranch.files import read_regular
 
 MAX_PROMPTS = 1000
-MAX_FILE_BYTES = 16 << 20
+MAX_FILE_BYTES = 64 << 20
 _TEXTS = (
     "The capital of France is",
     "Grüße aus Zürich 🚲 — naïve café, 東京で会いましょう。\n\n```python\ndef fib(n: int) -> int:\n",

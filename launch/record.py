@@ -14,6 +14,11 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from anabranch.files import read_regular
+from anabranch.user_cache import cache_folder
+
+MAX_RECORD_BYTES = 65536
+
 
 class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A running cluster.
@@ -31,10 +36,11 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record_folder() -> Path:
-    """`$XDG_RUNTIME_DIR/anabranch`, else a folder in the user's cache."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime) if runtime else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "anabranch" / "clusters" if not runtime else base / "anabranch"
+    """`$XDG_RUNTIME_DIR/anabranch` where that can be written, else a folder in the user's cache."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isdir(runtime) and os.access(runtime, os.W_OK | os.X_OK):
+        return Path(runtime) / "anabranch"
+    return cache_folder() / "clusters"
 
 
 def record_path(pid: int | None = None) -> Path:
@@ -43,7 +49,7 @@ def record_path(pid: int | None = None) -> Path:
 
 
 def write_record(grpc: str, model: str) -> Path:
-    """Write down this process's cluster; returns the file."""
+    """Write down this process's cluster; returns the file. Raises OSError."""
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     record = ClusterRecord(grpc=grpc, pid=os.getpid(), started_s=psutil.Process().create_time(), model=model)
@@ -57,14 +63,15 @@ def running_clusters() -> list[ClusterRecord]:
     folder = record_folder()
     for path in folder.glob("cluster-*.json") if folder.is_dir() else ():
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=ClusterRecord)
+            record = msgspec.json.decode(read_regular(path, MAX_RECORD_BYTES), type=ClusterRecord)
             written = path.stat().st_mtime
         except (OSError, msgspec.DecodeError):
             continue
         if _runs(record):
             found.append((written, record))
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     return [record for _, record in sorted(found, key=lambda item: item[0], reverse=True)]
 
 

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import functools
-import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 import typer
-from rich.markup import escape
 
 from anabranch.errors import AnabranchError, ConfigError, InvalidRequest, UnknownModel, UnsupportedArchitecture
 from anabranch_client import ClientError
 from anabranch_client import InvalidRequest as ClientInvalidRequest
 from launch.show import err
+from launch.terminal_text import said
 
 P = ParamSpec("P")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 _USAGE_ERRORS = (ConfigError, InvalidRequest, UnknownModel, UnsupportedArchitecture, ClientInvalidRequest)
 
 
 def fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
     """Print `error: message` to stderr and end with `code`."""
-    err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/bold red] {said(message)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def warn(message: str) -> None:
+    """Print `warning: message` to stderr."""
+    err.print(f"[bold yellow]warning:[/bold yellow] {said(message)}", soft_wrap=True)
 
 
 def interrupt_on_signals() -> None:
@@ -45,16 +47,15 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-            sys.stdout.flush()
         except _USAGE_ERRORS as error:
             fail(str(error), EXIT_USAGE)
         except (AnabranchError, ClientError) as error:
             fail(str(error))
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            # The reader has gone; the interpreter's own flush at exit must not complain about it again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(EXIT_BROKEN_PIPE) from None
+        except OSError as error:
+            # No room, no permission, no such place: what the command needed and the system refused.
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}")
 
     return wrapped

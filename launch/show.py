@@ -9,10 +9,11 @@ from rich.table import Table
 
 from anabranch_client import KvTransfer, Timings, Usage
 from launch.cluster import ProcessInfo
+from launch.terminal_text import said
 
 # People's words go to stderr, so that stdout holds the answer alone.
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, emoji=False)
 
 
 def bytes_text(num_bytes: float) -> str:
@@ -40,8 +41,8 @@ def process_table(processes: Sequence[ProcessInfo]) -> Table:
     table.add_column("state")
     for process in processes:
         table.add_row(
-            process.name,
-            process.role,
+            said(process.name),
+            said(process.role),
             str(process.pid),
             str(process.num_threads or ""),
             ",".join(map(str, process.cores)) or "any",
@@ -55,7 +56,7 @@ def breakdown_table(usage: Usage, timings: Timings | None, route: Sequence[str],
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("route", " -> ".join(route))
+    table.add_row("route", said(" -> ".join(route)))
     cached = f", {usage.num_cached_tokens} from the prefix cache" if usage.num_cached_tokens else ""
     table.add_row("tokens", f"{usage.num_prompt_tokens} in{cached}, {usage.num_output_tokens} out")
     if timings is not None:
@@ -66,7 +67,7 @@ def breakdown_table(usage: Usage, timings: Timings | None, route: Sequence[str],
     if kv is not None:
         took = seconds_text(timings.kv_stream_s) if timings is not None else ""
         what = f"{bytes_text(kv.bytes)} over {kv.transport}, {kv.overlap:.0%} hidden by prefill"
-        table.add_row("KV stream", f"{took}, {what}")
+        table.add_row("KV stream", said(f"{took}, {what}"))
     if timings is not None:
         table.add_row("first token", seconds_text(timings.ttft_s))
         if timings.tpot_s > 0:

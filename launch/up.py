@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
+from anabranch.user_cache import cache_problem
 from anabranch_client import Client, ClientError
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
+from launch.numbers import seconds
 from launch.plan import ORCHESTRATOR_NAME
 from launch.process import ProcessExit
+from launch.ready_file import claim_ready_file
 from launch.record import record_path, write_atomically, write_record
-from launch.report import EXIT_FAILED, fail, interrupt_on_signals, reported
+from launch.report import EXIT_FAILED, interrupt_on_signals, reported, warn
 from launch.show import err, out, process_table
+from launch.terminal_text import said
 
 MODEL_TIMEOUT_S = 10.0
 
@@ -33,7 +36,8 @@ def up(
         typer.Option(metavar="F", help='Write {"grpc": "host:port", ...} there once requests can be served.'),
     ] = None,
     ready_timeout: Annotated[
-        float, typer.Option(metavar="S", help="Give up where the cluster is not ready in time, seconds.")
+        float,
+        typer.Option(metavar="S", callback=seconds(), help="Give up where the cluster is not ready in time, seconds."),
     ] = READY_TIMEOUT_S,
     log_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep each process's log there as NAME.log.")
@@ -59,11 +63,9 @@ def up(
       pools: {prefill: {workers: 1}, decode: {workers: 2, kv_cache: 1GiB}}"""
     topology = load_topology(topology_file) if topology_file is not None else Topology()
     interrupt_on_signals()
-    ready = ready_file.absolute() if ready_file is not None else None
-    if ready is not None:
-        if not ready.parent.is_dir():
-            fail(f"--ready-file: {ready.parent} is no folder; make it first")
-        ready.unlink(missing_ok=True)
+    ready = claim_ready_file(ready_file) if ready_file is not None else None
+    if (problem := cache_problem()) is not None:
+        warn(f"{problem}; meanwhile compiled code goes to a temporary folder")
     cluster = LocalCluster(
         topology,
         verbose=verbose,
@@ -74,16 +76,22 @@ def up(
     num_deaths = 0
     ready_to_serve = False
     try:
-        with err.status(f"starting {topology.model} ..."):
+        with err.status(f"starting {said(topology.model)} ..."):
             cluster.start()
         ready_to_serve = True
-        write_record(cluster.endpoint, topology.model)
+        try:
+            write_record(cluster.endpoint, topology.model)
+        except OSError as error:
+            warn(
+                f"{record_path()}: cannot be written ({error.strerror}); "
+                f"give `anabranch generate` --endpoint {cluster.endpoint}"
+            )
         if ready is not None:
             write_atomically(ready, ready_json(cluster))
         out.print(process_table(cluster.processes))
         say_lowered_context(topology, cluster.endpoint)
-        out.print(f"\ngRPC [bold]{cluster.endpoint}[/bold]")
-        out.print('try  anabranch generate --chat "What is the capital of France?"\n')
+        out.print(f"\ngRPC [bold]{said(cluster.endpoint)}[/bold]", soft_wrap=True)
+        out.print('try  anabranch generate --chat "What is the capital of France?"\n', soft_wrap=True)
         while True:
             death = cluster.wait_for_death(after=num_deaths)
             assert death is not None
@@ -129,6 +137,6 @@ def say_lowered_context(topology: Topology, endpoint: str) -> None:
 def say_death(death: ProcessExit, *, still_serves: bool) -> None:
     """Say what died, how, what it said last, and what that means where the others go on."""
     lines = "".join(f"\n    {line}" for line in death.log_tail[-5:])
-    err.print(f"[bold red]died:[/bold red] {escape(str(death) + lines)}", soft_wrap=True)
+    err.print(f"[bold red]died:[/bold red] {said(str(death) + lines)}", soft_wrap=True)
     if death.name != ORCHESTRATOR_NAME and still_serves:
         err.print("its requests have failed, the others go on; `anabranch up` again brings it back")

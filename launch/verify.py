@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
-from rich.markup import escape
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
@@ -20,14 +19,17 @@ from anabranch.model.sources import resolve_model
 from anabranch_client import Client, ClientError, Completion, Sampling
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.mesh_option import with_meshes
+from launch.numbers import MAX_INT, seconds, within
 from launch.prompts import VerifyPrompt, default_prompts, read_prompts
 from launch.report import EXIT_FAILED, interrupt_on_signals, reported
 from launch.show import err, out
+from launch.terminal_text import said
 
 if TYPE_CHECKING:
     from launch.reference import Reference, ReferenceAnswer
 
 Mode = Literal["together", "alone"]
+DEFAULT_MAX_TOKENS = 64
 MAX_TOGETHER = 64
 ANSWER_TIMEOUT_S = 600.0
 
@@ -79,9 +81,18 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="One prompt a line: text, or JSON with `text` or `token_ids`."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to compare for each prompt.")] = 64,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=within(1, MAX_INT),
+            help=f"Tokens to compare for each prompt; default: {DEFAULT_MAX_TOKENS}, or half of a smaller context.",
+        ),
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
-    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Wait for the cluster, seconds.")] = READY_TIMEOUT_S,
+    ready_timeout: Annotated[
+        float, typer.Option(metavar="S", callback=seconds(), help="Wait for the cluster, seconds.")
+    ] = READY_TIMEOUT_S,
     mesh: Annotated[
         list[str] | None,
         typer.Option(metavar="TPxCP:TPxCP", help="Meshes of the prefill and decode pools in place of the topology's."),
@@ -112,19 +123,19 @@ def verify(
         ignore_eos=ignore_eos,
         ready_timeout_s=ready_timeout,
         verbose=verbose,
-        say=lambda text: err.print(f"[dim]{escape(text)}[/dim]"),
+        say=lambda text: err.print(f"[dim]{said(text)}[/dim]"),
     )
     reports = {}
     for text, variant in topologies.items():
         reports[text] = verifier.verify(variant)
         if not as_json:
             if text:
-                out.print(f"[bold]{text}[/bold] ", end="")
+                out.print(f"[bold]{said(text)}[/bold] ", end="")
             print_report(reports[text])
     ok = all(report.ok for report in reports.values())
     if as_json:
         by_mesh = {text: {"ok": report.ok, **asdict(report)} for text, report in reports.items()}
-        print(json.dumps({"ok": ok, "meshes": by_mesh} if mesh else by_mesh[""], ensure_ascii=False))
+        print(json.dumps({"ok": ok, "meshes": by_mesh} if mesh else by_mesh[""]))
     if not ok:
         raise typer.Exit(EXIT_FAILED)
 
@@ -139,7 +150,7 @@ class Verifier:
         self,
         *,
         prompts_file: Path | None = None,
-        max_tokens: int = 64,
+        max_tokens: int | None = None,
         ignore_eos: bool = False,
         ready_timeout_s: float = READY_TIMEOUT_S,
         verbose: bool = False,
@@ -152,7 +163,7 @@ class Verifier:
         self._verbose = verbose
         self._say = say
         self._reference: Reference | None = None
-        self._answers: dict[tuple[int, ...], ReferenceAnswer] = {}
+        self._answers: dict[tuple[tuple[int, ...], int], ReferenceAnswer] = {}
 
     def verify(self, topology: Topology) -> VerifyReport:
         """Start a topology and compare it.
@@ -168,9 +179,11 @@ class Verifier:
         with LocalCluster(topology, ready_timeout_s=self._ready_timeout_s, verbose=self._verbose) as cluster:
             reference = self._load(topology)
             with Client(cluster.endpoint, timeout_s=ANSWER_TIMEOUT_S) as client:
-                chosen = self._choose(reference, min(client.model().max_context, reference.max_context))
-                expected = [self._answer(reference, prompt) for prompt in chosen]
-                comparison = Comparison(client, reference, chosen, expected, self._max_tokens, self._ignore_eos)
+                max_context = min(client.model().max_context, reference.max_context)
+                max_tokens = self._max_tokens or min(DEFAULT_MAX_TOKENS, max(1, max_context // 2))
+                chosen = self._choose(reference, max_context - max_tokens)
+                expected = [self._answer(reference, prompt, max_tokens) for prompt in chosen]
+                comparison = Comparison(client, reference, chosen, expected, max_tokens, self._ignore_eos)
                 say("all at once ...")
                 comparison.run("together")
                 say("one by one ...")
@@ -192,8 +205,7 @@ class Verifier:
             self._reference = Reference(resolve_model(topology.model), topology.dtype)
         return self._reference
 
-    def _choose(self, reference: Reference, max_context: int) -> list[VerifyPrompt]:
-        max_prompt_tokens = max_context - self._max_tokens
+    def _choose(self, reference: Reference, max_prompt_tokens: int) -> list[VerifyPrompt]:
         if max_prompt_tokens < 1:
             raise ConfigError(
                 "--max-tokens", self._max_tokens, "leaves no room for a prompt in the context; give fewer"
@@ -206,11 +218,11 @@ class Verifier:
         check_prompts(chosen, reference.vocab_size, max_prompt_tokens)
         return chosen
 
-    def _answer(self, reference: Reference, prompt: VerifyPrompt) -> ReferenceAnswer:
-        answer = self._answers.get(prompt.token_ids)
+    def _answer(self, reference: Reference, prompt: VerifyPrompt, max_tokens: int) -> ReferenceAnswer:
+        answer = self._answers.get((prompt.token_ids, max_tokens))
         if answer is None:
-            answer = reference.generate(prompt.token_ids, self._max_tokens, ignore_eos=self._ignore_eos)
-            self._answers[prompt.token_ids] = answer
+            answer = reference.generate(prompt.token_ids, max_tokens, ignore_eos=self._ignore_eos)
+            self._answers[prompt.token_ids, max_tokens] = answer
             self._say(f"  reference, {prompt.name}: {len(prompt.token_ids)} + {len(answer.token_ids)} tokens")
         return answer
 
@@ -309,17 +321,19 @@ def print_report(report: VerifyReport) -> None:
     if report.ok:
         out.print(
             f"[bold green]equal[/bold green]: {report.num_prompts} prompts, together and alone, "
-            f"{report.num_tokens} tokens as in transformers ({report.model}, {report.dtype}{over})"
+            f"{report.num_tokens} tokens as in transformers ({said(report.model)}, {report.dtype}{said(over)})"
         )
         return
     first = report.differences[0]
-    out.print(f"[bold red]different[/bold red]: {len(report.differences)} answers; the first ({report.dtype}{over}):")
-    out.print(f"  prompt    {escape(first.prompt)}, run {first.mode}, route {' -> '.join(first.route) or '?'}")
+    out.print(
+        f"[bold red]different[/bold red]: {len(report.differences)} answers; the first ({report.dtype}{said(over)}):"
+    )
+    out.print(f"  prompt    {said(first.prompt)}, run {first.mode}, route {said(' -> '.join(first.route)) or '?'}")
     if first.error:
-        out.print(f"  error     {escape(first.error)}", soft_wrap=True)
+        out.print(f"  error     {said(first.error)}", soft_wrap=True)
         return
     out.print(f"  index     {first.index}" + (f" (margin {first.margin:.2g})" if first.margin is not None else ""))
     out.print(f"  expected  {first.expected_token}")
     out.print(f"  got       {first.got_token}")
-    out.print(f"  expected  {escape(repr(first.expected_text))}", soft_wrap=True)
-    out.print(f"  got       {escape(repr(first.got_text))}", soft_wrap=True)
+    out.print(f"  expected  {said(repr(first.expected_text))}", soft_wrap=True)
+    out.print(f"  got       {said(repr(first.got_text))}", soft_wrap=True)

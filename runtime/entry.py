@@ -17,6 +17,7 @@ from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Role
+from anabranch.standard_streams import standard_streams
 from runtime.log import configure_logging
 from runtime.worker import Worker
 
@@ -69,17 +70,18 @@ def run_workers(workers: Sequence[Callable[[], Worker]]) -> int:
 
 def worker_main(role: Role, about: str, build: Callable[[WorkerConfig], Worker]) -> None:
     """The body of `python -m <room>`: parse -> build -> announce ready -> run -> drain -> exit."""
-    config = parse_flags(WorkerConfig, sys.argv[1:], prog=f"python -m {role}", about=about, defaults={"role": role})
-    configure_logging(config.name)
-    try:
-        own = rank_config(config, 0)
-        pin_process(own.cores, own.threads)
-    except AnabranchError as error:
-        logger.error("%s", error)
-        raise SystemExit(2) from None
-    code = run_workers([lambda: build(config)])
-    if code == 1:
-        # Not the interpreter's own end, which would wait for threads that may hang.
-        sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code)
+    with standard_streams():
+        config = parse_flags(WorkerConfig, sys.argv[1:], prog=f"python -m {role}", about=about, defaults={"role": role})
+        configure_logging(config.name)
+        try:
+            own = rank_config(config, 0)
+            pin_process(own.cores, own.threads)
+        except AnabranchError as error:
+            logger.error("%s", error)
+            raise SystemExit(2) from None
+        code = run_workers([lambda: build(config)])
+        if code == 1:
+            # Not the interpreter's own end, which would wait for threads that may hang.
+            sys.stderr.flush()
+            os._exit(code)
+        raise SystemExit(code)

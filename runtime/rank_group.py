@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,6 +33,7 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
+from anabranch.python_child import python_environment, python_module
 from runtime.rank import Command, Event, RankRoom
 from runtime.rank_channel import (
     END,
@@ -246,13 +246,10 @@ class RankGroup(Generic[Command, Event]):
 
     def _keep_process(self, rank: int) -> str:
         """Start a rank and wait for its end, in one thread: the kernel ends a child with the thread that forked it."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(rank_config(self.config, rank).threads)}
+        name = f"{self.config.name}.{rank}"
         child = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "runtime.child", str(os.getpid()), f"{self.config.name}.{rank}"),
-                *(self._room.module, str(self._folder), str(rank)),
-            ],
-            env=environment,
+            python_module("runtime.child", str(os.getpid()), name, self._room.module, str(self._folder), str(rank)),
+            env=python_environment({"OMP_NUM_THREADS": str(rank_config(self.config, rank).threads)}),
             stdin=subprocess.DEVNULL,
         )
         self._children[rank] = child

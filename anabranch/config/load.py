@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from anabranch.config.bounds import MAX_SIZE_BYTES, check_count, check_text, is_port
 from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
@@ -26,14 +27,9 @@ MAX_FILE_BYTES = 64 << 10
 MAX_DEPTH = 32
 MAX_NODES = 16_384
 MAX_WORKERS = 256
-MAX_SIZE_BYTES = 1 << 50
-MAX_BLOCK_SIZE = 4096
-MAX_CONTEXT = (1 << 31) - 1
-MAX_THREADS = 4096
-MAX_RUNNING = 1 << 16
-MAX_STEP_TOKENS = 1 << 20
-
-_MAX_REASON_CHARS = 500
+MAX_PATH_CHARS = 4096
+MAX_DEVICE_CHARS = 100
+MAX_ERROR_CHARS = 500
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}iB": 1 << (10 * (i + 1)) for i, letter in enumerate("KMGT")}
@@ -57,7 +53,7 @@ def load_topology(path: Path) -> Topology:
         raise
     # What an explicit tag cannot be made of (`!!int x`) raises whatever its constructor stumbles over.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        text = " ".join(str(error).split())[:_MAX_REASON_CHARS]
+        text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
         raise ConfigError("topology file", str(path), f"is not valid YAML: {text}") from None
     return topology_from(data)
 
@@ -92,8 +88,10 @@ def check_topology(topology: Topology) -> Topology:
     Raises:
         ConfigError: what does not fit together, or does not fit this machine.
     """
-    _within("block_size", topology.block_size, 1, MAX_BLOCK_SIZE)
-    _within("max_context", topology.max_context, 0, MAX_CONTEXT)
+    check_text("model", topology.model, MAX_PATH_CHARS)
+    check_text("device", topology.device, MAX_DEVICE_CHARS)
+    check_count("block_size", topology.block_size, 1)
+    check_count("max_context", topology.max_context, 0)
     for key in ("collective_timeout_s", "step_stall_s"):
         if not 0.0 < getattr(topology, key) < 86400.0:
             raise ConfigError(key, getattr(topology, key), "must be above 0 and below 86400")
@@ -142,13 +140,13 @@ def usable_cores() -> tuple[int, ...]:
 
 
 def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
-    _within(f"{key}.workers", pool.workers, 1, MAX_WORKERS)
-    _within(f"{key}.max_running", pool.max_running, 1, MAX_RUNNING)
-    _within(f"{key}.max_step_tokens", pool.max_step_tokens, 1, MAX_STEP_TOKENS)
-    _within(f"{key}.threads", pool.threads, 0, MAX_THREADS)
+    for name in ("workers", "max_running", "max_step_tokens"):
+        check_count(f"{key}.{name}", getattr(pool, name), 1)
+    check_count(f"{key}.threads", pool.threads, 0)
+    if pool.workers > MAX_WORKERS:
+        raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
     for degree in ("tp", "cp"):
-        if getattr(pool, degree) < 1:
-            raise ConfigError(f"{key}.{degree}", getattr(pool, degree), "must be at least 1")
+        check_count(f"{key}.{degree}", getattr(pool, degree), 1)
     if pool.tp * pool.cp > MAX_RANKS:
         raise ConfigError(
             f"{key}.tp x cp",
@@ -183,17 +181,10 @@ def _check_cores(key: str, pool: PoolConfig) -> None:
 
 def _check_address(key: str, address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+    if not host or not is_port(port):
         raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
     if not is_loopback(host):
         raise ConfigError(key, address, "is reachable from other machines and there is no TLS; use 127.0.0.1")
-
-
-def _within(key: str, value: int, least: int, most: int) -> None:
-    if value < least:
-        raise ConfigError(key, value, f"must be at least {least}")
-    if value > most:
-        raise ConfigError(key, value, f"must be at most {most}")
 
 
 def _reject_unknown_keys(data: object, struct: type[msgspec.Struct], prefix: str) -> None:

@@ -6,6 +6,7 @@ import ipaddress
 
 import msgspec
 
+from anabranch.config.bounds import check_count, is_port
 from anabranch.errors import ConfigError
 
 
@@ -107,10 +108,8 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             "encoders_per_lane",
             "max_prompt_chars",
         ):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
-        if self.max_retries < 0:
-            raise ConfigError("max_retries", self.max_retries, "must be at least 0")
+            check_count(key, getattr(self, key), 1)
+        check_count("max_retries", self.max_retries, 0)
         for key in self.__struct_fields__:
             if key.endswith("_s") and not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
@@ -129,7 +128,7 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         if local_prefix and address.startswith(local_prefix):
             return
         host, separator, port = address.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        if not separator or not host or not is_port(port):
             raise ConfigError(key, getattr(self, key), "must end in host:port, with a port from 0 to 65535")
         if not self.allow_remote and not is_loopback(host):
             raise ConfigError(

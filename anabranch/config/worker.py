@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from anabranch.config.bounds import check_count
 from anabranch.errors import ConfigError
 from anabranch.protocol.workers import Role
 
@@ -91,11 +92,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for key in ("block_size", "kv_cache_bytes", "max_running", "max_step_tokens", "tp", "cp"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
+            check_count(key, getattr(self, key), 1)
         for key in ("threads", "max_context", "offload_bytes"):
-            if getattr(self, key) < 0:
-                raise ConfigError(key, getattr(self, key), "must be at least 0")
+            check_count(key, getattr(self, key), 0)
+        for core in self.cores:
+            check_count("cores", core, 0)
         if self.preemption == "offload" and self.offload_bytes == 0:
             raise ConfigError("preemption", self.preemption, "needs host memory; give offload_bytes, or choose auto")
         for key in self.__struct_fields__:

@@ -8,7 +8,6 @@ start at once. Where any of this cannot be had, `load_library` says why.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -22,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from anabranch.errors import DeadlineExceeded
+from anabranch.user_cache import cached_file
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,11 @@ FLAGS = (
 )
 COMPILERS = ("g++", "c++")
 COMPILE_TIMEOUT_S = 120.0
+# For the process that compiles; each of its steps has COMPILE_TIMEOUT_S.
+BUILD_TIMEOUT_S = 3 * COMPILE_TIMEOUT_S
 VERSION_TIMEOUT_S = 10.0
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
+CACHE_REMEDY = "set ANABRANCH_CACHE to a folder whose files can be written and loaded"
 # What `ab_level` returns, for people.
 LEVELS = ("portable", "AVX-512", "AVX-512 BF16", "AMX BF16")
 
@@ -91,29 +96,17 @@ def load_library(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiler, version = find_compiler()
     openmp = find_openmp()
     flags = (*FLAGS, *extra_flags)
-    folder = cache_folder()
-    path = folder / f"kernels-{_fingerprint(version, flags, openmp)}.so"
+    name = f"kernels-{_fingerprint(version, flags, openmp)}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Whoever comes first compiles; the others find the file when they get the lock.
-        with (folder / "kernels.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _compile(compiler, flags, openmp, path)
+        path = cached_file(name, lambda path: _compile(compiler, flags, openmp, path), timeout_s=BUILD_TIMEOUT_S)
         library = ctypes.CDLL(str(path))
+    except DeadlineExceeded as error:
+        raise NativeUnavailable(str(error)) from error
     except OSError as error:
-        raise NativeUnavailable(f"{error}; set ANABRANCH_CACHE to a folder that can be written") from error
+        raise NativeUnavailable(f"{error}; {CACHE_REMEDY}") from error
     if mapped_openmp() != mapped_openmp(including=openmp):
         raise NativeUnavailable("loading the kernels brought in a second OpenMP runtime")
     return library
-
-
-def cache_folder() -> Path:
-    """`$ANABRANCH_CACHE`, or `anabranch` in the user's cache folder."""
-    named = os.environ.get("ANABRANCH_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "anabranch"
 
 
 def find_compiler() -> tuple[str, str]:

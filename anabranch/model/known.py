@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import shutil
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from anabranch.clock import awake_s
 from anabranch.errors import CheckpointError, DeadlineExceeded, UnknownModel
+from anabranch.python_child import python_environment, python_module
+from anabranch.user_cache import VARIABLE, cache_folder, locked
 
 logger = logging.getLogger(__name__)
 
 CONVERT_TIMEOUT_S = 600.0
-LOCK_POLL_S = 0.1
 # Raised when what a conversion writes changes, so that old folders are not taken for new ones.
 CONVERSION_VERSION = 2
 
@@ -71,7 +66,7 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises:
             UnknownModel: the package is not installed.
-            CheckpointError: the conversion failed.
+            CheckpointError: the conversion failed, or there is no folder to write it to.
             DeadlineExceeded: it took longer than CONVERT_TIMEOUT_S.
         """
         gguf = self.gguf_file()
@@ -81,18 +76,16 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
         folder = cache_folder() / f"{self.name}-{version}-v{CONVERSION_VERSION}"
         if folder.is_dir():
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")):
-            if not folder.is_dir():
-                for left in folder.parent.glob(f"{folder.name}.part-*"):
-                    shutil.rmtree(left, ignore_errors=True)
-                part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-                logger.info("converting %s into %s, once", gguf.name, folder)
-                try:
-                    _convert(gguf, part)
-                    part.rename(folder)
-                finally:
-                    shutil.rmtree(part, ignore_errors=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_name(f"{folder.name}.lock"), CONVERT_TIMEOUT_S):
+                if not folder.is_dir():
+                    _convert_into(folder, gguf)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name} is converted once, and {folder} cannot be written ({error.strerror}); "
+                f"set {VARIABLE} to a folder that can be written and has room"
+            ) from None
         return folder
 
 
@@ -114,35 +107,31 @@ def known_models() -> list[KnownModel]:
     return list(KNOWN_MODELS.values())
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $ANABRANCH_CACHE, or ~/.cache/anabranch."""
-    return Path(os.environ.get("ANABRANCH_CACHE") or Path.home() / ".cache" / "anabranch")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system frees it when its holder ends, however it ends."""
-    deadline = awake_s() + CONVERT_TIMEOUT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if awake_s() > deadline:
-                    raise DeadlineExceeded(
-                        f"{path}: another process has been converting for {CONVERT_TIMEOUT_S:.0f} s"
-                    ) from None
-                time.sleep(LOCK_POLL_S)
-        yield
+def _convert_into(folder: Path, gguf: Path) -> None:
+    """Convert beside `folder` and give it its name at the end, so that it is there whole or not at all."""
+    for left in folder.parent.glob(f"{folder.name}.part-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    logger.info("converting %s into %s, once", gguf.name, folder)
+    try:
+        _convert(gguf, part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Convert in a process of its own, so that none of its memory stays with a worker."""
-    command = [sys.executable, "-m", "anabranch.model.convert", str(gguf), str(folder)]
+    command = python_module("anabranch.model.convert", str(gguf), str(folder))
     try:
         ran = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_S, check=False
+            command,
+            env=python_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CONVERT_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise DeadlineExceeded(f"converting {gguf.name} took longer than {CONVERT_TIMEOUT_S:.0f} s") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -14,8 +13,15 @@ import tempfile
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-from anabranch.errors import TransportUnavailable
-from anabranch.kernels.compiler import COMPILE_TIMEOUT_S, NativeUnavailable, cache_folder, find_compiler
+from anabranch.errors import DeadlineExceeded, TransportUnavailable
+from anabranch.kernels.compiler import (
+    BUILD_TIMEOUT_S,
+    CACHE_REMEDY,
+    COMPILE_TIMEOUT_S,
+    NativeUnavailable,
+    find_compiler,
+)
+from anabranch.user_cache import cached_file
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +70,14 @@ def load_library() -> ctypes.CDLL:
     digest = hashlib.sha256("\0".join((version, *FLAGS, _machine())).encode())
     for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    folder = cache_folder()
-    path = folder / f"collectives-{digest.hexdigest()[:20]}.so"
+    name = f"collectives-{digest.hexdigest()[:20]}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "collectives.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                _compile(compiler, path)
+        path = cached_file(name, lambda path: _compile(compiler, path), timeout_s=BUILD_TIMEOUT_S)
         library = ctypes.CDLL(str(path))
+    except DeadlineExceeded as error:
+        raise TransportUnavailable(str(error)) from None
     except OSError as error:
-        raise TransportUnavailable(f"{error}; set ANABRANCH_CACHE to a folder that can be written") from None
+        raise TransportUnavailable(f"{error}; {CACHE_REMEDY}") from None
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, f"anabranch_{name}")
         function.restype = result

@@ -98,7 +98,7 @@ def test_a_bad_topology_is_refused_in_one_line(tmp_path: Path, command: str, tex
 
 def test_up_refuses_a_ready_file_in_no_folder(tmp_path: Path) -> None:
     result = run("up", "--ready-file", str(tmp_path / "absent" / "ready.json"))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "is no folder; make it first" in one_line(result)
 
 

@@ -127,11 +127,16 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """`anabranch up`, ready to serve."""
+    """`anabranch up`, ready to serve, in a folder whose files have our modules' names."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("anabranch", "decode", "orchestrator", "prefill", "runtime", "transport", "launch", "json", "torch"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was run')\n")
     topology = tmp_path / "topology.yaml"
     topology.write_text("colocated: {kv_cache: 32MiB, threads: 1}\n")
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "up", str(topology), "--ready-file", str(tmp_path / "ready.json")],
+        [Path(sys.executable).with_name("anabranch"), "up", topology, "--ready-file", tmp_path / "ready.json"],
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -57,5 +57,6 @@ def test_records_of_the_dead_are_removed() -> None:
 
 def test_without_a_runtime_folder_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.delenv("ANABRANCH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert record_folder() == tmp_path / "cache" / "anabranch" / "clusters"

@@ -40,6 +40,29 @@ def test_a_bad_value_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]
     assert "block_size: 0: must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--block-size", "65537", "block_size: 65537: must be at most 65536"),
+        ("--threads", "-1", "threads: -1: must be at least 0"),
+        ("--threads", "5000", "threads: 5000: must be at most 4096"),
+        ("--kv-cache-bytes", "9" * 30, "must be at most 1125899906842624"),
+        ("--tp", "9" * 30, "must be at most 2147483647"),
+        ("--cores", "0,-1", "cores: -1: must be at least 0"),
+        ("--cores", "9" * 30, "must be at most 65536"),
+        ("--lease-s", "0", "lease_s: 0.0: must be above 0"),
+        ("--lease-s", "nan", "lease_s: nan: must be above 0"),
+        ("--heartbeat-s", "inf", "heartbeat_s: inf: must be above 0"),
+        ("--collective-timeout-s", "-1", "collective_timeout_s: -1.0: must be above 0"),
+    ],
+)
+def test_numbers_are_bounded(capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read("--name", "a", "--model", "m", "--orchestrator", "o", flag, value)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         read("--help")

@@ -147,7 +147,61 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_topology(written(tmp_path, "model: !!python/object/apply:os.getcwd []\n"))
     with pytest.raises(ConfigError, match="more than 65,536 bytes"):
-        load_topology(written(tmp_path, "#" * (1 << 20) + "\n"))
+        load_topology(written(tmp_path, "#" * (1 << 16) + "\n"))
+
+
+@pytest.mark.parametrize("path", ["FIFO", "FOLDER", "/dev/zero", "/dev/null", "/dev/stdin", "a\0b"])
+def test_only_regular_files_are_read(tmp_path: Path, path: str) -> None:
+    (tmp_path / "FOLDER").mkdir()
+    os.mkfifo(tmp_path / "FIFO")
+    with pytest.raises(ConfigError, match=r"^topology file: .* cannot be read \("):
+        load_topology(tmp_path / path)
+
+
+NESTED_MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], y{n}: 1}}\n" for n in range(1, 60)
+)
+MANY_ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 60_000, "nested too deeply"),
+        ("{a: " * 10_000, "nested too deeply"),
+        ("- " * 30_000 + "x", "nested too deeply"),
+        (NESTED_MERGES, "more than 1000 keys"),
+        (MANY_ALIASES, "a0: .*unknown key"),
+        ("model: &a [*a]", "model: .*expected `str`"),
+        ("pools: &a {prefill: *a, decode: *a}", "pools.prefill.prefill: .*unknown key"),
+        ("block_size: " + "9" * 5000, "is not valid YAML"),
+        ("block_size: 0x" + "f" * 5000, "block_size: a number of 20000 bits: must be at most 65536"),
+        ("model: !!timestamp x", "is not valid YAML"),
+        ("model: 2020-13-45", "is not valid YAML"),
+        ("prefix_cache: !!bool x", "is not valid YAML"),
+        ('block_size: !!int ""', "is not valid YAML"),
+        ("collective_timeout_s: .nan", "collective_timeout_s: nan: must be above 0"),
+        ("collective_timeout_s: .inf", "collective_timeout_s: inf: must be above 0"),
+        ("collective_timeout_s: 0", "collective_timeout_s: 0.0: must be above 0"),
+        ("max_context: 3000000000", "max_context: 3000000000: must be at most 2147483647"),
+        ("colocated: {threads: 5000}", "pools.colocated.threads: 5000: must be at most 4096"),
+        ("colocated: {max_running: 65537}", "pools.colocated.max_running: 65537: must be at most 65536"),
+        ("colocated: {max_step_tokens: 3000000000}", "max_step_tokens: 3000000000: must be at most"),
+        ("colocated: {kv_cache: '" + "9" * 5000 + "'}", "pools.colocated.kv_cache: "),
+        ("colocated: {kv_cache: '" + "9" * 400 + ".5'}", "pools.colocated.kv_cache: "),
+        ("grpc: 127.0.0.1:" + "9" * 5000, "grpc: .*give HOST:PORT"),
+        ("grpc: '127.0.0.1:²'", "grpc: .*give HOST:PORT"),
+        ('model: "a\\0b"', "model: .*no control characters"),
+        ('model: "\\e[31m"', "model: .*no control characters"),
+        ("device: " + "x" * 101, "device: .*at most 100 characters"),
+    ],
+)
+def test_whatever_a_file_says_is_answered_at_once_by_name(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_topology(written(tmp_path, text))
+    assert len(str(caught.value)) < 4000
 
 
 @pytest.mark.timeout(30)

@@ -91,7 +91,7 @@ def test_waiting_for_another_conversion_ends(packaged, monkeypatch) -> None:
     holder.start()
     assert inside.wait(20)
     monkeypatch.setattr(known, "CONVERT_TIMEOUT_S", 0.2)
-    with pytest.raises(DeadlineExceeded, match="another process has been converting"):
+    with pytest.raises(DeadlineExceeded, match="another process has held it"):
         packaged.folder()
     leave.set()
     holder.join(20)
