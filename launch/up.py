@@ -74,7 +74,7 @@ def up(
         with err.status(f"starting {topology.model} ..."):
             cluster.start()
         ready_to_serve = True
-        write_record(cluster.endpoint, topology.model)
+        write_record(cluster.endpoint, topology.model, str(cluster.admin_token_file))
         if ready is not None:
             write_atomically(ready, ready_json(cluster))
         out.print(process_table(cluster.processes))
@@ -100,7 +100,13 @@ def up(
 def ready_json(cluster: LocalCluster) -> bytes:
     """What `--ready-file` gets."""
     processes = [{"name": p.name, "role": p.role, "pid": p.pid} for p in cluster.processes]
-    return json.dumps({"grpc": cluster.endpoint, "model": cluster.topology.model, "processes": processes}).encode()
+    ready = {
+        "grpc": cluster.endpoint,
+        "model": cluster.topology.model,
+        "admin_token_file": str(cluster.admin_token_file),
+        "processes": processes,
+    }
+    return json.dumps(ready).encode()
 
 
 def say_death(death: ProcessExit) -> None:

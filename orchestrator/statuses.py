@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from anabranch.errors import (
+    AccessDenied,
     AnabranchError,
     CapacityError,
     ConfigError,
@@ -23,6 +24,7 @@ CODE_KEY = "anabranch-code"
 _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (AccessDenied, grpc.StatusCode.PERMISSION_DENIED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),

@@ -126,7 +126,7 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
 
 
 def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
-    with Client(up.endpoint, timeout_s=60.0) as client, Admin(up.endpoint) as admin:
+    with Client(up.endpoint, timeout_s=60.0) as client, Admin(up.endpoint, token_file=up.admin_token_file) as admin:
 
         def check() -> None:
             """What is left serves, and holds nothing of what was."""

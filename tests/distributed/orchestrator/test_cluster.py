@@ -13,7 +13,7 @@ import zmq.asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from anabranch.protocol.workers import Beat, Drain, Generate, Register, Registered, Shutdown, ToWorker
-from anabranch_client import Admin, InvalidRequest, Sampling
+from anabranch_client import InvalidRequest, Sampling
 from transport.control import ControlClient
 
 pytestmark = pytest.mark.distributed
@@ -91,7 +91,7 @@ def test_health_follows_the_usable_paths(play, wait):
         await prefill.close()
         await wait(lambda: len(world.orchestrator.membership.members) == 2)
         assert await health() == "serving"
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             await asyncio.to_thread(admin.drain, "both-0")
         await both.expect(Drain)
         assert await health() == "not_serving"
@@ -123,7 +123,7 @@ def test_get_cluster_and_get_model(play, wait):
         await wait(lambda: all(member.stats for member in world.orchestrator.membership.members))
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
         await wait(lambda: decode.received)
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             cluster = await asyncio.to_thread(admin.cluster)
         by_name = {worker.name: worker for worker in cluster.workers}
         prefill, decode_ = by_name["prefill-0"], by_name["decode-0"]
@@ -151,7 +151,7 @@ def test_a_drained_worker_finishes_what_it_has_and_its_leaving_is_expected(play,
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
         request = (await leaving.expect(Generate)).request
         staying = await world.worker("staying", "colocated")
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             await asyncio.to_thread(admin.drain, "leaving")
             await leaving.expect(Drain)
             other = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
@@ -175,7 +175,7 @@ def test_a_drained_worker_finishes_what_it_has_and_its_leaving_is_expected(play,
 def test_an_exit_of_a_pid_that_is_not_the_workers_changes_nothing(play):
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             assert not await asyncio.to_thread(admin.report_exit, "both-0", worker.info.pid + 1, "gone")
             assert not await asyncio.to_thread(admin.report_exit, "nobody", 1, "gone")
         assert await world.client.health() == "serving"
