@@ -59,8 +59,8 @@ def read_secret(key: str, path: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(key, path, f"cannot be read ({reason}); {_HOW_TO_MAKE}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(key, path, f"is no regular file; {_HOW_TO_MAKE}")
         if status.st_uid not in (os.geteuid(), 0):
@@ -68,7 +68,9 @@ def read_secret(key: str, path: str) -> bytes:
         mode = stat.S_IMODE(status.st_mode)
         if mode & 0o077:
             raise ConfigError(key, path, f"is open to other users (mode {mode:04o}); chmod 600 it")
-        data = file.read(MAX_SECRET_BYTES + 1)
+        data = os.read(descriptor, MAX_SECRET_BYTES + 1)
+    finally:
+        os.close(descriptor)
     secret = data.rstrip()
     if not len(secret) >= MIN_SECRET_BYTES or len(data) > MAX_SECRET_BYTES:
         raise ConfigError(

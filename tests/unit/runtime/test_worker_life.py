@@ -308,7 +308,7 @@ def test_a_build_that_fails_is_closed_and_never_registers(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="cut short"):
             await room.run()
         assert room.num_closes == 1
-        orchestrator._server.close()
+        await orchestrator._server.close()
 
     play(scenario)
 
