@@ -38,7 +38,7 @@ def write_frame(writer: asyncio.StreamWriter, data: bytes, peer: str) -> None:
     if writer.is_closing():
         return
     num_unsent = writer.transport.get_write_buffer_size()
-    if num_unsent + len(data) > MAX_UNSENT_BYTES:
+    if num_unsent and num_unsent + len(data) > MAX_UNSENT_BYTES:
         raise Overloaded(f"control channel to {peer}: {num_unsent} bytes wait to be read")
     writer.write(frame(data))
 

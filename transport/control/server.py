@@ -147,9 +147,12 @@ class ControlServer:
         write_frame(self._peer(peer).writer, data, repr(peer))
 
     async def dismiss(self, peer: bytes, message: Message) -> None:
-        """Send a last message, take no more of this peer's, and hang up. Raises as `send`."""
-        await self.send(peer, message)
-        self._peer(peer).dismiss()
+        """Send a last message if that can be, take no more of this peer's, and hang up. Raises as `send`."""
+        try:
+            await self.send(peer, message)
+        finally:
+            if peer in self._peers:
+                self._peers[peer].dismiss()
 
     async def close(self) -> None:
         """Release the address and end all connections, giving what is queued LINGER_S to leave. Idempotent."""

@@ -51,6 +51,7 @@ class Up:
 
     process: subprocess.Popen[bytes]
     endpoint: str
+    admin_token_file: str
     out: Path
     err: Path
 
@@ -84,7 +85,8 @@ def up(known: Known, tmp_path: Path) -> Iterator[Up]:
         wait_until(lambda: ready.exists() or process.poll() is not None, "ready", READY_TIMEOUT_S, err.read_text)
         assert process.poll() is None, err.read_text()
         children = psutil.Process(process.pid).children(recursive=True)
-        yield Up(process, json.loads(ready.read_text())["grpc"], out, err)
+        announced = json.loads(ready.read_text())
+        yield Up(process, announced["grpc"], announced["admin_token_file"], out, err)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -22,6 +22,7 @@ from tests.support.waiting import eventually_async
 from transport.control import ControlClient, ControlServer
 from transport.control import client as control_client
 from transport.control import frames as control_frames
+from transport.control import server as control_server
 from transport.control.codec import Codec
 from transport.control.frames import MAX_WAITING_FRAMES, frame
 from transport.control.server import MAX_MALFORMED
@@ -387,6 +388,26 @@ def test_floods_with_disconnects_leave_it_serving(scheme: str, data: bytes, tmp_
 async def drained(server: ControlServer) -> None:
     while True:
         await server.recv()
+
+
+def test_peers_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_server, "MAX_PEERS", 2)
+
+    async def scenario() -> None:
+        server, client = await open_pair()
+        await client.send(Beat())
+        await server.recv()
+        _, writer = await proven(server.endpoint)
+        with pytest.raises(PeerLost):
+            await proven(server.endpoint)
+        assert server.num_refused == 1
+        late = open_client(server, "late")
+        await late.send(Beat())
+        writer.transport.abort()  # makes room
+        assert (await server.recv())[0].endswith(b":late")
+        await close(client, late, server)
+
+    run(scenario)
 
 
 def test_a_dismissed_peer_reads_its_last_message_and_is_not_heard_again() -> None:
