@@ -19,6 +19,7 @@
     |   +-- StaleLease                  a block's generation or a token's epoch has moved on
     |   +-- PeerLost
     |   +-- TransportUnavailable        the named transport cannot be had here
+    +-- AccessDenied                    a secret that must be known was not shown
     +-- DeadlineExceeded                a named wait ran out
     +-- RequestCancelled
     +-- WorkerDied                      the process that held the request ended
@@ -134,6 +135,12 @@ class PeerLost(TransportError):
 
 class TransportUnavailable(TransportError):
     code = "transport_unavailable"
+
+
+class AccessDenied(AnabranchError):
+    """A caller or a peer has not shown a secret that it must know. The message says where the secret is found."""
+
+    code = "access_denied"
 
 
 class DeadlineExceeded(AnabranchError):

@@ -4,6 +4,7 @@ from anabranch_client.admin import Admin
 from anabranch_client.aio import AsyncClient, AsyncStream
 from anabranch_client.client import Client, Stream
 from anabranch_client.errors import (
+    AccessDenied,
     CallCancelled,
     CallFailed,
     ClientError,
@@ -40,6 +41,7 @@ from anabranch_client.types import (
 
 __all__ = [
     "Accepted",
+    "AccessDenied",
     "Admin",
     "AsyncClient",
     "AsyncStream",

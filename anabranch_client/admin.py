@@ -1,17 +1,30 @@
-"""The operator's client: who is in the cluster, who died, who shall leave. Answered on the same machine alone."""
+"""The operator's client: who is in the cluster, who died, who shall leave.
+
+Answered on the same machine alone, and to those alone who show the orchestrator's admin token. The token is read from
+a file, so that it is on no command line.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 
 from anabranch_client import convert
 from anabranch_client.calls import channel_options, endpoint_of, timeout_of, timeout_or
 from anabranch_client.client import call
+from anabranch_client.errors import InvalidRequest
 from anabranch_client.types import Cluster
 from anabranch_client.v1 import anabranch_pb2 as pb
 from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
+
+TOKEN_FILE_VARIABLE = "ANABRANCH_ADMIN_TOKEN_FILE"
+MAX_TOKEN_BYTES = 1024
+
+_Response = TypeVar("_Response")
 
 
 class Admin:
@@ -19,22 +32,28 @@ class Admin:
 
     Args:
         endpoint: the orchestrator's gRPC address.
+        token_file: holds the admin token; the orchestrator names it in its endpoints file, `anabranch up` in its
+            ready file (`admin_token_file`). None: `$ANABRANCH_ADMIN_TOKEN_FILE`.
         call_timeout_s: deadline of each call.
 
     Raises:
-        InvalidRequest: call_timeout_s is not above 0 and at most a day, as for each call's own; or the endpoint is
-            none.
+        InvalidRequest: the token cannot be read; call_timeout_s is not above 0 and at most a day, as for each call's
+            own; or the endpoint is none. Without a token, each call raises AccessDenied.
     """
 
-    def __init__(self, endpoint: str, *, call_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, endpoint: str, *, token_file: str | os.PathLike[str] | None = None, call_timeout_s: float = 10.0
+    ) -> None:
         self._call_timeout_s = timeout_of("call_timeout_s", call_timeout_s)
+        token_file = token_file or os.environ.get(TOKEN_FILE_VARIABLE)
+        self._metadata = [("authorization", f"Bearer {_read_token(token_file)}")] if token_file else []
         self._channel = grpc.insecure_channel(endpoint_of(endpoint), options=channel_options())
         self._stub = pb_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
 
     def cluster(self, *, timeout_s: float | None = None) -> Cluster:
         """Workers, departures and requests in flight. Raises ClientError."""
         request = pb.GetClusterRequest()
-        return convert.from_cluster(call(self._stub.GetCluster, request, timeout_or(timeout_s, self._call_timeout_s)))
+        return convert.from_cluster(self._call(self._stub.GetCluster, request, timeout_s))
 
     def report_exit(self, worker: str, pid: int, how: str, *, timeout_s: float | None = None) -> bool:
         """Say that a worker's process has ended; its requests end at once.
@@ -43,14 +62,15 @@ class Admin:
             Whether a living worker of that name and pid was registered. Raises ClientError.
         """
         request = pb.ReportExitRequest(worker=worker, pid=pid, how=how)
-        response: pb.ReportExitResponse = call(
-            self._stub.ReportExit, request, timeout_or(timeout_s, self._call_timeout_s)
-        )
+        response: pb.ReportExitResponse = self._call(self._stub.ReportExit, request, timeout_s)
         return response.known
 
     def drain(self, worker: str, *, timeout_s: float | None = None) -> None:
         """Let a worker finish what runs and exit. Raises ClientError (InvalidRequest for an unknown name)."""
-        call(self._stub.Drain, pb.DrainRequest(worker=worker), timeout_or(timeout_s, self._call_timeout_s))
+        self._call(self._stub.Drain, pb.DrainRequest(worker=worker), timeout_s)
+
+    def _call(self, method: Callable[..., _Response], request: object, timeout_s: float | None) -> _Response:
+        return call(method, request, timeout_or(timeout_s, self._call_timeout_s), self._metadata)
 
     def close(self) -> None:
         """Close the channel. Idempotent."""
@@ -63,3 +83,17 @@ class Admin:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _read_token(path: str | os.PathLike[str]) -> str:
+    """The token in a file. Raises InvalidRequest, without a word of what the file holds."""
+    remedy = "give the admin_token_file that the orchestrator's endpoints file or `anabranch up`'s ready file names"
+    try:
+        with open(path, "rb") as file:
+            token = file.read(MAX_TOKEN_BYTES + 1).strip().decode("ascii")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds no token"
+        raise InvalidRequest(f"token_file: {os.fspath(path)!r}: {reason}; {remedy}", code="invalid_request") from None
+    if not token or len(token) > MAX_TOKEN_BYTES or not token.isprintable():
+        raise InvalidRequest(f"token_file: {os.fspath(path)!r}: it holds no token; {remedy}", code="invalid_request")
+    return token

@@ -35,10 +35,15 @@ def mapped(error: grpc.RpcError) -> ClientError:
     return error_of(error.code(), error.details(), code_of(error.trailing_metadata()))
 
 
-def call(method: Callable[..., _Response], request: object, timeout_s: float) -> _Response:
+def call(
+    method: Callable[..., _Response],
+    request: object,
+    timeout_s: float,
+    metadata: Sequence[tuple[str, str]] | None = None,
+) -> _Response:
     """One unary call. Raises ClientError."""
     try:
-        return method(request, timeout=timeout_s)
+        return method(request, timeout=timeout_s, metadata=metadata)
     except grpc.RpcError as error:
         raise mapped(error) from None
 

@@ -7,6 +7,7 @@
         +-- Overloaded                  the queue is full; later there may be room
         +-- DeadlineExceeded            the call's own deadline, or a named wait at the server, ran out
         +-- CallCancelled
+        +-- AccessDenied                the call needs a secret, such as Admin's token, and did not show it
         +-- Unavailable                 nobody listens there, or no worker can serve
         |   +-- WorkerDied              the process that held the request ended
         |   +-- NoWorkers               no worker of a role that is needed takes requests
@@ -62,6 +63,10 @@ class CallCancelled(CallFailed):
     """The call was cancelled."""
 
 
+class AccessDenied(CallFailed):
+    """The call needs a secret that it did not show."""
+
+
 class Unavailable(CallFailed):
     """Nobody listens there, or no worker can serve."""
 
@@ -95,6 +100,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: CallCancelled,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
 }
 

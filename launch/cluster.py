@@ -17,7 +17,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.private_files import private_folder, write_secret
 from anabranch.python_child import python_environment
 from anabranch.user_cache import cache_folder, cache_problem
 from launch import sweeper
@@ -49,7 +49,6 @@ REPORT_TIMEOUT_S = 1.0
 _POLL_S = 0.02
 # The last line of a process that ended on purpose: from the flags' parser, or from the log.
 _ERROR_LINE = re.compile(r"(?:Error: |\S+ E \S+ \S+: )(.+)")
-_MAX_SOCKET_FOLDER_CHARS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +111,14 @@ class LocalCluster:
 
     @property
     def folder(self) -> Path:
-        """The private folder: sockets and logs."""
+        """The private folder: sockets, secrets and logs."""
         assert self._folder is not None
         return self._folder
+
+    @property
+    def admin_token_file(self) -> Path:
+        """Holds the token that the Admin service wants to see."""
+        return self.folder / "admin.token"
 
     @property
     def processes(self) -> tuple[ProcessInfo, ...]:
@@ -236,13 +240,21 @@ class LocalCluster:
         deadline = awake_s() + self._ready_timeout_s
         source = resolve_model(self.topology.model)  # an unknown name is refused here; a conversion happens once
         check_fit(self.topology, source)
-        self._folder = _private_folder()
+        self._folder = private_folder()
         self._start_sweeper()
         control = f"ipc://{self._folder}/control.sock"
         endpoints = self._folder / "endpoints.json"
-        workers = plan_workers(self.topology, control)
+        secret = write_secret(self._folder / "control.secret")
+        write_secret(self.admin_token_file)
+        workers = plan_workers(self.topology, control, secret_file=secret)
         self._plans = (
-            plan_orchestrator(self.topology, control, endpoints),
+            plan_orchestrator(
+                self.topology,
+                control,
+                secret_file=secret,
+                admin_token_file=self.admin_token_file,
+                endpoints_file=endpoints,
+            ),
             *plan_processes(self.topology, workers),
         )
         for plan in self._plans:
@@ -392,12 +404,3 @@ def _ranks(worker: WorkerConfig, pid: int) -> list[ProcessInfo]:
                     )
                 )
     return sorted(found, key=lambda rank: int(rank.name.rpartition(".")[2]))
-
-
-def _private_folder() -> Path:
-    """A new folder of mode 0700 whose path is short enough for a socket."""
-    folder = tempfile.mkdtemp(prefix="anabranch-")
-    if len(folder) > _MAX_SOCKET_FOLDER_CHARS:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="anabranch-", dir="/tmp")
-    return Path(folder)

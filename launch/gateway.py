@@ -21,24 +21,26 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         grpc: `host:port` of the gateway, the port that the system chose included.
+        admin_token_file: holds the token that Admin wants to see.
     """
 
     grpc: str
+    admin_token_file: str
 
 
 class GatewayProbe:
     """A connection to the gateway that never raises for a gateway that is not there yet."""
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self._client = Client(endpoint)
-        self._admin = Admin(endpoint)
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoint = endpoints.grpc
+        self._client = Client(endpoints.grpc)
+        self._admin = Admin(endpoints.grpc, token_file=endpoints.admin_token_file)
 
     @classmethod
     def from_file(cls, path: Path) -> GatewayProbe:
-        """Connect to the endpoint that the orchestrator wrote. Raises MalformedMessage."""
+        """Connect to the endpoint that the orchestrator wrote. Raises MalformedMessage, ClientError."""
         try:
-            return cls(msgspec.json.decode(path.read_bytes(), type=Endpoints).grpc)
+            return cls(msgspec.json.decode(path.read_bytes(), type=Endpoints))
         except msgspec.DecodeError as error:
             raise MalformedMessage(f"endpoints file {path}: {error}") from None
 

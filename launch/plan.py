@@ -47,21 +47,34 @@ class ProcessPlan:
         return tuple(sorted({core for cores in pinned for core in cores}))
 
 
-def plan_orchestrator(topology: Topology, control: str, endpoints_file: Path) -> ProcessPlan:
+def plan_orchestrator(
+    topology: Topology, control: str, *, secret_file: Path, admin_token_file: Path, endpoints_file: Path
+) -> ProcessPlan:
     """The orchestrator; it writes its address to `endpoints_file` once it listens."""
     config = OrchestratorConfig(
-        model=topology.model, grpc_bind=topology.grpc, control_bind=control, endpoints_file=str(endpoints_file)
+        model=topology.model,
+        grpc_bind=topology.grpc,
+        control_bind=control,
+        secret_file=str(secret_file),
+        admin_token_file=str(admin_token_file),
+        endpoints_file=str(endpoints_file),
     )
     return ProcessPlan(name=ORCHESTRATOR_NAME, module="orchestrator", arguments=tuple(to_flags(config)), workers=())
 
 
 def plan_workers(
-    topology: Topology, control: str, cores: tuple[int, ...] | None = None, num_devices: int | None = None
+    topology: Topology,
+    control: str,
+    *,
+    secret_file: Path | None = None,
+    cores: tuple[int, ...] | None = None,
+    num_devices: int | None = None,
 ) -> tuple[WorkerConfig, ...]:
     """The workers of a checked topology, threads, cores and devices dealt out.
 
     Args:
         control: endpoint of the orchestrator's control channel.
+        secret_file: holds the secret that its two ends prove to each other; None: there is none.
         cores: CPU ids that may be used; None: those of this process.
         num_devices: accelerators that may be used; None: those that are visible.
     """
@@ -89,6 +102,7 @@ def plan_workers(
                     role=role,
                     name=f"{role}-{index}",
                     orchestrator=control,
+                    secret_file=str(secret_file or ""),
                     model=topology.model,
                     dtype=topology.dtype,
                     device=devices.take(ranks),

@@ -25,6 +25,7 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         grpc: `host:port` of its gateway.
+        admin_token_file: holds the token that its Admin service wants to see.
         pid: process id of the launcher.
         started_s: when that process was created, seconds since the epoch; tells a reused pid apart.
     """
@@ -33,6 +34,7 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started_s: float
     model: str
+    admin_token_file: str = ""
 
 
 def record_folder() -> Path:
@@ -48,11 +50,17 @@ def record_path(pid: int | None = None) -> Path:
     return record_folder() / f"cluster-{pid or os.getpid()}.json"
 
 
-def write_record(grpc: str, model: str) -> Path:
+def write_record(grpc: str, model: str, admin_token_file: str) -> Path:
     """Write down this process's cluster; returns the file. Raises OSError."""
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    record = ClusterRecord(grpc=grpc, pid=os.getpid(), started_s=psutil.Process().create_time(), model=model)
+    record = ClusterRecord(
+        grpc=grpc,
+        pid=os.getpid(),
+        started_s=psutil.Process().create_time(),
+        model=model,
+        admin_token_file=admin_token_file,
+    )
     write_atomically(path, msgspec.json.encode(record))
     return path
 

@@ -80,7 +80,7 @@ def up(
             cluster.start()
         ready_to_serve = True
         try:
-            write_record(cluster.endpoint, topology.model)
+            write_record(cluster.endpoint, topology.model, str(cluster.admin_token_file))
         except OSError as error:
             warn(
                 f"{record_path()}: cannot be written ({error.strerror}); "
@@ -116,7 +116,13 @@ def up(
 def ready_json(cluster: LocalCluster) -> bytes:
     """What `--ready-file` gets."""
     processes = [{"name": p.name, "role": p.role, "pid": p.pid} for p in cluster.processes]
-    return json.dumps({"grpc": cluster.endpoint, "model": cluster.topology.model, "processes": processes}).encode()
+    ready = {
+        "grpc": cluster.endpoint,
+        "model": cluster.topology.model,
+        "admin_token_file": str(cluster.admin_token_file),
+        "processes": processes,
+    }
+    return json.dumps(ready).encode()
 
 
 def say_lowered_context(topology: Topology, endpoint: str) -> None:

@@ -1,8 +1,13 @@
-"""The Admin service: who is in the cluster, who died, who shall leave. Answered to this machine alone."""
+"""The Admin service: who is in the cluster, who died, who shall leave.
+
+Answered to this machine alone, and there to those alone who show the token (metadata `authorization: Bearer TOKEN`),
+which is in a file that only the orchestrator's user can read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import hmac
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import grpc
@@ -10,9 +15,9 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from anabranch.clock import loop_clock
-from anabranch.errors import InvalidRequest
+from anabranch.errors import AccessDenied, InvalidRequest
 from anabranch_client.v1 import anabranch_pb2 as pb
-from orchestrator.calls import answered
+from orchestrator.calls import abort, answered
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.events import departure_message, worker_message
 from orchestrator.gateway import Gateway
@@ -21,10 +26,15 @@ from orchestrator.parsing import parser
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 MAX_HOW_CHARS = 200
+REMEDY = (
+    "give the client token_file, or the environment ANABRANCH_ADMIN_TOKEN_FILE: the admin_token_file that the "
+    "orchestrator logs at its start and writes to its --endpoints-file, and `anabranch up` to its --ready-file"
+)
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-_Handler = Callable[[_Request, grpc.aio.ServicerContext[_Request, _Response]], Awaitable[_Response]]
+_Context = grpc.aio.ServicerContext[_Request, _Response]
+_Handler = Callable[[_Request | InvalidRequest, _Context[_Request, _Response]], Awaitable[_Response]]
 
 
 def is_local(peer: str) -> bool:
@@ -33,9 +43,14 @@ def is_local(peer: str) -> bool:
 
 
 class Admin:
-    """Serves `anabranch.v1.Admin`."""
+    """Serves `anabranch.v1.Admin`.
 
-    def __init__(self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway) -> None:
+    Args:
+        token: what every caller must show.
+    """
+
+    def __init__(self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway, token: bytes) -> None:
+        self._authorization = b"Bearer " + token
         self._membership = membership
         self._dispatcher = dispatcher
         self._gateway = gateway
@@ -46,22 +61,46 @@ class Admin:
             SERVICE,
             {
                 "GetCluster": grpc.unary_unary_rpc_method_handler(
-                    _local(answered(self.get_cluster)),
+                    self._guarded(self.get_cluster),
                     request_deserializer=parser(pb.GetClusterRequest),
                     response_serializer=pb.Cluster.SerializeToString,
                 ),
                 "ReportExit": grpc.unary_unary_rpc_method_handler(
-                    _local(answered(self.report_exit)),
+                    self._guarded(self.report_exit),
                     request_deserializer=parser(pb.ReportExitRequest),
                     response_serializer=pb.ReportExitResponse.SerializeToString,
                 ),
                 "Drain": grpc.unary_unary_rpc_method_handler(
-                    _local(answered(self.drain)),
+                    self._guarded(self.drain),
                     request_deserializer=parser(pb.DrainRequest),
                     response_serializer=pb.DrainResponse.SerializeToString,
                 ),
             },
         )
+
+    def _guarded(self, method: Callable[[_Request], Awaitable[_Response]]) -> _Handler[_Request, _Response]:
+        """A handler that refuses callers on other machines, and those that do not show the token."""
+        handler = answered(method)
+
+        async def handle(message: _Request | InvalidRequest, context: _Context[_Request, _Response]) -> _Response:
+            try:
+                self._check(context.peer(), context.invocation_metadata())
+            except AccessDenied as error:
+                await abort(context, error)
+                raise
+            return await handler(message, context)
+
+        return handle
+
+    def _check(self, peer: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        if not is_local(peer):
+            raise AccessDenied("the Admin service answers on its own machine only")
+        shown = [value for key, value in metadata or () if key == "authorization"]
+        if not shown:
+            raise AccessDenied(f"the call shows no admin token; {REMEDY}")
+        data = shown[0].encode() if isinstance(shown[0], str) else shown[0]
+        if len(shown) > 1 or not hmac.compare_digest(data, self._authorization):
+            raise AccessDenied(f"the admin token is not this orchestrator's; {REMEDY}")
 
     async def get_cluster(self, message: pb.GetClusterRequest) -> pb.Cluster:
         now = loop_clock().now()
@@ -88,14 +127,3 @@ class Admin:
             raise InvalidRequest(f"{message.worker!r} is no living worker ({names})", "worker")
         await self._membership.drain(member)
         return pb.DrainResponse()
-
-
-def _local(handler: _Handler[_Request, _Response]) -> _Handler[_Request, _Response]:
-    """Refuse callers on other machines."""
-
-    async def handle(message: _Request, context: grpc.aio.ServicerContext[_Request, _Response]) -> _Response:
-        if not is_local(context.peer()):
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the Admin service answers on its own machine only")
-        return await handler(message, context)
-
-    return handle

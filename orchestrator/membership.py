@@ -1,8 +1,8 @@
 """Who is in the cluster: workers that registered, when they were last heard, and what they hold.
 
 A worker's life here: Register (refused, or ready) -> ready -> [draining] -> gone. Gone for good: after silence,
-a lost connection or a parent's report, whatever that connection still says is answered with
-Registered(error), and the process that said it ends. A restarted worker may take the name again.
+a lost connection or a parent's report, the first thing that its connection still says is answered with
+Registered(error), the connection ends, and so does the process. A restarted worker may take the name again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class ControlSender(Protocol):
     """The sending half of the control channel's server."""
 
     async def send(self, peer: bytes, message: ToWorker) -> None: ...
+
+    async def dismiss(self, peer: bytes, message: ToWorker) -> None: ...
 
 
 class Departure(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,6 +210,10 @@ class Membership:
                 info.name,
                 f"is taken by a living worker (pid {living.info.pid} on {living.info.host}); choose another name",
             )
+        # The orchestrator need not have the weights; a worker has them, and says which.
+        for field in ("name", "model_fingerprint", "kv_dtype"):
+            if not getattr(info, field):
+                raise ConfigError(field, "", f"a worker must send its {field}; run the same release everywhere")
         for field in ("max_context", "num_blocks", "block_size", "vocab_size"):
             if getattr(info, field) < 1:
                 raise ConfigError(field, getattr(info, field), "must be at least 1")
@@ -224,10 +230,14 @@ class Membership:
     # Staying ----------------------------------------------------------------------------------------------
 
     async def heard(self, peer: bytes, stats: WorkerStats | None = None) -> Member | None:
-        """Note a sign of life; one from a connection that is not (or no longer) a member is fenced."""
+        """Note a sign of life; a connection that is not (or no longer) a member's is told so once, and ended."""
         member = self._by_peer.get(peer)
         if member is None:
-            await self._answer(peer, WorkerDied("this connection is not registered, or counts as dead; start anew"))
+            error = WorkerDied("this connection is not registered, or counts as dead; start anew")
+            try:
+                await self._sender.dismiss(peer, Registered(error=WireError.of(error)))
+            except AnabranchError as failure:
+                logger.debug("could not fence a connection: %s", failure)
             return None
         member.heard_at = loop_clock().now()
         if stats is not None:
@@ -310,10 +320,13 @@ def _context_of(info: WorkerInfo) -> int:
 
 
 def _check_alike(info: WorkerInfo, other: ModelIdentity, who: str, fields: tuple[str, ...]) -> None:
-    """Raise ConfigError, with both sides' values, for the first field that differs; an empty one is not known."""
+    """Raise ConfigError, with both sides' values, for the first field that differs.
+
+    Only a fingerprint may be unknown (empty), and only on the other side: the orchestrator's, without the weights.
+    """
     for field in fields:
         ours, theirs = getattr(info, field), getattr(other, field)
-        if ours != theirs and ours != "" and theirs != "":
+        if ours != theirs and not (field == "model_fingerprint" and theirs == ""):
             raise ConfigError(
                 field,
                 ours,

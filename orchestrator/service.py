@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -25,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from anabranch.clock import timeout
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
+from anabranch.private_files import read_secret, runtime_folder, write_secret
 from anabranch.protocol.workers import (
     Beat,
     Ended,
@@ -62,6 +64,7 @@ class Orchestrator:
     Attributes:
         failed: set when a task that must run for ever has failed; the process should end.
         grpc_endpoint, control_endpoint: where clients and workers connect, once started.
+        admin_token_file: where callers of Admin find the token, once started.
     """
 
     def __init__(
@@ -73,15 +76,28 @@ class Orchestrator:
         self._router = router or LeastWork(config.prefill_ahead_tokens)
         self._tasks: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
+        self._run_folder: Path | None = None
         self.grpc_endpoint = ""
         self.control_endpoint = ""
+        self.admin_token_file = ""
 
     async def start(self) -> None:
         """Bind both addresses and begin to serve. Raises ConfigError, TransportUnavailable."""
+        try:
+            await self._start()
+        except BaseException:
+            self._remove_run_folder()
+            raise
+
+    async def _start(self) -> None:
         config = self._config
+        secret = read_secret("secret_file", config.secret_file) if config.secret_file else b""
+        self.admin_token_file = config.admin_token_file or str(write_secret(self._private("admin.token")))
+        self._admin_token = read_secret("admin_token_file", self.admin_token_file)
         self._control = ControlServer(
-            config.control_bind,
+            config.control_bind or f"ipc://{self._private('control.sock')}",
             ToOrchestrator,
+            secret=secret,
             max_message_bytes=config.max_control_bytes,
             allow_remote=config.allow_remote,
         )
@@ -101,8 +117,9 @@ class Orchestrator:
         try:
             await self._encoder.start()
             await self._start_grpc()
+            await self._control.start()
         except BaseException:
-            self._control.close()
+            await self._control.close()
             await self._encoder.close()
             raise
         self._spawn(self._encoder.run(), "encoders")
@@ -110,13 +127,18 @@ class Orchestrator:
         self._spawn(self.membership.watch(), "watch")
         if config.endpoints_file:
             self._announce(Path(config.endpoints_file))
-        logger.info("gRPC on %s, workers on %s", self.grpc_endpoint, self.control_endpoint)
+        logger.info(
+            "gRPC on %s, workers on %s, Admin's token in %s",
+            self.grpc_endpoint,
+            self.control_endpoint,
+            self.admin_token_file,
+        )
 
     async def _start_grpc(self) -> None:
         config = self._config
         guard = CallGuard(max_calls=config.max_calls, stall_s=config.client_stall_s)
         server = grpc.aio.server(interceptors=(guard,), options=server_options(config))
-        administration = admin.Admin(self.membership, self._dispatcher, self._gateway)
+        administration = admin.Admin(self.membership, self._dispatcher, self._gateway, self._admin_token)
         server.add_generic_rpc_handlers((self._gateway.handlers(), administration.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -133,9 +155,24 @@ class Orchestrator:
         await server.start()
         self._server = server
 
+    def _private(self, name: str) -> Path:
+        """A path in this process's private folder, which is made when it is first needed."""
+        if self._run_folder is None:
+            self._run_folder = runtime_folder()
+        return self._run_folder / name
+
+    def _remove_run_folder(self) -> None:
+        if self._run_folder is not None:
+            shutil.rmtree(self._run_folder, ignore_errors=True)
+
     def _announce(self, path: Path) -> None:
         """Write the endpoints so that a reader sees all of the file or none."""
-        announcement = {"grpc": self.grpc_endpoint, "control": self.control_endpoint, "pid": os.getpid()}
+        announcement = {
+            "grpc": self.grpc_endpoint,
+            "control": self.control_endpoint,
+            "admin_token_file": self.admin_token_file,
+            "pid": os.getpid(),
+        }
         descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "w") as file:
             json.dump(announcement, file)
@@ -213,7 +250,8 @@ class Orchestrator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._encoder.close()
-        self._control.close()
+        await self._control.close()
+        self._remove_run_folder()
 
     def check_integrity(self) -> None:
         """Assert that no request has left anything behind; to be called when idle."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from anabranch.errors import (
+    AccessDenied,
     AnabranchError,
     CapacityError,
     ChatTemplateError,
@@ -25,6 +26,7 @@ CODE_KEY = "anabranch-code"
 _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (AccessDenied, grpc.StatusCode.PERMISSION_DENIED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     # Not the client's fault, and trying again does not help until the model's files are mended.
     (ChatTemplateError, grpc.StatusCode.FAILED_PRECONDITION),

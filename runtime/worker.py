@@ -28,6 +28,7 @@ from anabranch.engine.activity import Activity
 from anabranch.engine.faults import Faults
 from anabranch.engine.loop import EngineLoop
 from anabranch.errors import AnabranchError, DeadlineExceeded, MalformedMessage, Overloaded, WorkerDied
+from anabranch.private_files import read_secret
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import (
     Beat,
@@ -183,22 +184,24 @@ class Worker(ABC):
         """Serve until drained, shut down, or abandoned by the orchestrator.
 
         Raises:
+            ConfigError: the secret's file cannot be used.
+            AccessDenied: the orchestrator knows another secret.
             DeadlineExceeded: no answer to Register in time.
             WorkerDied: the orchestrator fell silent, or refused this worker.
         """
         self._loop = asyncio.get_running_loop()
         client: ControlClient | None = None
+        # Before the model is loaded, so that a file that is not there shows at once.
+        secret = read_secret("secret_file", self.config.secret_file) if self.config.secret_file else b""
         try:
             info = await self._build()
-            # Not the bare name: a second process of that name must not take over the first one's connection.
-            identity = f"{self.config.name}.{os.getpid()}".encode()
-            client = ControlClient(self.config.orchestrator, ToWorker, identity=identity)
+            client = ControlClient(self.config.orchestrator, ToWorker, secret=secret, name=self.config.name)
             await self._register(client, info)
             await self._serve(client)
         finally:
             await asyncio.to_thread(self.close)
             if client is not None:
-                client.close()
+                await client.close()
 
     async def _build(self) -> WorkerInfo:
         """`build` on a thread; a worker that is cancelled meanwhile waits for it, or it would outlive `close`."""

@@ -21,14 +21,30 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_secret_file(key: str, endpoint: str, secret_file: str) -> None:
+    """Refuse TCP without a secret, since any process that reaches the port could speak. Raises ConfigError."""
+    if endpoint.startswith("tcp://") and not secret_file:
+        raise ConfigError(
+            key,
+            endpoint,
+            "needs secret_file, the same for the orchestrator and all workers; make one with: "
+            "(umask 077; openssl rand -hex 32 > FILE); on one machine, ipc://PATH needs none",
+        )
+
+
 class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Configuration of the orchestrator.
 
     Attributes:
         model: a known name, a Hugging Face folder or a GGUF file; its tokenizer is used here.
         grpc_bind: address of the gateway, host:port or unix:path; port 0: chosen by the system.
-        control_bind: ZeroMQ address that workers connect to, tcp://host:port or ipc://path.
-        endpoints_file: JSON with grpc, control and pid, written once both are bound; empty: not written.
+        control_bind: address that workers connect to, ipc://path or, with a secret_file, tcp://host:port; empty: a
+            Unix socket in a new private folder.
+        secret_file: file of mode 0600 with the secret that workers must know; required with tcp://.
+        admin_token_file: file of mode 0600 with the token that callers of Admin must show; empty: a new one in a new
+            private folder.
+        endpoints_file: JSON with grpc, control, admin_token_file and pid, written once both addresses are bound;
+            empty: not written.
         allow_remote: let the two addresses be reachable from other machines, without TLS.
         max_queued: most requests that wait for their first token; more are refused at once.
         max_queued_bytes: most memory that these take together (message, prompt ids); more are refused at once.
@@ -64,7 +80,9 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     model: str = "smollm2-135m"
     grpc_bind: str = "127.0.0.1:0"
-    control_bind: str = "tcp://127.0.0.1:0"
+    control_bind: str = ""
+    secret_file: str = ""
+    admin_token_file: str = ""
     endpoints_file: str = ""
     allow_remote: bool = False
     max_queued: int = 256
@@ -118,11 +136,17 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
                 "worker_timeout_s", self.worker_timeout_s, f"must be at least two beats ({2 * self.heartbeat_s} s)"
             )
         self._check_bind("grpc_bind", self.grpc_bind, "unix:")
+        self._check_control_bind()
+
+    def _check_control_bind(self) -> None:
+        if not self.control_bind:
+            return
         scheme, separator, address = self.control_bind.partition("://")
         if not separator or scheme not in ("tcp", "ipc"):
             raise ConfigError("control_bind", self.control_bind, "must be tcp://host:port or ipc://path")
         if scheme == "tcp":
             self._check_bind("control_bind", address, "")
+            check_secret_file("control_bind", self.control_bind, self.secret_file)
 
     def _check_bind(self, key: str, address: str, local_prefix: str) -> None:
         if local_prefix and address.startswith(local_prefix):

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from anabranch.config.bounds import check_count
+from anabranch.config.orchestrator import check_secret_file
 from anabranch.errors import ConfigError
 from anabranch.protocol.workers import Role
 
@@ -20,7 +21,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         role: prefill, decode or colocated.
         name: unique in the cluster; appears in logs, routes and tables.
-        orchestrator: ZeroMQ endpoint of the orchestrator's control channel.
+        orchestrator: address of the orchestrator's control channel, ipc://path or, with a secret_file, tcp://host:port.
+        secret_file: file of mode 0600 with the orchestrator's secret; required with tcp://.
         model: a known name, a Hugging Face folder or a GGUF file.
         dtype: of weights, activations and KV; auto: bfloat16 where the device is fast at it.
         device: cpu, cuda, cuda:0, ...
@@ -61,6 +63,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     name: str
     orchestrator: str
     model: str
+    secret_file: str = ""
     dtype: DtypeName = "auto"
     device: str = "cpu"
     kv_transport: str = "auto"
@@ -103,6 +106,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if key.endswith("_s") and not 0.0 < getattr(self, key) < 86400.0:
                 raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
         self._check_order()
+        check_secret_file("orchestrator", self.orchestrator, self.secret_file)
         if not self.name or len(self.name) > 100:
             raise ConfigError("name", self.name, "must have 1 to 100 characters")
 

@@ -187,7 +187,7 @@ class Inference:
 
 
 class AdminStub:
-    """For operators and launchers; answered only to callers on the same machine.
+    """For operators and launchers; answered only to callers on the same machine that show the admin token.
     """
 
     def __init__(self, channel):
@@ -214,7 +214,7 @@ class AdminStub:
 
 
 class AdminServicer:
-    """For operators and launchers; answered only to callers on the same machine.
+    """For operators and launchers; answered only to callers on the same machine that show the admin token.
     """
 
     def GetCluster(self, request, context):
@@ -264,7 +264,7 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """For operators and launchers; answered only to callers on the same machine.
+    """For operators and launchers; answered only to callers on the same machine that show the admin token.
     """
 
     @staticmethod

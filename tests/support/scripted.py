@@ -75,6 +75,7 @@ class ScriptedOrchestrator:
         self.beats: list[Beat] = []
 
     async def __aenter__(self) -> ScriptedOrchestrator:
+        await self._server.start()
         self.run = asyncio.create_task(self.worker.run())
         self.peer, register = await self.next()
         assert isinstance(register, Register)
@@ -84,7 +85,7 @@ class ScriptedOrchestrator:
     async def __aexit__(self, *_: object) -> None:
         self.run.cancel()
         await asyncio.gather(self.run, return_exceptions=True)
-        self._server.close()
+        await self._server.close()
 
     async def accept(self) -> None:
         """Take the worker in."""

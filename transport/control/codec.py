@@ -48,20 +48,26 @@ class Codec:
             raise MalformedMessage(str(error)) from None
 
 
-class MalformedLog:
-    """Counts what could not be read, and says so at most once in a while."""
+class DropLog:
+    """Counts what was dropped, and says so at most once in a while.
 
-    def __init__(self, where: str) -> None:
-        self.num_malformed = 0
+    Args:
+        where: the channel.
+        what: what is dropped, in the plural.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        self.num_dropped = 0
         self._where = where
+        self._what = what
         self._num_logged = 0
         self._next_s = 0.0
 
     def note(self, peer: bytes, error: Exception) -> None:
-        self.num_malformed += 1
+        self.num_dropped += 1
         now = time.monotonic()
         if now >= self._next_s:
             self._next_s = now + _LOG_INTERVAL_S
-            count = self.num_malformed - self._num_logged
-            self._num_logged = self.num_malformed
-            logger.warning("%s: %d malformed messages, the last from %r: %s", self._where, count, peer[:64], error)
+            count = self.num_dropped - self._num_logged
+            self._num_logged = self.num_dropped
+            logger.warning("%s: %d %s, the last from %r: %s", self._where, count, self._what, peer[:64], error)

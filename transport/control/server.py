@@ -1,32 +1,70 @@
-"""The orchestrator's end of the control channel: a ROUTER that knows its peers by identity."""
+"""The orchestrator's end of the control channel: it listens, and knows each connection as a peer.
+
+A connection's life: accepted -> proves that it knows the secret (handshake, within HANDSHAKE_TIMEOUT_S) -> a peer ->
+dismissed, or gone. Nobody can take over a peer: the server names it, and its name ends with its connection. A peer
+counts as there until everything that it said has been taken. Tasks: one for each connection, which reads it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
+import itertools
+import os
+from collections import deque
 from types import UnionType
-from urllib.parse import urlsplit
 
-import zmq
-import zmq.asyncio
-
-from anabranch.errors import ConfigError, MalformedMessage, PeerLost, TransportError, TransportUnavailable
+from anabranch.clock import timeout
+from anabranch.errors import AccessDenied, ConfigError, FrameTooLarge, PeerLost, TransportError
 from anabranch.protocol.workers import Message
-from transport.control.codec import MAX_MESSAGE_BYTES, Codec, MalformedLog
-from transport.control.socket import close_socket, make_socket, send_frames
-from transport.planes.handshake import is_loopback
+from transport.control.codec import MAX_MESSAGE_BYTES, Codec, DropLog
+from transport.control.endpoint import bound, check_secret, keep_alive, listen, parse_endpoint
+from transport.control.frames import Backlog, discard, part, read_frame, write_frame
+from transport.control.handshake import admit
+
+HANDSHAKE_TIMEOUT_S = 5.0
+# Connections that have not proved anything yet; one more ends the oldest, so that silent ones keep nobody out.
+MAX_PENDING = 64
+MAX_PEERS = 1024
+# Messages of one peer that could not be read; one more ends it.
+MAX_MALFORMED = 100
+LINGER_S = 0.5
+# Other tasks get their turn after so many messages, however many wait.
+_MESSAGES_PER_TURN = 128
+
+
+class _Peer:
+    """A connection whose other end knows the secret."""
+
+    def __init__(self, key: bytes, writer: asyncio.StreamWriter) -> None:
+        self.key = key
+        self.writer = writer
+        self.backlog = Backlog()
+        self.num_malformed = 0
+        self.dismissed = False
+
+    def dismiss(self) -> None:
+        """Hear nothing more of it, let it read what it was sent, and hang up."""
+        self.dismissed = True
+        self.backlog.clear()
+        part(self.writer)
 
 
 class ControlServer:
-    """Binds, receives from any peer, sends to one by its identity. Belongs to one event loop.
+    """Binds when constructed, serves from `start` to `close`. Belongs to one event loop.
 
     Args:
-        bind: ZeroMQ endpoint; `tcp://127.0.0.1:*` (or `:0`) lets the system choose the port.
+        bind: `ipc://PATH`, which gets mode 0600, or `tcp://HOST:PORT`; port 0: the system chooses one.
         receive_type: union of the messages that may arrive.
+        secret: what peers must know; empty: none, on ipc alone.
         allow_remote: bind beyond loopback and ipc.
 
+    Attributes:
+        endpoint: where clients connect.
+
     Raises:
-        ConfigError: the endpoint is not one, or reaches beyond this machine without `allow_remote`.
+        ConfigError: the endpoint is not one, has no secret though it needs one, or reaches beyond this machine
+            without `allow_remote`.
         TransportUnavailable: the address is taken.
     """
 
@@ -35,74 +73,186 @@ class ControlServer:
         bind: str,
         receive_type: UnionType | type[Message],
         *,
+        secret: bytes = b"",
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         allow_remote: bool = False,
     ) -> None:
-        if not allow_remote and not _is_local(bind):
-            raise ConfigError("bind", bind, "reaches beyond this machine; say allow_remote if that is meant")
+        endpoint = parse_endpoint("control_bind", bind)
+        check_secret("control_bind", endpoint, secret)
+        if not allow_remote and not endpoint.is_local:
+            raise ConfigError("control_bind", bind, "reaches beyond this machine; say allow_remote if that is meant")
+        self._secret = secret
         self._codec = Codec(receive_type, max_message_bytes)
-        self._log = MalformedLog(f"control channel {bind}")
-        self._context = zmq.asyncio.Context()
-        self._socket = make_socket(self._context, zmq.ROUTER, max_message_bytes)
-        # Without it a message to a peer that has gone would vanish in silence.
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A worker that was killed comes back under its name before the old connection has timed out.
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        try:
-            self._socket.bind(bind)
-        except zmq.ZMQError as error:
-            self.close()
-            if error.errno in (zmq.EADDRINUSE, zmq.EADDRNOTAVAIL, errno.EACCES):
-                raise TransportUnavailable(f"cannot bind {bind}: {error}") from error
-            raise ConfigError("bind", bind, f"is not an endpoint that can be bound: {error}") from error
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._max_message_bytes = max_message_bytes
+        self._malformed = DropLog(f"control channel {bind}", "malformed messages")
+        self._refused = DropLog(f"control channel {bind}", "connections refused")
+        self._listener = listen("control_bind", endpoint)
+        self._bound = bound(endpoint, self._listener)
+        self.endpoint = str(self._bound)
+        self._server: asyncio.Server | None = None
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: dict[asyncio.Task[None], None] = {}
+        self._peers: dict[bytes, _Peer] = {}
+        self._ready: deque[_Peer] = deque()  # those with a backlog, each once, in the order of their turns
+        self._news = asyncio.Event()
+        self._num_taken = 0
+        self._closed = False
 
     @property
     def num_malformed(self) -> int:
         """Messages that arrived and were none."""
-        return self._log.num_malformed
+        return self._malformed.num_dropped
+
+    @property
+    def num_refused(self) -> int:
+        """Connections that ended before they had proved to know the secret."""
+        return self._refused.num_dropped
+
+    async def start(self) -> None:
+        """Begin to accept connections."""
+        if self._bound.is_tcp:
+            self._server = await asyncio.start_server(self._accept, sock=self._listener)
+        else:
+            self._server = await asyncio.start_unix_server(self._accept, sock=self._listener)
 
     async def recv(self) -> tuple[bytes, Message]:
-        """The next message and the identity of its peer. Raises PeerLost only once the channel is closed."""
+        """The next message and its peer; peers take turns. Raises PeerLost only once the channel is closed."""
         while True:
-            frames = await receive_frames(self._socket)
+            while not self._ready and not self._closed:
+                self._news.clear()
+                await self._news.wait()
+            if self._closed:
+                raise PeerLost("the control channel is closed")
+            peer = self._ready.popleft()
+            if not peer.backlog:  # dismissed meanwhile
+                continue
+            data = peer.backlog.take()
+            if peer.backlog:
+                self._ready.append(peer)
+            self._num_taken += 1
+            if self._num_taken % _MESSAGES_PER_TURN == 0:
+                await asyncio.sleep(0)
             try:
-                if len(frames) != 2:
-                    raise MalformedMessage(f"{len(frames) - 1} frames, not one")
-                return frames[0], self._codec.decode(frames[1])
+                return peer.key, self._codec.decode(data)
             except TransportError as error:
-                self._log.note(frames[0], error)
+                self._malformed.note(peer.key, error)
+                peer.num_malformed += 1
+                if peer.num_malformed > MAX_MALFORMED:
+                    peer.dismiss()
                 await asyncio.sleep(0)  # a flood of garbage must not starve the event loop
 
     async def send(self, peer: bytes, message: Message) -> None:
         """Queue a message to a peer; never waits. Raises PeerLost, Overloaded or FrameTooLarge."""
-        await send_frames(self._socket, [peer, self._codec.encode(message)], repr(peer))
+        data = self._codec.encode(message)
+        write_frame(self._peer(peer).writer, data, repr(peer))
 
-    def close(self) -> None:
-        """Release the address. Idempotent."""
-        close_socket(self._socket, self._context)
+    async def dismiss(self, peer: bytes, message: Message) -> None:
+        """Send a last message if that can be, take no more of this peer's, and hang up. Raises as `send`."""
+        try:
+            await self.send(peer, message)
+        finally:
+            if peer in self._peers:
+                self._peers[peer].dismiss()
 
+    async def close(self) -> None:
+        """Release the address and end all connections, giving what is queued LINGER_S to leave. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._news.set()
+        if self._server is not None:
+            self._server.close()
+        self._listener.close()
+        if not self._bound.is_tcp:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._bound.path)
+        for task in list(self._pending):
+            task.cancel()
+        for peer in self._peers.values():
+            peer.dismiss()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LINGER_S)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-def _is_local(endpoint: str) -> bool:
-    scheme, _, rest = endpoint.partition("://")
-    if scheme in ("ipc", "inproc"):
-        return True
-    host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not (port == "*" or (port.isdecimal() and int(port) < 65536)):
-        raise ConfigError("bind", endpoint, "must be tcp://HOST:PORT or ipc://PATH")
-    return is_loopback(urlsplit(f"//{host}").hostname or "")
+    # Connections ------------------------------------------------------------------------------------------
 
+    def _peer(self, key: bytes) -> _Peer:
+        if self._closed:
+            raise PeerLost("the control channel is closed")
+        peer = self._peers.get(key)
+        if peer is None or peer.dismissed:
+            raise PeerLost(f"control channel to {key!r}: the connection has ended")
+        return peer
 
-async def receive_frames(socket: zmq.asyncio.Socket) -> list[bytes]:
-    """The next message's frames. Raises PeerLost once the socket is closed."""
-    try:
-        if not socket.closed:
-            return await socket.recv_multipart()
-    except zmq.ZMQError as error:
-        raise PeerLost(f"control channel: {error}") from error
-    except asyncio.CancelledError:
-        # ZeroMQ cancels what waits on a socket that closes; a task that was cancelled itself stays so.
-        task = asyncio.current_task()
-        if not socket.closed or (task is not None and task.cancelling()):
-            raise
-    raise PeerLost("the control channel is closed")
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closed or len(self._tasks) - len(self._pending) >= MAX_PEERS:
+            self._refused.note(b"a stranger", PeerLost("too many connections"))
+            writer.transport.abort()
+            return
+        if len(self._pending) >= MAX_PENDING:
+            oldest = next(iter(self._pending))
+            del self._pending[oldest]
+            oldest.cancel()
+            self._refused.note(b"a stranger", PeerLost("made room for a newer connection"))
+        task = asyncio.create_task(self._serve(reader, writer), name="control connection")
+        self._tasks.add(task)
+        self._pending[task] = None
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._pending.pop(task, None)
+            writer.transport.abort()  # here, since a task that is cancelled before it starts runs nothing
+
+        task.add_done_callback(ended)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = await self._admit(reader, writer)
+        if name is not None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._pending.pop(task, None)
+            await self._read(reader, _Peer(b"%d:%s" % (next(self._numbers), name.encode()), writer))
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str | None:
+        """The name of a peer that has proved to know the secret, None for any other connection."""
+        try:
+            async with timeout(HANDSHAKE_TIMEOUT_S):
+                if self._bound.is_tcp:
+                    keep_alive(writer.get_extra_info("socket"))
+                return await admit(reader, writer, self._secret)
+        except TimeoutError:
+            self._refused.note(b"a stranger", PeerLost(f"said nothing that counts for {HANDSHAKE_TIMEOUT_S:g} s"))
+        except AccessDenied as error:
+            self._refused.note(b"a stranger", error)
+            part(writer)
+            await discard(reader)
+        except (TransportError, OSError) as error:
+            self._refused.note(b"a stranger", error)
+        return None
+
+    async def _read(self, reader: asyncio.StreamReader, peer: _Peer) -> None:
+        """Take in what a peer says, at most as fast as it is taken from there."""
+        self._peers[peer.key] = peer
+        try:
+            while not peer.dismissed:
+                data = await read_frame(reader, self._max_message_bytes)
+                await peer.backlog.put(data)
+                if peer.dismissed:
+                    peer.backlog.clear()
+                elif len(peer.backlog) == 1:
+                    self._ready.append(peer)
+                    self._news.set()
+            await discard(reader)
+        except PeerLost:
+            pass
+        except FrameTooLarge as error:
+            self._malformed.note(peer.key, error)
+        finally:
+            peer.writer.transport.abort()
+            try:
+                await peer.backlog.emptied()
+            finally:
+                del self._peers[peer.key]

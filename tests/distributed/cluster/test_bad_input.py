@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
@@ -10,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
-import zmq
 
+from anabranch.private_files import write_secret
 from anabranch.protocol.requests import WireError
 from anabranch_client import ClientError, ContextExceeded, InvalidRequest, Sampling
+from tests.support.control import proven
 from tests.support.families import VOCAB
 from tests.support.in_process import wait_until
+from transport.control.frames import frame
 from transport.kv_stream.messages import Abort, Commit, encode
 from transport.planes import create_plane, usable_planes
 from transport.planes.handshake import MAX_BODY_BYTES, Introduction
@@ -97,31 +100,49 @@ def test_the_pool_sets_the_context(serve, still_serves, known, roles) -> None:
 # Noise on the control port -----------------------------------------------------------------------------------
 
 
-def noise() -> list[list[bytes]]:
+def noise() -> list[bytes]:
     beat = msgspec.msgpack.encode({"type": "beat", "stats": None})
     return [
-        [b""],
-        [b"\xc1"],
-        [os.urandom(1000)],
-        [beat[:-1]],
-        [b"", beat],
-        [beat] * 3,
-        [msgspec.msgpack.encode({"type": "launch"})],
-        [msgspec.msgpack.encode({"type": "tokens", "tokens": [{"request_id": 5}]})],
-        [msgspec.msgpack.encode({"type": "ended", "request_id": "x", "epoch": 0, "reason": "tired"})],
-        [msgspec.msgpack.encode({"type": "beat", "stats": None, "more": 1})],
-        [b"\x91" * 5000],  # arrays in arrays
-        [b"\xdd\xff\xff\xff\xff"],  # an array of 4 G entries
-        [bytes(9 << 20)],
-        [bytes(20 << 20)],
+        b"",
+        b"\xc1",
+        os.urandom(1000),
+        beat[:-1],
+        beat * 2,
+        msgspec.msgpack.encode({"type": "launch"}),
+        msgspec.msgpack.encode({"type": "tokens", "tokens": [{"request_id": 5}]}),
+        msgspec.msgpack.encode({"type": "ended", "request_id": "x", "epoch": 0, "reason": "tired"}),
+        msgspec.msgpack.encode({"type": "beat", "stats": None, "more": 1}),
+        b"\x91" * 5000,  # arrays in arrays
+        b"\xdd\xff\xff\xff\xff",  # an array of 4 G entries
+        bytes(9 << 20),
+        bytes(20 << 20),
     ]
 
 
-def test_noise_on_the_control_port(serve, still_serves, good) -> None:
-    cluster, client = serve(*SPLIT, orchestrator={"control_bind": "tcp://127.0.0.1:0"})
+async def say(endpoint: str, secret: bytes, *messages: bytes) -> bytes:
+    """What the orchestrator answers to a stranger that knows the secret, until one of the two hangs up."""
+    reader, writer = await proven(endpoint, secret)
+    try:
+        for data in messages:
+            writer.write(frame(data))
+        writer.write_eof()
+        return await asyncio.wait_for(reader.read(), 10)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+def test_noise_on_the_control_port(serve, still_serves, good, tmp_path) -> None:
+    secret_file = write_secret(tmp_path / "control.secret")
+    secret = secret_file.read_bytes().strip()
+    cluster, client = serve(
+        *SPLIT,
+        orchestrator={"control_bind": "tcp://127.0.0.1:0", "secret_file": str(secret_file)},
+        secret_file=str(secret_file),
+    )
     control = cluster.orchestrator.control_endpoint
     assert control.startswith("tcp://127.0.0.1:")
-    context = zmq.Context()
     stop = threading.Event()
 
     def serve_on() -> None:
@@ -133,28 +154,20 @@ def test_noise_on_the_control_port(serve, still_serves, good) -> None:
     try:
         with ThreadPoolExecutor(1) as pool:
             serving = pool.submit(serve_on)
-            for frames in noise():
-                dealer = context.socket(zmq.DEALER)
-                dealer.setsockopt(zmq.LINGER, 2000)
-                dealer.connect(control)
-                dealer.send_multipart(frames)
-                dealer.close()
-            for kind in (zmq.PUB, zmq.REQ, zmq.PUSH):
-                other = context.socket(kind)
-                other.setsockopt(zmq.LINGER, 0)
-                other.connect(control)
-                other.send(b"hello", zmq.NOBLOCK if kind == zmq.PUB else 0)
-                other.close()
+            for data in noise():
+                asyncio.run(say(control, secret, data))
             host, port = control.removeprefix("tcp://").split(":")
-            for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\xff" + b"\0" * 8 + b"\x7f"):
+            strange = (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\xff" + b"\0" * 8 + b"\x7f")
+            for data in strange:
                 with socket.create_connection((host, int(port)), timeout=5) as raw:
                     raw.sendall(data)
-            wait_until(lambda: cluster.orchestrator._control.num_malformed >= 12, "the noise to be read")
+            channel = cluster.orchestrator._control
+            wait_until(lambda: channel.num_malformed == len(noise()), "the noise to be read")
+            wait_until(lambda: channel.num_refused == len(strange), "the strangers to be refused")
             stop.set()
             serving.result(20)
     finally:
         stop.set()
-        context.destroy(linger=0)
     assert len(client.model().pools) == 2
     still_serves(cluster, client)
 
@@ -162,27 +175,19 @@ def test_noise_on_the_control_port(serve, still_serves, good) -> None:
 def test_a_stranger_cannot_speak_for_a_worker(serve, still_serves, good) -> None:
     """Tokens and ends from a connection that never registered change no answer."""
     cluster, client = serve(*COLOCATED)
-    context = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.LINGER, 2000)
-    dealer.connect(cluster.orchestrator.control_endpoint)
-    try:
-        with cluster.throttled("colocated-0") as throttle:
-            prompt, answer = next(iter(good.items()))
-            stream = client.generate(prompt, Sampling(max_tokens=12, ignore_eos=True), request_id="mine")
-            throttle.allow(3)
-            (request_id,) = cluster.names()
-            token = {"request_id": request_id, "epoch": 0, "index": 3, "token_id": 1}
-            ended = {"type": "ended", "request_id": request_id, "epoch": 0, "reason": "stop"}
-            dealer.send(msgspec.msgpack.encode({"type": "tokens", "tokens": [token]}))
-            dealer.send(msgspec.msgpack.encode(ended))
-            # It is told to go, so what it said has been read.
-            assert dealer.poll(5000)
-            assert msgspec.msgpack.decode(dealer.recv())["error"]["code"] == "worker_died"
-        ids = [token for event in stream if hasattr(event, "token_ids") for token in event.token_ids]
-        assert tuple(ids) == answer
-    finally:
-        context.destroy(linger=0)
+    with cluster.throttled("colocated-0") as throttle:
+        prompt, answer = next(iter(good.items()))
+        stream = client.generate(prompt, Sampling(max_tokens=12, ignore_eos=True), request_id="mine")
+        throttle.allow(3)
+        (request_id,) = cluster.names()
+        token = {"request_id": request_id, "epoch": 0, "index": 3, "token_id": 1}
+        tokens = msgspec.msgpack.encode({"type": "tokens", "tokens": [token]})
+        ended = msgspec.msgpack.encode({"type": "ended", "request_id": request_id, "epoch": 0, "reason": "stop"})
+        # It is told to go, so what it said has been read.
+        said = asyncio.run(say(cluster.orchestrator.control_endpoint, b"", tokens, ended))
+        assert msgspec.msgpack.decode(said[4:])["error"]["code"] == "worker_died"
+    ids = [token for event in stream if hasattr(event, "token_ids") for token in event.token_ids]
+    assert tuple(ids) == answer
     still_serves(cluster, client)
 
 

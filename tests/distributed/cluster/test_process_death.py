@@ -45,7 +45,10 @@ def running(model: object, transport: str, num_prefill: int, num_decode: int) ->
         prefix_cache=False,
         pools=Pools(prefill=pool(num_prefill), decode=pool(num_decode)),
     )
-    with LocalCluster(topology, ready_timeout_s=READY_TIMEOUT_S) as cluster, Admin(cluster.endpoint) as admin:
+    with (
+        LocalCluster(topology, ready_timeout_s=READY_TIMEOUT_S) as cluster,
+        Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin,
+    ):
         yield cluster, admin
 
 

@@ -51,6 +51,7 @@ class Up:
 
     process: subprocess.Popen[bytes]
     endpoint: str
+    admin_token_file: str
     out: Path
     err: Path
 
@@ -84,7 +85,8 @@ def up(known: Known, tmp_path: Path) -> Iterator[Up]:
         wait_until(lambda: ready.exists() or process.poll() is not None, "ready", READY_TIMEOUT_S, err.read_text)
         assert process.poll() is None, err.read_text()
         children = psutil.Process(process.pid).children(recursive=True)
-        yield Up(process, json.loads(ready.read_text())["grpc"], out, err)
+        announced = json.loads(ready.read_text())
+        yield Up(process, announced["grpc"], announced["admin_token_file"], out, err)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -127,7 +129,7 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
 
 
 def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
-    with Client(up.endpoint, timeout_s=60.0) as client, Admin(up.endpoint) as admin:
+    with Client(up.endpoint, timeout_s=60.0) as client, Admin(up.endpoint, token_file=up.admin_token_file) as admin:
 
         def check() -> None:
             """What is left serves, and holds nothing of what was."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -37,7 +37,7 @@ from anabranch.protocol.workers import (
 )
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
 from anabranch.sampling.params import SamplingParams
-from anabranch_client import AsyncClient
+from anabranch_client import Admin, AsyncClient
 from orchestrator.served_model import Prompt
 from orchestrator.service import Orchestrator
 from tests.support.thread_encoder import ThreadEncoder
@@ -133,9 +133,9 @@ def worker_info(name: str, role: str, /, **changes: object) -> WorkerInfo:
 class ScriptedWorker:
     """Speaks a worker's side of the control channel, line by line as the test says."""
 
-    def __init__(self, endpoint: str, info: WorkerInfo, identity: bytes | None = None) -> None:
+    def __init__(self, endpoint: str, info: WorkerInfo, secret: bytes = b"") -> None:
         self.info = info
-        self.client = ControlClient(endpoint, ToWorker, identity=identity)
+        self.client = ControlClient(endpoint, ToWorker, secret=secret, name=info.name)
         self.received: list[ToWorker] = []
         self._news = asyncio.Event()
         self._tasks = [asyncio.create_task(self._receive(), name=f"{info.name} receives")]
@@ -172,7 +172,7 @@ class ScriptedWorker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.client.close()
+        await self.client.close()
 
     async def expect(self, kind: type[M]) -> M:
         """The next message, which must be of this kind."""
@@ -248,6 +248,11 @@ class World:
         self.client = AsyncClient(orchestrator.grpc_endpoint, timeout_s=30.0)
         self._workers: list[ScriptedWorker] = []
 
+    def admin(self, **changes: Any) -> Admin:
+        """The operator's client, with the token unless a test says otherwise."""
+        settings = {"token_file": self.orchestrator.admin_token_file, **changes}
+        return Admin(self.orchestrator.grpc_endpoint, **settings)
+
     async def worker(self, name: str, role: str, /, **changes: object) -> ScriptedWorker:
         """A registered worker."""
         worker = self.stranger(name, role, **changes)
@@ -255,9 +260,9 @@ class World:
         assert answer.error is None, answer.error
         return worker
 
-    def stranger(self, name: str, role: str, /, *, identity: bytes | None = None, **changes: object) -> ScriptedWorker:
+    def stranger(self, name: str, role: str, /, **changes: object) -> ScriptedWorker:
         """A connected worker that has said nothing yet."""
-        worker = ScriptedWorker(self.orchestrator.control_endpoint, worker_info(name, role, **changes), identity)
+        worker = ScriptedWorker(self.orchestrator.control_endpoint, worker_info(name, role, **changes))
         self._workers.append(worker)
         return worker
 

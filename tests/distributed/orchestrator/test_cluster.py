@@ -8,13 +8,16 @@ import os
 import grpc
 import msgspec
 import pytest
-import zmq
-import zmq.asyncio
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from anabranch.errors import AccessDenied
+from anabranch.private_files import write_secret
 from anabranch.protocol.workers import Beat, Drain, Generate, Register, Registered, Shutdown, ToWorker
-from anabranch_client import Admin, InvalidRequest, Sampling
+from anabranch_client import InvalidRequest, Sampling
+from tests.distributed.orchestrator.conftest import ScriptedWorker, worker_info
+from tests.support.control import proven
 from transport.control import ControlClient
+from transport.control.frames import frame
 
 pytestmark = pytest.mark.distributed
 
@@ -30,6 +33,9 @@ pytestmark = pytest.mark.distributed
         ("vocab_size", 300, "vocab_size: 300: of odd .* differs from 256 of the orchestrator"),
         ("name", "first", "name: 'first': is taken by a living worker .pid 7 on here."),
         ("max_context", 0, "max_context: 0: must be at least 1"),
+        ("model_fingerprint", "", "model_fingerprint: '': a worker must send its model_fingerprint"),
+        ("kv_dtype", "", "kv_dtype: '': a worker must send its kv_dtype"),
+        ("name", "", "name: '': a worker must send its name"),
     ],
 )
 def test_a_worker_that_does_not_fit_is_refused_with_both_sides_values(play, field, value, says):
@@ -66,13 +72,21 @@ def test_registering_twice_is_harmless_and_an_empty_cluster_takes_another_model(
     play(scenario)
 
 
-def test_a_second_process_under_the_same_connection_name_does_not_replace_a_living_worker(play):
+def test_a_second_process_under_a_living_workers_name_neither_replaces_nor_hears_it(play):
     async def scenario(world):
-        first = world.stranger("both-0", "colocated", identity=b"both-0")
-        assert (await first.register()).error is None
-        second = world.stranger("both-0", "colocated", identity=b"both-0", pid=4242)
+        first = await world.worker("both-0", "colocated")
+        # Name and pid are what GetCluster shows.
+        second = world.stranger("both-0", "colocated")
         answer = await second.register()
         assert "is taken by a living worker" in answer.error.message
+        answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
+        request = (await first.expect(Generate)).request
+        await second.tokens(request, "!", 0)
+        assert (await second.expect(Registered)).error.code == "worker_died"
+        await first.tokens(request, "k", 0)
+        await first.ended(request, "length")
+        assert (await answer).text == "k"
+        assert second.received == []
 
     play(scenario)
 
@@ -91,7 +105,7 @@ def test_health_follows_the_usable_paths(play, wait):
         await prefill.close()
         await wait(lambda: len(world.orchestrator.membership.members) == 2)
         assert await health() == "serving"
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             await asyncio.to_thread(admin.drain, "both-0")
         await both.expect(Drain)
         assert await health() == "not_serving"
@@ -123,7 +137,7 @@ def test_get_cluster_and_get_model(play, wait):
         await wait(lambda: all(member.stats for member in world.orchestrator.membership.members))
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
         await wait(lambda: decode.received)
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             cluster = await asyncio.to_thread(admin.cluster)
         by_name = {worker.name: worker for worker in cluster.workers}
         prefill, decode_ = by_name["prefill-0"], by_name["decode-0"]
@@ -151,7 +165,7 @@ def test_a_drained_worker_finishes_what_it_has_and_its_leaving_is_expected(play,
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
         request = (await leaving.expect(Generate)).request
         staying = await world.worker("staying", "colocated")
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             await asyncio.to_thread(admin.drain, "leaving")
             await leaving.expect(Drain)
             other = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
@@ -175,7 +189,7 @@ def test_a_drained_worker_finishes_what_it_has_and_its_leaving_is_expected(play,
 def test_an_exit_of_a_pid_that_is_not_the_workers_changes_nothing(play):
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             assert not await asyncio.to_thread(admin.report_exit, "both-0", worker.info.pid + 1, "gone")
             assert not await asyncio.to_thread(admin.report_exit, "nobody", 1, "gone")
         assert await world.client.health() == "serving"
@@ -196,14 +210,14 @@ def test_workers_hear_beats(play):
     async def scenario(world):
         worker = world.stranger("both-0", "colocated")
         await worker.close()
-        client = ControlClient(world.orchestrator.control_endpoint, ToWorker, identity=None)
+        client = ControlClient(world.orchestrator.control_endpoint, ToWorker)
         await client.send(Register(worker=worker.info))
         assert await client.recv() == Registered()
         async with asyncio.timeout(5):
             for _ in range(3):
                 assert await client.recv() == Beat()
                 await client.send(Beat())
-        client.close()
+        await client.close()
 
     play(scenario)
 
@@ -214,35 +228,56 @@ def test_noise_on_the_control_port_changes_nothing(play):
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=3)))
         request = (await worker.expect(Generate)).request
         await worker.tokens(request, "a", 0)
-        context = zmq.asyncio.Context()
-        with context.socket(zmq.DEALER) as socket:
-            socket.linger = 0
-            socket.connect(world.orchestrator.control_endpoint)
-            encode = msgspec.msgpack.encode
-            for noise in (
-                b"",
-                b"\xc1",
-                os.urandom(1000),
-                encode({"type": "tokens"}),
-                encode({"type": "tokens", "tokens": "all"}),
-                encode({"type": "shutdown"}),
-                encode({"type": "register", "worker": {"name": 5}}),
-                encode({"type": "beat", "stats": None, "more": 1}),
-                encode([1, 2, 3]),
-                b"\x81" * 100_000,
-                b"\x93" * 5_000,
-            ):
-                await socket.send(noise)
-            await socket.send_multipart([b"a", b"b", b"c"])
-            # A stranger that speaks well, about a request that is not its own, is told off and not heard.
-            stray = {"request_id": request.request_id, "epoch": 0, "index": 1, "token_id": 33}
-            await socket.send(encode({"type": "tokens", "tokens": [stray]}))
-            fenced = msgspec.msgpack.decode(await asyncio.wait_for(socket.recv(), 5))
-            assert fenced["error"]["code"] == "worker_died"
-        context.term()
+        encode = msgspec.msgpack.encode
+        # A stranger that proves to know the secret, sends nonsense, and then speaks well about another's request.
+        reader, writer = await proven(world.orchestrator.control_endpoint, secret=b"")
+        noise = (
+            b"",
+            b"\xc1",
+            os.urandom(1000),
+            encode({"type": "tokens"}),
+            encode({"type": "tokens", "tokens": "all"}),
+            encode({"type": "shutdown"}),
+            encode({"type": "register", "worker": {"name": 5}}),
+            encode({"type": "beat", "stats": None, "more": 1}),
+            encode([1, 2, 3]),
+            b"\x81" * 100_000,
+            b"\x93" * 5_000,
+        )
+        for data in noise:
+            writer.write(frame(data))
+        stray = {"request_id": request.request_id, "epoch": 0, "index": 1, "token_id": 33}
+        for _ in range(100):
+            writer.write(frame(encode({"type": "tokens", "tokens": [stray]})))
+        # It is told off once, and not heard.
+        async with asyncio.timeout(5):
+            said = await reader.read()
+        assert msgspec.msgpack.decode(said[4:])["error"]["code"] == "worker_died"
+        writer.transport.abort()
         await worker.tokens(request, "bc", 1)
         await worker.ended(request, "length")
         assert (await answer).text == "abc"
-        assert world.orchestrator._control.num_malformed == 12
+        assert world.orchestrator._control.num_malformed == len(noise)
 
     play(scenario)
+
+
+def test_a_stranger_without_the_secret_is_not_heard_over_tcp(play, tmp_path):
+    secret_file = write_secret(tmp_path / "control.secret")
+    secret = secret_file.read_bytes().strip()
+
+    async def scenario(world):
+        endpoint = world.orchestrator.control_endpoint
+        for guess in (b"a guess", b"\0", secret[:-1], secret + b"\n"):
+            stranger = ScriptedWorker(endpoint, worker_info("both-0", "colocated"), guess)
+            with pytest.raises(AccessDenied, match="secret_file"):
+                await stranger.client.recv()
+            await stranger.close()
+        assert world.orchestrator.membership.members == []
+        assert world.orchestrator._control.num_refused == 4
+        worker = ScriptedWorker(endpoint, worker_info("both-0", "colocated"), secret)
+        assert (await worker.register()).error is None
+        assert await world.client.health() == "serving"
+        await worker.close()
+
+    play(scenario, control_bind="tcp://127.0.0.1:0", secret_file=str(secret_file))

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import transformers
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, TransportUnavailable
+from anabranch.private_files import write_secret
 from anabranch.protocol.workers import Generate, Shutdown
 from anabranch_client import AsyncClient, ChatMessage, Draining, InvalidRequest, Sampling, ServerFailed, Unavailable
 from orchestrator.service import Orchestrator
@@ -93,7 +95,9 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted, wait):
         try:
             assert announced["pid"] == process.pid
             assert announced["grpc"].startswith("127.0.0.1:")
-            assert announced["control"].startswith("tcp://127.0.0.1:")
+            private = os.path.dirname(announced["admin_token_file"])
+            assert announced["control"] == f"ipc://{private}/control.sock"
+            assert stat.S_IMODE(os.stat(private).st_mode) == 0o700
             worker = scripted(announced["control"], "both-0", "colocated", max_context=64, vocab_size=4, **HEADS)
             await worker.register()
             async with AsyncClient(announced["grpc"]) as client:
@@ -112,6 +116,7 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted, wait):
                 assert (done.text, done.token_ids) == ("world again", (2, 3))
             await worker.expect(Shutdown)
             assert await asyncio.wait_for(process.wait(), 10) == 0
+            assert os.path.basename(private) not in os.listdir(os.path.dirname(private))
             await worker.close()
         finally:
             if process.returncode is None:
@@ -286,6 +291,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     [
         (["--grpc-bind=0.0.0.0:0"], "grpc_bind: '0.0.0.0:0': is reachable from other machines"),
         (["--control-bind=udp://x"], "control_bind: 'udp://x': must be tcp://host:port or ipc://path"),
+        (["--control-bind=tcp://127.0.0.1:0"], "control_bind: 'tcp://127.0.0.1:0': needs secret_file"),
         (["--worker-timeout-s=0"], "worker_timeout_s: 0.0: must be above 0"),
         (["--model=/nowhere"], "/nowhere"),
         (["--modle=x"], "modle"),
@@ -317,8 +323,10 @@ def test_addresses_that_are_taken(model, tmp_path):
             port = taken.getsockname()[1]
             with pytest.raises(ConfigError, match=f"grpc_bind: '127.0.0.1:{port}': cannot be bound"):
                 await Orchestrator(OrchestratorConfig(grpc_bind=f"127.0.0.1:{port}"), model, encoder()).start()
+            secret = str(write_secret(tmp_path / "secret"))
+            config = OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}", secret_file=secret)
             with pytest.raises(TransportUnavailable, match="cannot bind"):
-                await Orchestrator(OrchestratorConfig(control_bind=f"tcp://127.0.0.1:{port}"), model, encoder()).start()
+                await Orchestrator(config, model, encoder()).start()
         first = Orchestrator(OrchestratorConfig(grpc_bind=f"unix:{tmp_path}/grpc"), model, encoder())
         await first.start()
         async with AsyncClient(first.grpc_endpoint) as client:

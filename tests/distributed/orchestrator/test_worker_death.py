@@ -9,7 +9,7 @@ import pytest
 
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import Cancel, Failing, Generate, Prefill, Registered, Reserve
-from anabranch_client import Admin, NoWorkers, Sampling, Unavailable, WorkerDied
+from anabranch_client import NoWorkers, Sampling, Unavailable, WorkerDied
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,7 @@ async def die(world, worker, how):
     elif how == "last words":
         await worker.send(Failing(error=WireError(code="worker_died", message="step_stall_s: it hangs")))
     else:
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             assert await asyncio.to_thread(admin.report_exit, worker.info.name, worker.info.pid, "killed by SIGKILL")
 
 
@@ -179,7 +179,7 @@ def test_a_worker_may_die_while_nobody_asks_anything_of_it(play, wait):
         assert await world.client.health() == "serving"
         await prefill.close()
         await wait(lambda: len(world.orchestrator.membership.members) == 1)
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             cluster = await asyncio.to_thread(admin.cluster)
         assert [worker.name for worker in cluster.workers] == ["decode-0"]
         (gone,) = cluster.departures

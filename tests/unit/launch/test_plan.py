@@ -54,11 +54,12 @@ def test_a_worker_gets_what_the_topology_says() -> None:
             pools=Pools(colocated=PoolConfig(kv_cache="3MiB", max_running=5, max_step_tokens=99, threads=1)),
         )
     )
-    (worker,) = plan_workers(topology, CONTROL)
+    (worker,) = plan_workers(topology, CONTROL, secret_file=Path("/tmp/x/control.secret"))
     assert worker == WorkerConfig(
         role="colocated",
         name="colocated-0",
         orchestrator=CONTROL,
+        secret_file="/tmp/x/control.secret",
         model="m",
         dtype="float32",
         kv_transport="tcp",
@@ -96,12 +97,20 @@ def test_the_in_process_transport_shares_one_process() -> None:
 
 
 def test_the_orchestrator_listens_where_the_topology_says() -> None:
-    plan = plan_orchestrator(Topology(grpc="127.0.0.1:50051", model="m"), CONTROL, Path("/tmp/x/endpoints.json"))
+    plan = plan_orchestrator(
+        Topology(grpc="127.0.0.1:50051", model="m"),
+        CONTROL,
+        secret_file=Path("/tmp/x/control.secret"),
+        admin_token_file=Path("/tmp/x/admin.token"),
+        endpoints_file=Path("/tmp/x/endpoints.json"),
+    )
     config = parse_flags(OrchestratorConfig, plan.arguments, prog="orchestrator", about="")
     assert config.model == "m"
     assert config.grpc_bind == "127.0.0.1:50051"
     assert config.control_bind == CONTROL
     assert config.endpoints_file == "/tmp/x/endpoints.json"
+    assert config.secret_file == "/tmp/x/control.secret"
+    assert config.admin_token_file == "/tmp/x/admin.token"
 
 
 def test_ranks_get_no_more_threads_than_there_are_cores() -> None:

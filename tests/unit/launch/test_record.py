@@ -21,17 +21,18 @@ def private_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_running_cluster_is_found() -> None:
     assert running_clusters() == []
-    path = write_record("127.0.0.1:5", "m")
+    path = write_record("127.0.0.1:5", "m", "/run/x/admin.token")
     (record,) = running_clusters()
     assert record.grpc == "127.0.0.1:5"
     assert record.pid == os.getpid()
+    assert record.admin_token_file == "/run/x/admin.token"
     assert path == record_path()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_the_latest_comes_first() -> None:
-    write_record("127.0.0.1:5", "m")
+    write_record("127.0.0.1:5", "m", "/run/x/admin.token")
     parent = psutil.Process(os.getppid())
     other = ClusterRecord(grpc="127.0.0.1:6", pid=parent.pid, started_s=parent.create_time(), model="m")
     path = record_path(parent.pid)

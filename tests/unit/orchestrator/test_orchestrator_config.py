@@ -32,6 +32,8 @@ pytestmark = pytest.mark.unit
         ("control_bind", "127.0.0.1:5"),
         ("control_bind", "tcp://10.0.0.1:5"),
         ("control_bind", "inproc://x"),
+        ("control_bind", "tcp://127.0.0.1:5"),  # without a secret_file
+        ("control_bind", "tcp://[::1]:0"),
     ],
 )
 def test_a_bad_value_is_named(key, value):
@@ -47,7 +49,8 @@ def test_a_bad_value_is_named(key, value):
         {"grpc_bind": "[::1]:0"},
         {"grpc_bind": "localhost:5", "control_bind": "ipc:///tmp/x"},
         {"grpc_bind": "unix:/tmp/x"},
-        {"grpc_bind": "0.0.0.0:0", "control_bind": "tcp://0.0.0.0:0", "allow_remote": True},
+        {"grpc_bind": "[::1]:0", "control_bind": "tcp://[::1]:0", "secret_file": "/x"},
+        {"grpc_bind": "0.0.0.0:0", "control_bind": "tcp://0.0.0.0:0", "secret_file": "/x", "allow_remote": True},
     ],
 )
 def test_these_are_fine(settings):

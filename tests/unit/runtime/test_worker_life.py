@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import threading
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.activity import Activity
 from anabranch.engine.faults import MAX_IN_A_ROW
 from anabranch.errors import (
+    AccessDenied,
     AnabranchError,
     CheckpointError,
     ConfigError,
@@ -21,6 +23,7 @@ from anabranch.errors import (
     InvalidRequest,
     WorkerDied,
 )
+from anabranch.private_files import write_secret
 from anabranch.protocol.requests import WireError
 from anabranch.protocol.workers import (
     Beat,
@@ -465,7 +468,25 @@ def test_a_build_that_fails_is_closed_and_never_registers(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="cut short"):
             await room.run()
         assert room.num_closes == 1
-        orchestrator._server.close()
+        await orchestrator._server.close()
+
+    play(scenario)
+
+
+def test_one_that_knows_another_secret_ends_and_says_what_to_give(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        secret_file = str(write_secret(tmp_path / "secret"))
+        orchestrator = ScriptedOrchestrator(tmp_path, "m", "colocated", Room, secret_file=secret_file)
+        await orchestrator._server.start()
+        with pytest.raises(AccessDenied, match="give the orchestrator and all workers the same secret_file"):
+            await orchestrator.worker.run()
+        assert orchestrator.worker.num_closes == 1  # type: ignore[attr-defined]
+        await orchestrator._server.close()
+        os.chmod(secret_file, 0o644)
+        room = Room(orchestrator.config)
+        with pytest.raises(ConfigError, match=r"secret_file: .* chmod 600 it"):
+            await room.run()
+        assert room.num_closes == 0  # nothing was built
 
     play(scenario)
 

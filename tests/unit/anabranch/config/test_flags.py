@@ -70,3 +70,11 @@ def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "--kv-cache-bytes" in text
     assert "size of the KV pool" in text
+
+
+def test_tcp_wants_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--name", "a", "--model", "m", "--orchestrator", "tcp://127.0.0.1:5")
+    with pytest.raises(SystemExit):
+        read(*flags)
+    assert "orchestrator: 'tcp://127.0.0.1:5': needs secret_file" in capsys.readouterr().err
+    assert read(*flags, "--secret-file", "/x").secret_file == "/x"

@@ -1,0 +1,125 @@
+"""The Admin service answers those alone who show the token, and says to others where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from pathlib import Path
+
+import grpc
+import pytest
+
+from anabranch.errors import ConfigError
+from anabranch.private_files import read_secret, write_secret
+from anabranch_client import AccessDenied, Admin, InvalidRequest
+from anabranch_client.v1 import anabranch_pb2 as pb
+
+pytestmark = pytest.mark.distributed
+
+CALLS = {
+    "GetCluster": (pb.GetClusterRequest(), pb.Cluster),
+    "ReportExit": (pb.ReportExitRequest(worker="both-0", pid=11, how="gone"), pb.ReportExitResponse),
+    "Drain": (pb.DrainRequest(worker="both-0"), pb.DrainResponse),
+}
+
+
+async def status(endpoint: str, method: str, metadata: list[tuple[str, str]]) -> grpc.StatusCode:
+    """How a bare gRPC call ends, whatever the SDK would have sent."""
+    request, response = CALLS[method]
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        call = channel.unary_unary(
+            f"/anabranch.v1.Admin/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        answer = call(request, metadata=metadata, timeout=5)
+        code = await answer.code()
+        assert code is grpc.StatusCode.OK or "token_file" in await answer.details()
+        return code
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_no_call_is_answered_without_the_token(play, method):
+    async def scenario(world):
+        worker = await world.worker("both-0", "colocated", pid=11)
+        token = read_secret("", world.orchestrator.admin_token_file).decode()
+        endpoint = world.orchestrator.grpc_endpoint
+        wrong = {
+            "none": [],
+            "empty": [("authorization", "")],
+            "bare": [("authorization", token)],
+            "shorter": [("authorization", f"Bearer {token[:-1]}")],
+            "longer": [("authorization", f"Bearer {token}0")],
+            "guess": [("authorization", "Bearer " + "0" * 64)],
+            "another key": [("x-authorization", f"Bearer {token}")],
+            "twice": [("authorization", "Bearer guess"), ("authorization", f"Bearer {token}")],
+        }
+        for name, metadata in wrong.items():
+            assert await status(endpoint, method, metadata) is grpc.StatusCode.PERMISSION_DENIED, name
+        # Nothing was done.
+        assert [member.state for member in world.orchestrator.membership.members] == ["ready"]
+        assert worker.received == []
+        assert await status(endpoint, method, [("authorization", f"Bearer {token}")]) is grpc.StatusCode.OK
+
+    play(scenario)
+
+
+def test_the_sdk_reads_the_token_from_a_file(play, tmp_path, monkeypatch):
+    monkeypatch.delenv("ANABRANCH_ADMIN_TOKEN_FILE", raising=False)
+    other = write_secret(tmp_path / "other")
+
+    async def scenario(world):
+        def with_none() -> None:
+            with Admin(world.orchestrator.grpc_endpoint) as admin:
+                admin.cluster()
+
+        def with_other() -> None:
+            with world.admin(token_file=other) as admin:
+                admin.cluster()
+
+        for call in (with_none, with_other):
+            with pytest.raises(AccessDenied, match="ANABRANCH_ADMIN_TOKEN_FILE") as caught:
+                await asyncio.to_thread(call)
+            assert caught.value.code == "access_denied"
+            assert other.read_text().strip() not in str(caught.value)
+        with pytest.raises(InvalidRequest, match=r"token_file: .*absent.*No such file"):
+            world.admin(token_file=tmp_path / "absent")
+        monkeypatch.setenv("ANABRANCH_ADMIN_TOKEN_FILE", world.orchestrator.admin_token_file)
+        await asyncio.to_thread(with_none)
+
+    play(scenario)
+
+
+def test_the_token_is_private_its_file_goes_with_the_orchestrator_and_a_given_one_stays(play, tmp_path, caplog):
+    caplog.set_level("DEBUG")
+    given = write_secret(tmp_path / "token")
+    made: list[Path] = []
+
+    async def scenario(world):
+        made.append(Path(world.orchestrator.admin_token_file))
+        with world.admin() as admin:
+            await asyncio.to_thread(admin.cluster)
+        assert stat.S_IMODE(os.stat(made[-1]).st_mode) == 0o600
+        assert stat.S_IMODE(os.stat(made[-1].parent).st_mode) & 0o077 == 0 or made[-1] == given
+        assert made[-1].read_text().strip() not in caplog.text
+
+    play(scenario)
+    assert not made[0].parent.exists()
+    play(scenario, admin_token_file=str(given))
+    assert made[1] == given
+    assert given.exists()
+
+
+@pytest.mark.parametrize("key", ["admin_token_file", "secret_file"])
+def test_a_file_that_others_can_read_is_refused(play, tmp_path, key):
+    given = write_secret(tmp_path / "token")
+    given.chmod(0o644)
+
+    async def scenario(world):
+        pytest.fail("it started")
+
+    with pytest.raises(ConfigError, match=rf"{key}: .* chmod 600 it"):
+        play(scenario, **{key: str(given)})
+    with pytest.raises(ConfigError, match=rf"{key}: .*absent.*cannot be read \(No such file or directory\)"):
+        play(scenario, **{key: str(tmp_path / "absent")})
