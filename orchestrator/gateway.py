@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, InvalidRequest, RequestCancelled
-from anabranch.protocol.requests import Request
+from anabranch.request.request import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import Messages, checked_ids, encode, fitted, request_id_of, sampling_of, text_or_messages
 from orchestrator.answer import Finished

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass
 
 from anabranch.errors import AnabranchError, DeadlineExceeded
-from anabranch.protocol.requests import Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
+from anabranch.request.token import Token
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
 

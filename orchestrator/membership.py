@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from anabranch.errors import AnabranchError, ConfigError, PeerLost, WorkerDied
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Drain,

@@ -19,8 +19,8 @@ from typing import Generic
 import torch
 
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.errors import AnabranchError, DeadlineExceeded
+from anabranch.step.plan import StepPlan, StepResult
 from runtime.rank import Command, Rank
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from anabranch.attention.pass_rule import HeadShape, PassRule, RingRates
+from anabranch.attention.tree_reduce import Reduction, TreeReduction
 from anabranch.cache.host_kv import HostKv
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.paged_kv import PagedKv
@@ -24,9 +26,7 @@ from anabranch.model.progress import progress_bar
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.layout import KvLayout
-from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates
 from anabranch.parallel.split import query_heads_of
-from anabranch.parallel.tree_reduce import Reduction, TreeReduction
 
 logger = logging.getLogger(__name__)
 

@@ -11,24 +11,24 @@ from typing import Protocol
 
 import torch
 
+from anabranch.attention.cp_batch import RingBatch, TreeBatch
+from anabranch.attention.paged import LayerSink, PagedAttention
+from anabranch.attention.pass_rule import PassRule
+from anabranch.attention.ring import RingAttention
+from anabranch.attention.tree import TreeAttention
+from anabranch.attention.tree_reduce import Reduction
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.attention import LayerSink, PagedAttention
-from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.engine.sampling import RankSampler
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
-from anabranch.parallel.cp_batch import RingBatch, TreeBatch
-from anabranch.parallel.pass_rule import PassRule
-from anabranch.parallel.ring_attention import RingAttention
-from anabranch.parallel.tree_attention import TreeAttention
-from anabranch.parallel.tree_reduce import Reduction
 from anabranch.sampling.logprobs import Logprobs
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import StepPlan, StepResult
 
 
 class Batch(Protocol):

@@ -16,14 +16,14 @@ from collections import OrderedDict
 
 import torch
 
+from anabranch.attention.paged import PagedAttention
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.attention import PagedAttention
-from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.last_tokens import LastTokens
-from anabranch.engine.plan import StepPlan
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.record import Program, StepRecorder
 from anabranch.model.transformer import Transformer
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils._triton import has_triton
 
 from anabranch.cache.paged_kv import LayerKv, PagedKv
-from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.kernels.base import Kernels
+from anabranch.kernels.block_attention import flash_block
 from anabranch.kernels.flex_plan import Member, TilePlan, TileShape, round_up
 from anabranch.kernels.library import attend_library, block_library
 from anabranch.kernels.plain import PlainKernels, gather_context
-from anabranch.parallel.block_attention import flash_block
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
 
 if TYPE_CHECKING:  # from PyTorch 2.9 on
     from torch.nn.attention.flex_attention import FlexKernelOptions

@@ -12,17 +12,17 @@ from itertools import groupby, pairwise
 import torch
 
 from anabranch.cache.paged_kv import LayerKv
-from anabranch.engine.batch import ForwardBatch
 from anabranch.kernels.arena import Arena
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.bindings import AttentionShape, bind_functions
+from anabranch.kernels.block_attention import flash_block
 from anabranch.kernels.compiler import NativeUnavailable, load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
 from anabranch.kernels.program import Recorder
 from anabranch.kernels.record import Recording
-from anabranch.parallel.block_attention import flash_block
 from anabranch.parallel.group import Group
+from anabranch.step.batch import ForwardBatch
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,9 @@ from typing import Literal
 import msgspec
 
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import EndReason, Request, Token, WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.request.request import EndReason, Request
+from anabranch.request.token import Token
 
 Role = Literal["prefill", "decode", "colocated"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 
 StopReason = Literal["stop", "length"]
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch_client import ClientError, ContextExceeded, InvalidRequest, Sampling
 from tests.support.families import VOCAB
 from tests.support.in_process import wait_until

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
+from anabranch.step.plan import StepPlan
 from anabranch_client import ClientError, Sampling
 from tests.support.in_process import wait_until
 

@@ -18,7 +18,7 @@ from anabranch.errors import (
     InvalidRequest,
     WorkerDied,
 )
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Cancel,

@@ -15,12 +15,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 
 from anabranch.cache.paged_kv import LayerKv
 from anabranch.kernels import flex, flex_plan
+from anabranch.kernels.block_attention import BlockKernels
 from anabranch.kernels.compiler import native_status
 from anabranch.kernels.flex import FlexKernels, FlexUnavailable
 from anabranch.kernels.library import attend_library, block_library
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
-from anabranch.parallel.block_attention import BlockKernels
 
 pytestmark = pytest.mark.unit
 plain = PlainKernels()

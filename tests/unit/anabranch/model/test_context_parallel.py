@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anabranch.attention.cp_batch import RingBatch, TreeBatch
+from anabranch.attention.ring import RingAttention
+from anabranch.attention.tree import TreeAttention
+from anabranch.attention.tree_reduce import TreeReduction
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.kernels.plain import PlainKernels
-from anabranch.parallel.cp_batch import RingBatch, TreeBatch
 from anabranch.parallel.mesh import Mesh
-from anabranch.parallel.ring_attention import RingAttention
 from anabranch.parallel.threads import run_ranks
-from anabranch.parallel.tree_attention import TreeAttention
-from anabranch.parallel.tree_reduce import TreeReduction
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")

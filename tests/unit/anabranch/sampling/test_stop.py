@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker
 
 pytestmark = pytest.mark.unit
