@@ -14,9 +14,15 @@ from itertools import pairwise
 
 import torch
 
-from anabranch.attention.partial import Packed, Parts, make_parts
+from anabranch.attention.partial import Packed, Parts, packed_shape
 from anabranch.attention.tree_reduce import PartBuffers
 from anabranch.parallel.exchange import Exchange
+
+
+def make_parts(num_parts: int, out_THD: torch.Tensor) -> Parts:
+    """Room for `num_parts` parts of results like `out_THD`."""
+    shape = (num_parts, *packed_shape(out_THD))
+    return Parts(torch.empty(shape, dtype=torch.float32, device=out_THD.device))
 
 
 class ScatterReduction:

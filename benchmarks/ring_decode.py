@@ -13,11 +13,11 @@ import torch
 
 from anabranch.attention.accumulate import Accumulator
 from anabranch.attention.cp_batch import TreeBatch
-from anabranch.attention.partial import make_parts
 from anabranch.attention.segments import attend_segments, by_position
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.kernels.base import Kernels
 from anabranch.parallel.exchange import Exchange, Handle
+from benchmarks.reductions import make_parts
 
 
 class RingDecode:

@@ -20,7 +20,7 @@ from anabranch.kernels.native import select_kernels
 from anabranch.model.attention import Attention
 from anabranch.parallel.exchange import Exchange, Handle
 from anabranch.parallel.placement import BlockCyclic
-from anabranch.parallel.zigzag import plain_share, zigzag_share
+from anabranch.parallel.zigzag import piece, zigzag_share
 from anabranch.step.batch import ForwardBatch
 from anabranch.step.plan import SequencePlan, StepPlan
 from benchmarks.counting import CountingExchange
@@ -110,6 +110,11 @@ def make_pool(plan: StepPlan, num_layers: int) -> PagedKv:
         dtype=DTYPE,
         device=CPU,
     )
+
+
+def plain_share(tokens: range, cp: int, rank: int) -> tuple[range, range]:
+    """Consecutive tokens, as two pieces: what zigzag is measured against."""
+    return piece(tokens, cp, 2 * rank), piece(tokens, cp, 2 * rank + 1)
 
 
 def make_batch(plan: StepPlan, exchange: Exchange, sharding: str) -> RingBatch:

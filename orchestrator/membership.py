@@ -137,9 +137,6 @@ class Membership:
     def by_name(self, name: str) -> Member | None:
         return self._by_name.get(name)
 
-    def by_peer(self, peer: bytes) -> Member | None:
-        return self._by_peer.get(peer)
-
     def context_limit(self) -> ContextLimit | None:
         """How long a request may be on the widest usable path; None where there is none."""
 

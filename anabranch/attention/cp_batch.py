@@ -23,21 +23,6 @@ from anabranch.step.plan import SequencePlan, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Consecutive tokens of one sequence in consecutive rows: what a KV stream sends as one slice.
-
-    Attributes:
-        sequence: index in the plan.
-        row: first of them among the rank's rows.
-        tokens: their positions.
-    """
-
-    sequence: int
-    row: int
-    tokens: range
-
-
-@dataclass(frozen=True, kw_only=True)
 class RingBatch:
     """The rows of one rank in ring attention; a rank may have none.
 
@@ -46,7 +31,6 @@ class RingBatch:
         geometry: what every rank computes and holds.
         token_ids_T, positions_T: int64, of this rank's rows.
         sample_rows_S: int64; every sampled row is rank 0's, so it is empty elsewhere.
-        runs: the rows as runs of consecutive tokens.
     """
 
     rank: int
@@ -54,7 +38,6 @@ class RingBatch:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     sample_rows_S: torch.Tensor
-    runs: tuple[Run, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -69,13 +52,10 @@ class RingBatch:
     def from_geometry(cls, geometry: RingGeometry, rank: int) -> RingBatch:
         """Lay out `rank`'s rows of a ring."""
         token_ids: list[int] = []
-        runs: list[Run] = []
         sample_rows: list[int] = []
-        for index, (sequence, share) in enumerate(zip(geometry.sequences, geometry.shares[rank], strict=True)):
-            for tokens, row in ((share.low, share.start), (share.high, share.middle)):
+        for sequence, share in zip(geometry.sequences, geometry.shares[rank], strict=True):
+            for tokens in (share.low, share.high):
                 token_ids.extend(_new_token_ids(sequence, tokens))
-                if tokens:
-                    runs.append(Run(sequence=index, row=row, tokens=tokens))
             last = sequence.context_len - 1
             if sequence.sample is not None and (last in share.low or last in share.high):
                 sample_rows.append(share.stop - 1)
@@ -85,7 +65,6 @@ class RingBatch:
             token_ids_T=torch.tensor(token_ids, dtype=torch.int64).to(geometry.device),
             positions_T=geometry.positions(rank),
             sample_rows_S=torch.tensor(sample_rows, dtype=torch.int64).to(geometry.device),
-            runs=tuple(runs),
         )
 
 

@@ -80,9 +80,3 @@ def packed_shape(out_THD: torch.Tensor) -> tuple[int, int, int]:
     """Shape of the packed part of a result."""
     num_tokens, num_heads, head_dim = out_THD.shape
     return num_tokens, num_heads, head_dim + 2
-
-
-def make_parts(num_parts: int, out_THD: torch.Tensor) -> Parts:
-    """Room for `num_parts` parts of results like `out_THD`."""
-    shape = (num_parts, *packed_shape(out_THD))
-    return Parts(torch.empty(shape, dtype=torch.float32, device=out_THD.device))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -30,14 +30,6 @@ from anabranch.kernels.base import Kernels
 from anabranch.parallel.exchange import Exchange, Handle
 
 Variant = Literal["pass_kv", "pass_q"]
-
-
-class ComputedSink(Protocol):
-    """Hears of every layer whose KV a rank has computed; prefill streams it from there."""
-
-    def layer_computed(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        """K and V of the rank's rows (`RingBatch.runs` says which tokens); valid until the layer ends."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +53,6 @@ class RingAttention:
         batch: this rank's share of the step.
         exchange: the CP group's.
         variant: which of the two travels; the same on every rank.
-        sink: called with each layer's new K and V before attention over them is computed.
     """
 
     def __init__(
@@ -71,7 +62,6 @@ class RingAttention:
         batch: RingBatch,
         exchange: Exchange,
         variant: Variant,
-        sink: ComputedSink | None = None,
     ) -> None:
         assert (exchange.rank, exchange.size) == (batch.rank, batch.geometry.cp)
         self.kernels = kernels
@@ -80,7 +70,6 @@ class RingAttention:
         self.geometry = batch.geometry
         self.exchange = exchange
         self.variant = variant
-        self.sink = sink
         self._buffers: dict[str, torch.Tensor] = {}
 
     def attend(
@@ -100,8 +89,6 @@ class RingAttention:
         Raises:
             PeerLost, DeadlineExceeded: see `Handle.wait`.
         """
-        if self.sink is not None:
-            self.sink.layer_computed(layer, k_TKD, v_TKD)
         kv = self.kv.layer(layer)
         run = self._pass_kv if self.variant == "pass_kv" else self._pass_q
         total = run(kv, q_THD, k_TKD, v_TKD, scale, window)

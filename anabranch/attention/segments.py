@@ -32,11 +32,6 @@ class Segment:
     kv: slice
     hidden_TC: torch.Tensor | None = None
 
-    @property
-    def num_scores(self) -> int:
-        """Scores that are computed, per head."""
-        return length(self.q) * length(self.kv)
-
 
 def length(rows: slice) -> int:
     """Rows in a slice that has a start and a stop."""

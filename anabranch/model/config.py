@@ -7,7 +7,6 @@ import hashlib
 import msgspec
 
 from anabranch.errors import CheckpointError
-from anabranch.parallel.layout import DTYPE_BYTES
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,10 +112,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's FFN is a mixture of experts."""
         return self.moe is not None and self.moe.sparse_layers[layer]
-
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V of one token, all layers and heads, in float32, bfloat16 or float16."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
     def fingerprint(self) -> str:
         """32 hex digits that two pools compare to know that they serve the same model."""

@@ -46,10 +46,6 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return self.query_starts[-1]
 
-    @property
-    def max_query_len(self) -> int:
-        return max(b - a for a, b in zip(self.query_starts, self.query_starts[1:], strict=False))
-
     @classmethod
     def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> ForwardBatch:
         """Lay a plan out as tensors."""

@@ -24,15 +24,13 @@ each host first and then between hosts; `split` by host gives both levels.
 """
 
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, CollectiveGroup
-from transport.collectives.registry import BACKENDS, MeshGroups, choose_backend, create_group, split_mesh
+from transport.collectives.registry import BACKENDS, choose_backend, create_group
 
 __all__ = [
     "BACKENDS",
     "COLLECTIVE_TIMEOUT_S",
     "MAX_BROADCAST_BYTES",
     "CollectiveGroup",
-    "MeshGroups",
     "choose_backend",
     "create_group",
-    "split_mesh",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import run_ranks
-from transport.collectives import CollectiveGroup, split_mesh
+from transport.collectives import CollectiveGroup
 
 pytestmark = pytest.mark.distributed
 
@@ -181,19 +181,20 @@ def test_a_mesh_splits_into_rows_and_columns(launch: Launch, tp: int, cp: int) -
     mesh = Mesh(tp=tp, cp=cp)
 
     def body(group: CollectiveGroup) -> object:
-        groups = split_mesh(group, mesh)
+        tp_rank, cp_rank = mesh.tp_rank(group.rank), mesh.cp_rank(group.rank)
+        rows, columns = group.split(cp_rank), group.split(tp_rank)
         me = torch.tensor([group.rank])
-        found = [tuple(axis.all_gather(me, 0).tolist()) for axis in (groups.tp, groups.cp, groups.world)]
-        assert found == [mesh.tp_ranks(group.rank), mesh.cp_ranks(group.rank), tuple(range(mesh.world_size))]
+        assert rows.all_gather(me, 0).tolist() == list(range(cp_rank * tp, cp_rank * tp + tp))
+        assert columns.all_gather(me, 0).tolist() == list(range(tp_rank, mesh.world_size, tp))
         # Rows run apart: each makes its own number of calls between two of a column.
         for turn in range(20):
-            for _ in range(1 + mesh.cp_rank(group.rank)):
-                assert groups.tp.all_reduce(torch.ones(5)).tolist() == [float(tp)] * 5
-            total = groups.cp.all_reduce(torch.tensor([float(turn + mesh.cp_rank(group.rank))]))
+            for _ in range(1 + cp_rank):
+                assert rows.all_reduce(torch.ones(5)).tolist() == [float(tp)] * 5
+            total = columns.all_reduce(torch.tensor([float(turn + cp_rank)]))
             assert total.item() == turn * cp + sum(range(cp))
         group.barrier()
-        groups.tp.close()
-        groups.cp.close()
+        rows.close()
+        columns.close()
         return None
 
     launch(mesh.world_size, body)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from anabranch.attention.cp_batch import RingBatch
 from anabranch.attention.ring import RingAttention, Variant
+from anabranch.attention.segments import length
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.threads import ThreadGroup, run_ranks
@@ -27,16 +28,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class RecordingSink:
-    def __init__(self) -> None:
-        self.layers: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-
-    def layer_computed(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        self.layers.append((layer, k_TKD.clone(), v_TKD.clone()))
-
-
 def tokens_of(batch: RingBatch) -> list[tuple[int, int]]:
-    return [(run.sequence, p) for run in batch.runs for p in run.tokens]
+    """(sequence in the plan, position) of each of the rank's rows."""
+    shares = batch.geometry.shares[batch.rank]
+    return [(b, p) for b, share in enumerate(shares) for p in (*share.low, *share.high)]
 
 
 def check_ring(
@@ -123,7 +118,7 @@ def test_chunks_follow_chunks(make_world: MakeWorld, variant: Variant) -> None:
         results = []
         for step in whole.in_chunks(13):
             batch = RingBatch.from_plan(step, whole.placement.block_size, group.rank, 3, torch.device("cpu"))
-            mine = [(int(step.sequences[r.sequence].request_id[1:]), p) for r in batch.runs for p in r.tokens]
+            mine = [(int(step.sequences[b].request_id[1:]), p) for b, p in tokens_of(batch)]
             q, k, v = (whole.rows(tensors, mine) for tensors in (whole.q, whole.k, whole.v))
             ring = RingAttention(PlainKernels(), pool, batch, group, variant)
             first, _ = ring.attend(0, q, k, v, 0.3, None)
@@ -150,28 +145,7 @@ def test_batch_of_a_rank(make_world: MakeWorld) -> None:
     assert second.positions_T.tolist() == [5, 6, 7, 8, 5]
     assert second.token_ids_T.tolist() == [2, 3, 4, 5, 200]
     assert second.sample_rows_S.tolist() == []
-    assert [(run.sequence, run.row, run.tokens) for run in second.runs] == [
-        (0, 0, range(5, 7)),
-        (0, 2, range(7, 9)),
-        (2, 4, range(5, 6)),
-    ]
-
-
-def test_sink_hears_of_computed_kv_before_attention(make_world: MakeWorld) -> None:
-    world = make_world(lens=[(11, 4)], cp=3)
-
-    def rank_main(group: ThreadGroup) -> None:
-        batch = RingBatch.from_plan(world.plan, world.placement.block_size, group.rank, 3, torch.device("cpu"))
-        sink = RecordingSink()
-        mine = tokens_of(batch)
-        q, k, v = (world.rows(tensors, mine) for tensors in (world.q, world.k, world.v))
-        RingAttention(PlainKernels(), world.pool(group.rank), batch, group, "pass_kv", sink).attend(0, q, k, v, 1, None)
-        [(layer, k_sent, v_sent)] = sink.layers
-        assert layer == 0
-        assert torch.equal(k_sent, k)
-        assert torch.equal(v_sent, v)
-
-    run_ranks(3, rank_main)
+    assert tokens_of(second) == [(0, 5), (0, 6), (0, 7), (0, 8), (2, 5)]
 
 
 @pytest.mark.parametrize("cp", [2, 4])
@@ -183,6 +157,6 @@ def test_zigzag_evens_the_scores_out(make_world: MakeWorld, cp: int) -> None:
         if q_rank == kv_rank:
             [context] = geometry.own_batch(q_rank).context_lens
             return context * context / 2
-        return sum(part.num_scores for part in geometry.segments(q_rank, kv_rank, None))
+        return sum(length(part.q) * length(part.kv) for part in geometry.segments(q_rank, kv_rank, None))
 
     assert {scores(q, kv) for q in range(cp) for kv in range(cp)} == {64 * 64 / 2}

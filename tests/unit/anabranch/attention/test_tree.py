@@ -11,18 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.attention.cp_batch import TreeBatch
-from anabranch.attention.partial import make_parts
 from anabranch.attention.tree import TreeAttention
 from anabranch.attention.tree_reduce import Reduction, TreeReduction
 from anabranch.kernels.merge import merge
 from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.placement import BlockCyclic
-from anabranch.parallel.reshard import local_slot, tokens_of
+from anabranch.parallel.reshard import tokens_of
 from anabranch.parallel.threads import ThreadGroup, run_ranks
 from anabranch.parallel.tree_schedule import num_rounds
 from benchmarks.counting import CountingExchange
-from benchmarks.reductions import GatherReduction, ScatterReduction
+from benchmarks.reductions import GatherReduction, ScatterReduction, make_parts
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -194,6 +193,6 @@ def test_placement_is_the_kv_layouts(start: int, count: int, block_size: int, cp
         assert positions == [p for run in tokens_of(layout, rank, tokens) for p in run]
         slots = placement.local_slots(tokens, rank, table, CPU).tolist()
         for position, slot in zip(positions, slots, strict=True):
-            owner, local = local_slot(layout, position)
-            assert (placement.owner(position), rank) == (owner, owner)
-            assert slot == table[local // block_size] * block_size + local % block_size
+            block, offset = divmod(position, block_size)
+            assert placement.owner(position) == rank == block % cp
+            assert slot == table[block // cp] * block_size + offset

@@ -46,7 +46,7 @@ def test_a_chunk_a_decode_row_and_a_whole_prompt() -> None:
     assert batch.context_lens_B.tolist() == [5, 10, 2]
     assert batch.block_tables_BN.tolist() == [[7, 3, 0], [5, 0, 8], [2, 0, 0]]
     assert batch.sample_rows_S.tolist() == [3, 5]
-    assert (batch.num_sequences, batch.num_tokens, batch.max_query_len) == (3, 6, 3)
+    assert (batch.num_sequences, batch.num_tokens) == (3, 6)
 
 
 def test_dtypes_are_those_that_kernels_read() -> None:
