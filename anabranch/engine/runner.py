@@ -97,7 +97,7 @@ class Runner:
         self.pass_rule = pass_rule
         self.reduction = reduction
         self.programs = programs
-        self.sampler = RankSampler(model.lm_head, context, device)
+        self.sampler = RankSampler(model.attention.lm_head, context, device)
         self._last_tokens = LastTokens()
 
     @torch.inference_mode()
@@ -150,7 +150,7 @@ class Runner:
         batch, attention = self._lay_out(plan, sink)
         self._last_tokens.fill_in(plan, batch.token_ids_T)
         rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
-        share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, rows_S)
+        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, rows_S)
         return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:

@@ -8,12 +8,15 @@ import msgspec
 import torch
 
 from anabranch.kernels.base import Kernels
+from anabranch.model.attention_stack import AttentionStack
 from anabranch.model.config import ModelConfig
-from anabranch.model.loader import Progress
+from anabranch.model.ffn_stack import FfnStack
+from anabranch.model.loader import Progress, WeightLoader
 from anabranch.model.sources import ModelSource, resolve_model
-from anabranch.model.transformer import Transformer
+from anabranch.model.transformer import Transformer, smallest_ffn
 from anabranch.model.weights import WeightSource
 from anabranch.parallel.group import Group
+from anabranch.parallel.split import check_tp
 
 DIGEST_SAMPLE = 64
 
@@ -46,10 +49,39 @@ def load_model(
     config, weights = source.open() if config is None else (config, source.weights())
     with weights:
         config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
-        transformer = Transformer(
+        transformer = load_transformer(
             config, weights, dtype=dtype, device=device, kernels=kernels, group=group, progress=progress
         )
     return config, transformer
+
+
+def load_transformer(
+    config: ModelConfig,
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    group: Group,
+    progress: Progress | None = None,
+) -> Transformer:
+    """This rank's part of both stacks.
+
+    Args:
+        source: checkpoint; only this rank's slices are read.
+        dtype: of weights and activations.
+        kernels: what the layers compute with.
+        group: ranks that the layers are sharded over.
+
+    Raises:
+        ConfigError: the group is larger than the model can be cut.
+        CheckpointError: the checkpoint is broken or contradicts the configuration.
+    """
+    check_tp(group.size, config.num_heads, smallest_ffn(config))
+    loader = WeightLoader(config, source, dtype, device, num_parts=2 * config.num_layers + 2, progress=progress)
+    transformer = Transformer(AttentionStack(loader, kernels, group), FfnStack(loader, kernels, group))
+    loader.finish("attention", "ffn")
+    return transformer
 
 
 def weights_digest(source: WeightSource) -> str:
