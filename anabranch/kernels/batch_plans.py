@@ -29,6 +29,6 @@ class BatchPlans(Generic[Plan]):
             return known[1]
         plan = make()
         self._plans[whole_key] = batch, plan
-        if len(self._plans) > MAX_PLANS:
+        while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
         return plan
