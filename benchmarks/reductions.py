@@ -19,6 +19,12 @@ from anabranch.attention.tree_reduce import PartBuffers
 from anabranch.parallel.exchange import Exchange
 
 
+def num_rounds(size: int) -> int:
+    """Rounds of a tree: `log2(size)`, and two more where that is not a whole number."""
+    levels = size.bit_length() - 1
+    return levels if size == 1 << levels else levels + 2
+
+
 def make_parts(num_parts: int, out_THD: torch.Tensor) -> Parts:
     """Room for `num_parts` parts of results like `out_THD`."""
     shape = (num_parts, *packed_shape(out_THD))

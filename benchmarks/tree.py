@@ -32,11 +32,10 @@ from anabranch.model.attention import Attention
 from anabranch.parallel.exchange import Exchange
 from anabranch.parallel.threads import ThreadGroup
 from anabranch.parallel.threads import run_ranks as run_threads
-from anabranch.parallel.tree_schedule import num_rounds
 from anabranch.step.plan import SequencePlan, StepPlan
 from benchmarks.counting import CountingExchange
 from benchmarks.ranks import Figures, Task, run_ranks
-from benchmarks.reductions import GatherReduction, ScatterReduction
+from benchmarks.reductions import GatherReduction, ScatterReduction, num_rounds
 from benchmarks.report import Figure, parse_options, report
 from benchmarks.ring_decode import RingDecode
 from transport.collectives.shm import ShmGroup

@@ -35,9 +35,3 @@ def doubling(size: int, rank: int) -> list[Move]:
         partner = rank + core
         return [Move(kind="add", peer=partner), *moves, Move(kind="give", peer=partner)]
     return moves
-
-
-def num_rounds(size: int) -> int:
-    """Rounds of a tree: `log2(size)`, and two more where that is not a whole number."""
-    levels = size.bit_length() - 1
-    return levels if size == 1 << levels else levels + 2

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import WorkerDied
+from runtime.all_reports import AllReports
 from runtime.generation.commands import (
     CloseStream,
     GenerationCommand,
@@ -16,7 +17,6 @@ from runtime.generation.commands import (
     StreamCommitted,
     StreamOpened,
 )
-from runtime.quorum import Quorum
 from runtime.rank import RankRoom
 from runtime.ranks import Ranks
 
@@ -45,8 +45,8 @@ class GenerationRanks(Ranks[GenerationCommand, GenerationEvent]):
         )
         self._pass_on = heard
         self._listening: dict[int, RankListens] = {}
-        self._opened = Quorum[StreamOpened](self.size)
-        self._committed = Quorum[StreamCommitted](self.size)
+        self._opened = AllReports[StreamOpened](self.size)
+        self._committed = AllReports[StreamCommitted](self.size)
 
     @property
     def addresses(self) -> tuple[dict[str, str], ...]:

@@ -19,9 +19,8 @@ from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.placement import BlockCyclic
 from anabranch.parallel.reshard import tokens_of
 from anabranch.parallel.threads import ThreadGroup, run_ranks
-from anabranch.parallel.tree_schedule import num_rounds
 from benchmarks.counting import CountingExchange
-from benchmarks.reductions import GatherReduction, ScatterReduction, make_parts
+from benchmarks.reductions import GatherReduction, ScatterReduction, make_parts, num_rounds
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")

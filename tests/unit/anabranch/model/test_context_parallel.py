@@ -89,8 +89,8 @@ def test_every_family_equals_transformers(tp, cp, recipe, make_model, load, prom
         ids = [list(p) for p in prompts]
 
         def take(row: torch.Tensor | None) -> int:
-            token = None if row is None else int(row.argmax()).to_bytes(4, "little")
-            return int.from_bytes(group.broadcast(token), "little")
+            token = 0 if row is None else int(row.argmax())
+            return int(group.all_gather(torch.tensor([token]), 0)[0])
 
         first = shared + 1
         rank.prompt_step([part("a", ids[0], 0, first, tables[0], sample=False)])

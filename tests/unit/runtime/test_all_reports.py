@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.quorum import Quorum
+from runtime.all_reports import AllReports
 
 pytestmark = pytest.mark.unit
 
 
 def test_the_last_report_brings_all_in_rank_order() -> None:
-    quorum = Quorum[str](3)
+    quorum = AllReports[str](3)
     quorum.expect("a")
     assert quorum.add("a", 2, "two") is None
     assert quorum.add("a", 0, "zero") is None
@@ -18,7 +18,7 @@ def test_the_last_report_brings_all_in_rank_order() -> None:
 
 
 def test_late_reports_leave_nothing_behind() -> None:
-    quorum = Quorum[int](2)
+    quorum = AllReports[int](2)
     assert quorum.add("never", 0, 1) is None
     quorum.expect("given up")
     quorum.add("given up", 0, 1)
@@ -29,6 +29,6 @@ def test_late_reports_leave_nothing_behind() -> None:
 
 
 def test_one_rank_is_a_quorum() -> None:
-    quorum = Quorum[int](1)
+    quorum = AllReports[int](1)
     quorum.expect(5)
     assert quorum.add(5, 0, 7) == [7]

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 Report = TypeVar("Report")
 
 
-class Quorum(Generic[Report]):
+class AllReports(Generic[Report]):
     """Reports by key, for as long as they are expected; one thread calls.
 
     Args:
