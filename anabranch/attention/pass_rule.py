@@ -30,7 +30,7 @@ PassChoice = Literal["auto", "pass_kv", "pass_q"]
 
 
 class RingRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What this machine does, measured; the driver measures and all ranks use the driver's.
+    """What the cost rule takes a machine to do; the same on all ranks, because all have to choose alike.
 
     Attributes:
         attention_flops_per_s: of one rank's attention.

@@ -30,7 +30,7 @@ from anabranch.parallel.split import query_heads_of
 
 logger = logging.getLogger(__name__)
 
-# Order of magnitude of a CPU core and of shared memory: what the ring's cost rule starts from.
+# Constants, not measured: the order of magnitude of a CPU core and of shared memory.
 CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5, taken_share=1.0)
 
 
