@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ping import make_segment, ping_s
 from benchmarks.ranks import Figures, Task, run_ranks
 from benchmarks.report import Figure, parse_options, report
 from transport.collectives import CollectiveGroup
@@ -43,7 +44,6 @@ def main() -> int:
         _latency("small all_reduce, 2 KiB", found[small], target=SMALL_TARGET_US),
         _latency("small all_reduce, 2 KiB, p99", found[f"{small} p99"]),
         _latency("small all_reduce, 2 KiB, 4 ranks on the same cores", four[small]),
-        _latency("broadcast of a step plan, 2 KiB", found["broadcast"], found["gloo broadcast"], "gloo"),
     ]
     for operation in OPERATIONS:
         for size in sizes:
@@ -72,8 +72,7 @@ def rank_main(group: ShmGroup, task: Task) -> Figures:
     if not folder:
         return figures
     for size in sizes:
-        figures[f"bound {size}"] = _bound(group, size)
-    figures["broadcast"] = _broadcasts(group, effort)
+        figures[f"bound {size}"] = _bound(group, size, Path(folder))
     for in_segment, where in ((True, "into the segment"), (False, "into private memory")):
         waited, wall = _hidden(group, in_segment, effort)
         figures[f"4 MiB transfer {where}: share hidden, waited for"] = waited
@@ -84,7 +83,6 @@ def rank_main(group: ShmGroup, task: Task) -> Figures:
         for operation in OPERATIONS:
             times = _measure(gloo, operation, size, 0.2 * effort)
             figures[f"gloo {name_of(operation, size)}"] = statistics.median(times)
-    figures["gloo broadcast"] = _broadcasts(gloo, 0.2 * effort)
     gloo.close()
     return figures
 
@@ -121,14 +119,21 @@ def _measure(group: CollectiveGroup, operation: str, size: int, effort: float) -
             times.append((time.perf_counter() - start) * 1e6)
         # One rank's clock decides for all, for they must make the same calls.
         more = len(times) < wanted and time.perf_counter() < end
-        more = group.broadcast((b"more" if more else b"") if group.rank == 0 else None) == b"more"
+        more = bool(group.all_gather(torch.tensor([more]), 0)[0])
     return times
 
 
-def _bound(group: ShmGroup, size: int) -> float:
+def _bound(group: ShmGroup, size: int, folder: Path) -> float:
     x = torch.zeros(size // 4)
     if size <= MAX_PING_BYTES:
-        return min(group.ping(x, 2000) for _ in range(3)) * 1e6
+        times = []
+        for turn in range(3):
+            name = f"ping-{size}-{turn}"
+            if group.rank == 0:
+                make_segment(folder, name, size)
+            group.barrier()
+            times.append(ping_s(folder / name, group.rank, x, 2000) * 1e6)
+        return min(times)
     shared = group.buffer_like(x).zero_()
     times = []
     for _ in range(20):
@@ -136,18 +141,6 @@ def _bound(group: ShmGroup, size: int) -> float:
         start = time.perf_counter()
         x.copy_(shared)
         times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
-
-
-def _broadcasts(group: CollectiveGroup, effort: float) -> float:
-    """Median microseconds from before the root's broadcast to the answer of the rank that got it, halved."""
-    plan = b"p" * SMALL_BYTES
-    times = []
-    for _ in range(max(50, int(1000 * effort))):
-        start = time.perf_counter()
-        group.broadcast(plan if group.rank == 0 else None, 0)
-        group.broadcast(plan if group.rank == 1 else None, 1)
-        times.append((time.perf_counter() - start) * 1e6 / 2)
     return statistics.median(times)
 
 

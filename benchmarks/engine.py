@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine, build_engine
-from anabranch.engine.sequence import Sequence
 from anabranch.model.sources import resolve_model
-from anabranch.protocol.requests import Request
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker
+from anabranch.schedule.generation import GenerationScheduler
+from anabranch.schedule.sequence import Sequence
 from benchmarks.peer_process import PeerError, PeerProcess
 from benchmarks.report import Figure, option_parser, parse_options, report
-from decode.scheduler import DecodeScheduler
 
 PROMPT_LENGTHS = (512, 2048)
 BATCHES = (1, 16, 32, 64)
@@ -43,7 +43,7 @@ BOUND_TARGET = 0.7
 def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
     """Prompts through a colocated scheduler: seconds to all first tokens, and of each decode step after that."""
     cache = KvCacheManager(num_blocks=engine.kv.num_blocks, block_size=engine.kv.block_size, prefix_cache=False)
-    scheduler = DecodeScheduler(
+    scheduler = GenerationScheduler(
         cache,
         StopChecker(max_context=engine.max_context),
         computes_prompts=True,

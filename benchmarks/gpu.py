@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from anabranch.cache.paged_kv import LayerKv, PagedKv
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.build import build_engine
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.errors import AnabranchError
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.model.sources import resolve_model
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
 from benchmarks.engine import run_engine
 from benchmarks.report import Figure, option_parser, parse_options, report
 

@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
 from benchmarks.report import Figure, parse_options, report
 
 NUM_LAYERS = 30

@@ -8,6 +8,7 @@ import torch
 
 from anabranch.kernels.base import Kernels
 from anabranch.model.config import ModelConfig, RopeConfig
+from anabranch.model.load import load_transformer
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.group import Group, SingleRank
 
@@ -80,7 +81,7 @@ class RandomWeights:
 
 def random_model(num_layers: int, dtype: torch.dtype, kernels: Kernels, group: Group | None = None) -> Transformer:
     """A model with `num_layers` layers on the CPU."""
-    return Transformer(
+    return load_transformer(
         smollm2_config(num_layers),
         RandomWeights(num_layers),
         dtype=dtype,

@@ -21,8 +21,8 @@ from anabranch.kernels.native import select_kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import tokens_of
 from anabranch.protocol.kv import KvDestination
-from decode.commands import DecodeEvent, OpenStream, StreamFailed
-from decode.importer import KvImport
+from runtime.generation.commands import GenerationEvent, OpenStream, StreamFailed
+from runtime.generation.importer import KvImport
 from transport.kv_stream import KvStreamReceiver, KvStreamSender, KvStreamSource
 from transport.kv_stream.incoming import DTYPES
 from transport.planes import Link, Plane, create_plane
@@ -174,7 +174,7 @@ class Receiving:
     def close(self) -> None:
         self._plane.close()
 
-    def _hear(self, event: DecodeEvent) -> None:
+    def _hear(self, event: GenerationEvent) -> None:
         if isinstance(event, StreamFailed):
             self._error = event.error.message
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates, ring_cost
+from anabranch.attention.pass_rule import HeadShape, PassRule, RingRates, ring_cost
 from benchmarks.chart import Series, line_chart
 from benchmarks.random_model import HEAD_DIM, HEADS, KV_HEADS
 from benchmarks.ranks import Figures, run_ranks

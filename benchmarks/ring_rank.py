@@ -11,19 +11,19 @@ from typing import cast
 
 import torch
 
+from anabranch.attention.cp_batch import RingBatch
+from anabranch.attention.paged import PagedAttention
+from anabranch.attention.ring import RingAttention, Variant
+from anabranch.attention.ring_geometry import RingGeometry
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.attention import PagedAttention
-from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.kernels.native import select_kernels
 from anabranch.model.attention import Attention
-from anabranch.parallel.counting import CountingExchange
-from anabranch.parallel.cp_batch import RingBatch
 from anabranch.parallel.exchange import Exchange, Handle
 from anabranch.parallel.placement import BlockCyclic
-from anabranch.parallel.ring_attention import RingAttention, Variant
-from anabranch.parallel.ring_geometry import RingGeometry
-from anabranch.parallel.zigzag import plain_share, zigzag_share
+from anabranch.parallel.zigzag import piece, zigzag_share
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
+from benchmarks.counting import CountingExchange
 from benchmarks.random_model import HEAD_DIM, HEADS, KV_HEADS, random_model
 from benchmarks.ranks import Figures, Task
 from transport.collectives.shm import ShmGroup
@@ -110,6 +110,11 @@ def make_pool(plan: StepPlan, num_layers: int) -> PagedKv:
         dtype=DTYPE,
         device=CPU,
     )
+
+
+def plain_share(tokens: range, cp: int, rank: int) -> tuple[range, range]:
+    """Consecutive tokens, as two pieces: what zigzag is measured against."""
+    return piece(tokens, cp, 2 * rank), piece(tokens, cp, 2 * rank + 1)
 
 
 def make_batch(plan: StepPlan, exchange: Exchange, sharding: str) -> RingBatch:

@@ -9,8 +9,7 @@ sequence. Four ways, all exact and the same bits on every rank:
     ring     KV shards travel, as in ring attention: the paper's V_ring
 
 Bytes and rounds are counted at CP 2 to 8 with contexts of 1k to 128k tokens; the target is the formula, not a byte
-more. So are the bytes between hosts of a tree on two levels, which is counted alone: ranks of a worker share a host
-so far. Latency is of a whole layer step on two processes of one thread each, and of one process; the contexts from
+more. Latency is of a whole layer step on two processes of one thread each, and of one process; the contexts from
 which the tree is faster than the ring, and than one process, are named at the end.
 """
 
@@ -18,27 +17,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
 
+from anabranch.attention.cp_batch import TreeBatch
+from anabranch.attention.tree import TreeAttention
+from anabranch.attention.tree_reduce import Reduction, TreeReduction
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
 from anabranch.model.attention import Attention
-from anabranch.parallel.counting import CountingExchange
-from anabranch.parallel.cp_batch import TreeBatch
 from anabranch.parallel.exchange import Exchange
-from anabranch.parallel.ring_decode import RingDecode
 from anabranch.parallel.threads import ThreadGroup
 from anabranch.parallel.threads import run_ranks as run_threads
-from anabranch.parallel.tree_attention import TreeAttention
-from anabranch.parallel.tree_reduce import GatherReduction, ScatterReduction, TreeReduction
-from anabranch.parallel.tree_schedule import num_rounds
+from anabranch.step.plan import SequencePlan, StepPlan
+from benchmarks.counting import CountingExchange
 from benchmarks.ranks import Figures, Task, run_ranks
+from benchmarks.reductions import GatherReduction, ScatterReduction, num_rounds
 from benchmarks.report import Figure, parse_options, report
+from benchmarks.ring_decode import RingDecode
 from transport.collectives.shm import ShmGroup
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
@@ -84,8 +83,12 @@ def make_pool(plan: StepPlan) -> PagedKv:
 def make_attention(way: str, kernels: Kernels, pool: PagedKv, batch: TreeBatch, exchange: Exchange) -> Attention:
     if way == "ring":
         return RingDecode(kernels, pool, batch, exchange)
-    reduction = {"tree": TreeReduction, "scatter": ScatterReduction, "gather": GatherReduction}[way]
-    return TreeAttention(kernels, pool, batch, reduction(exchange))
+    reductions: dict[str, Callable[[Exchange], Reduction]] = {
+        "tree": TreeReduction,
+        "scatter": ScatterReduction,
+        "gather": GatherReduction,
+    }
+    return TreeAttention(kernels, pool, batch, reductions[way](exchange))
 
 
 def make_step(way: str, plan: StepPlan, exchange: Exchange) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -190,34 +193,6 @@ def counted_figures(degrees: list[int], contexts: list[int], batch: int) -> list
     return figures
 
 
-def hosts_figures(meshes: Sequence[tuple[int, int]]) -> list[Figure]:
-    """Bytes between hosts of a tree on two levels: each rank sends one part for each doubling of the hosts."""
-    part_bytes = HEADS * (HEAD_DIM + 2) * 4
-    figures = []
-    for hosts, ranks_per_host in meshes:
-        num_ranks = hosts * ranks_per_host
-
-        def rank_main(group: ThreadGroup, ranks_per_host: int = ranks_per_host) -> int:
-            exchange = CountingExchange(group)
-            out_THD, lse_TH = torch.randn(1, HEADS, HEAD_DIM), torch.zeros(1, HEADS)
-            TreeReduction(exchange, ranks_per_host).reduce(out_THD, lse_TH)
-            host = group.rank // ranks_per_host
-            return sum(sent for to, sent in exchange.sent_bytes_to.items() if to // ranks_per_host != host)
-
-        figures.append(
-            Figure(
-                key=f"tree on two levels, {hosts} hosts of {ranks_per_host} ranks: bytes between hosts",
-                value=sum(run_threads(num_ranks, rank_main)),
-                unit="B/layer",
-                reference=num_ranks * (hosts.bit_length() - 1) * part_bytes,
-                reference_name="formula",
-                target=1.0,
-                higher_is_better=False,
-            )
-        )
-    return figures
-
-
 def latency_figures(contexts_of: dict[int, list[int]]) -> list[Figure]:
     """One layer step by batch and context: the tree at CP 2 against one rank, every way against the ring."""
     cases = [[batch, context] for batch, contexts in contexts_of.items() for context in contexts]
@@ -280,7 +255,6 @@ def main() -> int:
         timed = {1: [64, 256, 1024, 4096, 16384, 65536, 131072], 16: [64, 256, 1024, 4096]}
     torch.set_num_threads(1)
     figures = counted_figures(degrees, counted, batch=1)
-    figures += hosts_figures([(2, 2), (2, 3), (4, 2)])
     figures += latency_figures(timed)
     return report("tree", figures, options.json)
 

@@ -25,15 +25,15 @@ from types import TracebackType
 
 import psutil
 
-from anabranch.clock import awake_s
 from anabranch.config.load import check_topology
 from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
-from anabranch.private_files import private_folder, write_secret
-from anabranch.python_child import python_environment
-from anabranch.user_cache import cache_folder, cache_problem
+from anabranch.system.clock import awake_s
+from anabranch.system.private_files import private_folder, write_secret
+from anabranch.system.python_child import python_environment
+from anabranch.system.user_cache import cache_folder, cache_problem
 from launch import sweeper
 from launch.fit import check_fit
 from launch.gateway import GatewayProbe

@@ -6,7 +6,7 @@ import sys
 
 from anabranch.config.topology import KvTransport, PoolConfig, Pools, Topology
 from anabranch.errors import AnabranchError
-from anabranch.standard_streams import standard_streams
+from anabranch.system.standard_streams import standard_streams
 from anabranch_client import ChatMessage, Client, ClientError, Sampling
 from launch import sweeper
 from launch.cluster import LocalCluster

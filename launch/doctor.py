@@ -20,7 +20,7 @@ from rich.table import Table
 from anabranch import __version__
 from anabranch.config.load import usable_cores
 from anabranch.model.known import known_models
-from anabranch.user_cache import cache_folder, cache_problem
+from anabranch.system.user_cache import cache_folder, cache_problem
 from launch.report import reported
 from launch.show import bytes_text, out
 from launch.terminal_text import said

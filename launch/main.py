@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 
-from anabranch.standard_streams import standard_streams
+from anabranch.system.standard_streams import standard_streams
 
 MIN_COLUMNS = 40
 _OURS = ("anabranch", "anabranch_client", "launch", "orchestrator", "prefill", "decode", "runtime", "transport")

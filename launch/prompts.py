@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from anabranch.errors import ConfigError
-from anabranch.files import read_regular
+from anabranch.system.files import read_regular
 
 MAX_PROMPTS = 1000
 MAX_FILE_BYTES = 64 << 20

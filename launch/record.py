@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from anabranch.files import read_regular
-from anabranch.user_cache import cache_folder
+from anabranch.system.files import read_regular
+from anabranch.system.user_cache import cache_folder
 
 MAX_RECORD_BYTES = 65536
 

@@ -10,7 +10,7 @@ import typer
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
-from anabranch.user_cache import cache_problem
+from anabranch.system.user_cache import cache_problem
 from anabranch_client import Client, ClientError
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.numbers import seconds

@@ -13,7 +13,7 @@ import uvloop
 from anabranch.config.flags import parse_flags
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError
-from anabranch.standard_streams import standard_streams
+from anabranch.system.standard_streams import standard_streams
 from orchestrator.connections import raise_descriptor_limit
 from orchestrator.encoding.pool import fork_encoders
 from orchestrator.resolved_model import CheckpointModel

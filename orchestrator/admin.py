@@ -14,8 +14,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from anabranch.clock import loop_clock
 from anabranch.errors import AccessDenied, InvalidRequest
+from anabranch.system.clock import loop_clock
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.calls import abort, answered
 from orchestrator.dispatcher import Dispatcher

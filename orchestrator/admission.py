@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from anabranch.errors import ContextExceeded, InvalidRequest
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
 from orchestrator.served_model import Messages, Prompt, ServedModel, num_chars_of

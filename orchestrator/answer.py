@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anabranch.errors import AnabranchError, Overloaded
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.request.token import TokenLogprob
 
 MAX_CHUNK_TOKENS = 512
 

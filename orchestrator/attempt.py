@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anabranch.protocol.requests import Request
+from anabranch.request.request import Request
 from orchestrator.membership import Member
 from orchestrator.router import Route
 

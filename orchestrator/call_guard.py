@@ -21,9 +21,9 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from anabranch.clock import timeout
 from anabranch.errors import DeadlineExceeded, InvalidRequest, Overloaded
-from anabranch.limited_log import LimitedLog
+from anabranch.system.clock import timeout
+from anabranch.system.limited_log import LimitedLog
 from orchestrator.calls import abort
 from orchestrator.reset import reset
 

@@ -8,8 +8,9 @@ from collections import deque
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, NoWorkers
-from anabranch.protocol.requests import Request, Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens, ToWorker
+from anabranch.request.request import Request
+from anabranch.request.token import Token
 from orchestrator.absence import Absence
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Member, Membership

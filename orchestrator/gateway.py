@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, Draining, InvalidRequest, RequestCancelled
-from anabranch.protocol.requests import Request
+from anabranch.request.request import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import (
     check_fits,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from anabranch.clock import loop_clock, timeout_at
 from anabranch.errors import AnabranchError, DeadlineExceeded, Overloaded
-from anabranch.protocol.requests import Token
 from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
+from anabranch.request.token import Token
+from anabranch.system.clock import loop_clock, timeout_at
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
 

@@ -24,7 +24,7 @@ import msgspec
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, OutOfBlocks, PeerLost, RequestCancelled
-from anabranch.protocol.requests import Request, Token, TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Cancel,
     Ended,
@@ -36,6 +36,8 @@ from anabranch.protocol.workers import (
     Reserved,
     ToWorker,
 )
+from anabranch.request.request import Request
+from anabranch.request.token import Token, TokenLogprob
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
 from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said, Stop

@@ -15,7 +15,12 @@ from google.protobuf.message import Message
 
 from anabranch.bounds import MAX_SALT_CHARS
 from anabranch.errors import InvalidRequest
-from anabranch.sampling.params import MAX_LOGIT_BIAS, MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from anabranch.request.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from orchestrator.wire import BYTES, num_varints, wire_fields
 
 MAX_CHAT_MESSAGES = 1024

@@ -15,9 +15,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from anabranch.clock import loop_clock
 from anabranch.errors import AnabranchError, ConfigError, NoWorkers, PeerLost, WorkerDied
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Drain,
@@ -29,6 +28,7 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.system.clock import loop_clock
 from orchestrator.context_limit import ContextLimit
 
 logger = logging.getLogger(__name__)
@@ -139,9 +139,6 @@ class Membership:
 
     def by_name(self, name: str) -> Member | None:
         return self._by_name.get(name)
-
-    def by_peer(self, peer: bytes) -> Member | None:
-        return self._by_peer.get(peer)
 
     def context_limit(self) -> ContextLimit | None:
         """How long a request may be on the widest usable path; None where there is none."""

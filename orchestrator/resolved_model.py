@@ -6,8 +6,8 @@ from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
 from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
-from anabranch.sampling.params import SamplingParams
 
 
 class CheckpointModel:

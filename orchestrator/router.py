@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from anabranch.protocol.requests import Request
 from anabranch.protocol.workers import Role
+from anabranch.request.request import Request
 from orchestrator.membership import Member
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from anabranch.protocol.workers import ModelIdentity
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 
 # (role, content)
 Messages = Sequence[tuple[str, str]]

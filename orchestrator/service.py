@@ -23,10 +23,8 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from anabranch.clock import timeout
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, Draining, PeerLost
-from anabranch.private_files import read_secret, runtime_folder, write_secret
 from anabranch.protocol.workers import (
     Beat,
     Ended,
@@ -38,6 +36,8 @@ from anabranch.protocol.workers import (
     Tokens,
     ToOrchestrator,
 )
+from anabranch.system.clock import timeout
+from anabranch.system.private_files import read_secret, runtime_folder, write_secret
 from orchestrator import admin, gateway
 from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from anabranch.engine.plan import StepPlan
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.request.token import TokenLogprob
+from anabranch.step.plan import StepPlan
 
 Key = tuple[str, int]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import StepPlan
 from anabranch.errors import AnabranchError
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.placement import BlockCyclic
+from anabranch.step.plan import StepPlan
 from transport.kv_stream import KvStreamSender
 
 Key = tuple[str, int]

@@ -14,10 +14,10 @@ import msgspec
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
 from anabranch.errors import RequestCancelled
 from anabranch.protocol.kv import KvStreamStats
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.step.plan import StepPlan
 from prefill.commands import (
     CommitStream,
     EndStream,

@@ -18,7 +18,7 @@ from prefill.commands import (
     StreamOpened,
 )
 from prefill.rank import ROOM
-from runtime.quorum import Quorum
+from runtime.all_reports import AllReports
 from runtime.ranks import Ranks
 
 
@@ -43,8 +43,8 @@ class PrefillRanks(Ranks[PrefillCommand, PrefillEvent]):
             heard=heard,
             on_failure=on_failure,
         )
-        self._opened = Quorum[StreamOpened](self.size)
-        self._acknowledged = Quorum[StreamAcknowledged](self.size)
+        self._opened = AllReports[StreamOpened](self.size)
+        self._acknowledged = AllReports[StreamAcknowledged](self.size)
 
     def send(self, command: PrefillCommand) -> None:
         if isinstance(command, OpenStream):

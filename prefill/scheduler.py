@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.engine.plan import SampledToken, StepPlan, StepResult
-from anabranch.engine.prompts import PromptQueue
-from anabranch.engine.sequence import Sequence
+from anabranch.schedule.prompts import PromptQueue
+from anabranch.schedule.sequence import Sequence
+from anabranch.step.plan import SampledToken, StepPlan, StepResult
 
 
 class PrefillScheduler:

@@ -12,16 +12,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from anabranch.clock import awake_s
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
-from anabranch.engine.intake import check_request
-from anabranch.engine.plan import SampledToken, StepPlan
-from anabranch.engine.sequence import Sequence
 from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, RequestCancelled
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import Request, WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Message, Prefill, PrefillEnded, WorkerInfo, WorkerStats
+from anabranch.request.request import Request
+from anabranch.schedule.intake import check_request
+from anabranch.schedule.sequence import Sequence
+from anabranch.step.plan import SampledToken, StepPlan
+from anabranch.system.clock import awake_s
 from prefill.commands import (
     CommitStream,
     EndStream,

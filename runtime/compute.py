@@ -18,11 +18,11 @@ from typing import Generic
 
 import torch
 
-from anabranch.clock import result_of
 from anabranch.engine.activity import Activity
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.errors import AnabranchError, DeadlineExceeded
+from anabranch.step.plan import StepPlan, StepResult
+from anabranch.system.clock import result_of
 from runtime.rank import Command, Rank
 
 logger = logging.getLogger(__name__)

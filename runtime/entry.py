@@ -17,7 +17,7 @@ from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Role
-from anabranch.standard_streams import standard_streams
+from anabranch.system.standard_streams import standard_streams
 from runtime.log import configure_logging
 from runtime.worker import Worker
 

@@ -10,7 +10,7 @@ import msgspec
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
+from anabranch.step.plan import StepPlan
 
 Command = TypeVar("Command", bound=msgspec.Struct)
 Event = TypeVar("Event", bound=msgspec.Struct)

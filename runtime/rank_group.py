@@ -25,7 +25,6 @@ from typing import Generic
 import msgspec
 import zmq
 
-from anabranch.clock import awake_s, wait_for
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
@@ -33,7 +32,8 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
-from anabranch.python_child import python_environment, python_module
+from anabranch.system.clock import awake_s, wait_for
+from anabranch.system.python_child import python_environment, python_module
 from runtime.rank import Command, Event, RankRoom
 from runtime.rank_channel import (
     END,

@@ -10,10 +10,10 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.activity import Activity
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.fit import check_memory, check_worker, rank_config
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.engine.warm_up import warm_up_plans
 from anabranch.errors import WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.step.plan import StepPlan, StepResult
 from runtime.compute import ComputeThread, Launched
 from runtime.rank import Command, Event, Rank, RankRoom
 from runtime.rank_group import RankGroup

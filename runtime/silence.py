@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from anabranch.clock import AwakeClock
+from anabranch.system.clock import AwakeClock
 
 
 class Silence:

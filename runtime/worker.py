@@ -22,14 +22,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from anabranch.clock import loop_clock, timeout
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.activity import Activity
 from anabranch.engine.faults import Faults
 from anabranch.engine.loop import EngineLoop
 from anabranch.errors import AnabranchError, DeadlineExceeded, MalformedMessage, Overloaded, WorkerDied
-from anabranch.private_files import read_secret
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Drain,
@@ -43,6 +41,8 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.system.clock import loop_clock, timeout
+from anabranch.system.private_files import read_secret
 from runtime.outbox import Outbox
 from runtime.watchdog import Watchdog
 from transport.control import ControlClient

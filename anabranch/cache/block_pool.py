@@ -7,7 +7,7 @@ A block is in one of three states:
                                                  share                        v  if kept
                                                    +------------------- idle (kept, no references)
                                                                               |
-                                              allocate, least recently used --+--> held, under a new generation
+                                              allocate, least recently used --+--> held
 
 Blank blocks are given out first. An idle block's KV can be shared again until the block is given out anew.
 """
@@ -33,7 +33,6 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.on_reuse: Callable[[int], None] | None = None
         self._references = [0] * num_blocks
-        self._generations = [0] * num_blocks
         self._kept = [False] * num_blocks
         self._blank: deque[int] = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -51,15 +50,11 @@ class BlockPool:
     def references(self, block_id: int) -> int:
         return self._references[block_id]
 
-    def generation(self, block_id: int) -> int:
-        """How often the block has been allocated; with the id it names one stay of one content."""
-        return self._generations[block_id]
-
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """Give out `count` blocks with one reference each and a new generation.
+        """Give out `count` blocks with one reference each.
 
         Raises:
             OutOfBlocks: fewer are free; then nothing was given out.
@@ -149,5 +144,4 @@ class BlockPool:
                 self.on_reuse(block_id)
             self._kept[block_id] = False
         self._references[block_id] = 1
-        self._generations[block_id] += 1
         return block_id

@@ -39,11 +39,6 @@ class BlockTable:
         return self._frozen_ids
 
     @property
-    def generations(self) -> tuple[int, ...]:
-        """Generation of each block, in the order of `block_ids`; unchanged for as long as the table holds them."""
-        return tuple(self._pool.generation(block_id) for block_id in self._ids)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens that the blocks have room for."""
         return len(self._ids) * self.block_size

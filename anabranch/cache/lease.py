@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from anabranch.cache.block_table import BlockTable
-from anabranch.clock import awake_s
 from anabranch.errors import InvalidRequest, StaleLease
+from anabranch.system.clock import awake_s
 
 
 @dataclass(frozen=True, kw_only=True)

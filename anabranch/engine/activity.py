@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anabranch.clock import awake_s
+from anabranch.system.clock import awake_s
 
 
 class Activity:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from anabranch.attention.pass_rule import HeadShape, PassRule, RingRates
+from anabranch.attention.tree_reduce import Reduction, TreeReduction
 from anabranch.cache.host_kv import HostKv
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.paged_kv import PagedKv
@@ -24,13 +26,11 @@ from anabranch.model.progress import progress_bar
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.layout import KvLayout
-from anabranch.parallel.pass_rule import HeadShape, PassRule, RingRates
 from anabranch.parallel.split import query_heads_of
-from anabranch.parallel.tree_reduce import Reduction, TreeReduction
 
 logger = logging.getLogger(__name__)
 
-# Order of magnitude of a CPU core and of shared memory: what the ring's cost rule starts from.
+# Constants, not measured: the order of magnitude of a CPU core and of shared memory.
 CPU_RING_RATES = RingRates(attention_flops_per_s=1e11, link_bytes_per_s=4e9, message_s=5e-5, taken_share=1.0)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.errors import AnabranchError
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 
 
 class LastTokens:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.engine.plan import SampledToken, SequencePlan, StepResult
 from anabranch.sampling.logprobs import Logprobs
+from anabranch.step.plan import SampledToken, SequencePlan, StepResult
 
 
 class PendingResult:

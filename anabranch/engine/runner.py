@@ -11,24 +11,24 @@ from typing import Protocol
 
 import torch
 
+from anabranch.attention.cp_batch import RingBatch, TreeBatch
+from anabranch.attention.paged import LayerSink, PagedAttention
+from anabranch.attention.pass_rule import PassRule
+from anabranch.attention.ring import RingAttention
+from anabranch.attention.tree import TreeAttention
+from anabranch.attention.tree_reduce import Reduction
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.attention import LayerSink, PagedAttention
-from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan, StepResult
 from anabranch.engine.sampling import RankSampler
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
-from anabranch.parallel.cp_batch import RingBatch, TreeBatch
-from anabranch.parallel.pass_rule import PassRule
-from anabranch.parallel.ring_attention import RingAttention
-from anabranch.parallel.tree_attention import TreeAttention
-from anabranch.parallel.tree_reduce import Reduction
 from anabranch.sampling.logprobs import Logprobs
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import StepPlan, StepResult
 
 
 class Batch(Protocol):
@@ -97,7 +97,7 @@ class Runner:
         self.pass_rule = pass_rule
         self.reduction = reduction
         self.programs = programs
-        self.sampler = RankSampler(model.lm_head, context, device)
+        self.sampler = RankSampler(model.attention.lm_head, context, device)
         self._last_tokens = LastTokens()
 
     @torch.inference_mode()
@@ -150,7 +150,7 @@ class Runner:
         batch, attention = self._lay_out(plan, sink)
         self._last_tokens.fill_in(plan, batch.token_ids_T)
         rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
-        share_SV = self.model.forward_share(batch.token_ids_T, batch.positions_T, attention, rows_S)
+        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, rows_S)
         return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:

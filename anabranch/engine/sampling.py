@@ -19,11 +19,11 @@ from dataclasses import replace
 
 import torch
 
-from anabranch.engine.plan import SampleSpec
 from anabranch.model.embedding import LmHead
 from anabranch.parallel.context import RankContext
 from anabranch.sampling.logprobs import Logprobs, token_logprobs
 from anabranch.sampling.sampler import Sampler
+from anabranch.step.plan import SampleSpec
 
 
 class RankSampler:

@@ -16,14 +16,14 @@ from collections import OrderedDict
 
 import torch
 
+from anabranch.attention.paged import PagedAttention
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.attention import PagedAttention
-from anabranch.engine.batch import ForwardBatch
 from anabranch.engine.last_tokens import LastTokens
-from anabranch.engine.plan import StepPlan
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.record import Program, StepRecorder
 from anabranch.model.transformer import Transformer
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class StepInputs:
     """
 
     def __init__(self, model: Transformer, kv: PagedKv, max_rows: int, max_blocks: int) -> None:
-        device, config = model.device, model.config
+        stack = model.attention
+        device, config = stack.device, stack.config
         self.max_rows = max_rows
         self.max_blocks = max_blocks
         self._block_size = kv.block_size
@@ -52,7 +53,7 @@ class StepInputs:
         self._starts_T1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._tables_BN = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._rows_T = torch.arange(max_rows, device=device)
-        self.hidden_TC = torch.zeros((max_rows, config.hidden_size), dtype=model.dtype, device=device)
+        self.hidden_TC = torch.zeros((max_rows, config.hidden_size), dtype=stack.dtype, device=device)
         self.cos_TD, self.sin_TD = (torch.zeros((max_rows, config.head_dim), device=device) for _ in range(2))
         # What each row of the tables was last written from.
         self._written: list[tuple[int, ...]] = [()] * max_rows
@@ -126,17 +127,18 @@ class StepPrograms:
             last_tokens: what the step before sampled, for sequences that follow it.
 
         Returns:
-            This rank's share of the logits (`Transformer.forward_share`), to be read before the next step.
+            This rank's share of the logits (`Transformer.forward`), to be read before the next step.
 
         Raises:
             PeerLost, DeadlineExceeded: another rank is gone or late.
         """
         count, inputs, model = len(plan.sequences), self._inputs, self._model
+        stack = model.attention
         batch = inputs.fill(plan)
         last_tokens.fill_in(plan, batch.token_ids_T)
         hidden_TC, cos_TD, sin_TD = inputs.hidden_TC[:count], inputs.cos_TD[:count], inputs.sin_TD[:count]
-        hidden_TC.copy_(model.embed(batch.token_ids_T))
-        for to_TD, from_TD in zip((cos_TD, sin_TD), model.rotary.forward(batch.positions_T), strict=True):
+        hidden_TC.copy_(stack.embed(batch.token_ids_T))
+        for to_TD, from_TD in zip((cos_TD, sin_TD), stack.rotary.forward(batch.positions_T), strict=True):
             to_TD.copy_(from_TD)
         key = self._key(plan)
         program = self._programs.get(key)

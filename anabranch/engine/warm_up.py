@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anabranch.engine.build import Engine
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.protocol.workers import Role
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 
 PROMPT_TOKENS = 128
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 
 from anabranch.cache.paged_kv import LayerKv
-from anabranch.engine.batch import ForwardBatch
 from anabranch.parallel.group import Group
+from anabranch.step.batch import ForwardBatch
 
 
 class Kernels(Protocol):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from anabranch.errors import DeadlineExceeded
-from anabranch.user_cache import cached_file
+from anabranch.system.user_cache import cached_file
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anabranch.parallel.merge import merge
+from anabranch.kernels.merge import merge
 
 
 def attend_flash(

@@ -12,7 +12,6 @@ Shape suffixes: T tokens, H query heads, K KV heads, D head dim, C keys, L rows 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,13 +20,14 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils._triton import has_triton
 
 from anabranch.cache.paged_kv import LayerKv, PagedKv
-from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.kernels.base import Kernels
+from anabranch.kernels.batch_plans import BatchPlans
+from anabranch.kernels.block_attention import flash_block
 from anabranch.kernels.flex_plan import Member, TilePlan, TileShape, round_up
 from anabranch.kernels.library import attend_library, block_library
 from anabranch.kernels.plain import PlainKernels, gather_context
-from anabranch.parallel.block_attention import flash_block
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
 
 if TYPE_CHECKING:  # from PyTorch 2.9 on
     from torch.nn.attention.flex_attention import FlexKernelOptions
@@ -43,8 +43,6 @@ MAX_TILE_BYTES = 16 << 10
 MIN_HEAD_DIM = 16
 # The compiled kernels count elements of a layer's pool in 32 bits.
 MAX_POOL_ELEMENTS = 1 << 31
-# Windows, and groups of sequences in tree attention, each have plans of their own in one step.
-MAX_PLANS = 16
 # Shapes are few (powers of two), but more than the compiler allows for one function by itself.
 MAX_COMPILED_SHAPES = 64
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -114,7 +112,7 @@ class FlexKernels(PlainKernels):
             config = torch._dynamo.config
             config.recompile_limit = max(config.recompile_limit, MAX_COMPILED_SHAPES)
             self._attend = torch.compile(attend_tiles, fullgraph=True)
-        self._plans: OrderedDict[tuple[object, ...], tuple[ForwardBatch, tuple[Laid, ...]]] = OrderedDict()
+        self._plans = BatchPlans[tuple[Laid, ...]]()
 
     def paged_attention(
         self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
@@ -127,7 +125,8 @@ class FlexKernels(PlainKernels):
         if not _reads_in_place(q_THD, kv):
             return self._gathered_attention(q_THD, kv, batch, scale, window)
         k_1KSD, v_1KSD = (x_SKD.transpose(0, 1).unsqueeze(0) for x_SKD in kv.slots())
-        laid = self._lay_out(q_THD, kv, batch, window)
+        key = (window, q_THD.shape, kv.k.shape)
+        laid = self._plans.get(batch, key, lambda: self._lay_out(q_THD, kv, batch, window))
         results = []
         for plan, mask, rows_T in laid:
             q_1KLD = plan.gather(q_THD if rows_T is None else q_THD[rows_T])
@@ -165,12 +164,7 @@ class FlexKernels(PlainKernels):
         return out_THD, lse_TH
 
     def _lay_out(self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, window: int | None) -> tuple[Laid, ...]:
-        """The plans of a batch, kept while its layers are computed: short queries apart from long ones."""
-        key = (id(batch), window, q_THD.shape, kv.k.shape)
-        known = self._plans.get(key)
-        # The batch is held, so no other can have its id.
-        if known is not None:
-            return known[1]
+        """The plans of a batch: short queries apart from long ones."""
         num_blocks, block_size, num_kv_heads, _ = kv.k.shape
         group = q_THD.shape[1] // num_kv_heads
         members: dict[int, list[Member]] = {}
@@ -190,9 +184,6 @@ class FlexKernels(PlainKernels):
             )
             plan = TilePlan.make(some, batch, shape, window)
             laid.append((plan, block_mask(plan), rows_T))
-        self._plans[key] = batch, tuple(laid)
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
         return tuple(laid)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anabranch.engine.batch import ForwardBatch
+from anabranch.step.batch import ForwardBatch
 
 # Tokens of a context that are worth a tile of their own.
 MIN_PART_TOKENS = 512

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from anabranch.kernels.block_attention import plain_block
+from anabranch.kernels.merge import merge
 from anabranch.kernels.plain import attend
-from anabranch.parallel.block_attention import plain_block
-from anabranch.parallel.merge import merge
 
 # Elements of a head that the kernels read at once, and the most that they take.
 HEAD_DIM_STEP = 8

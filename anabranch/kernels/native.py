@@ -12,17 +12,18 @@ from itertools import groupby, pairwise
 import torch
 
 from anabranch.cache.paged_kv import LayerKv
-from anabranch.engine.batch import ForwardBatch
 from anabranch.kernels.arena import Arena
 from anabranch.kernels.base import Kernels
+from anabranch.kernels.batch_plans import BatchPlans
 from anabranch.kernels.bindings import AttentionShape, bind_functions
+from anabranch.kernels.block_attention import flash_block
 from anabranch.kernels.compiler import NativeUnavailable, load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
 from anabranch.kernels.program import Recorder
 from anabranch.kernels.record import Recording
-from anabranch.parallel.block_attention import flash_block
 from anabranch.parallel.group import Group
+from anabranch.step.batch import ForwardBatch
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ get_num_threads = torch.get_num_threads
 class _AttentionCall:
     """The arguments that the layers of one step share, converted once."""
 
-    batch: ForwardBatch
-    key: tuple[object, ...]
     shape: AttentionShape
     long_sequences: tuple[int, ...]
     any_short: bool
@@ -87,7 +86,7 @@ class NativeKernels:
         self._functions = bind_functions(library, SUFFIXES[dtype])
         self._recorder: Recorder | None = None
         self._arena = Arena()
-        self._attention_call: _AttentionCall | None = None
+        self._attention_calls = BatchPlans[_AttentionCall]()
         max_rows = getattr(library, f"ab_max_linear_rows_{SUFFIXES[dtype]}")
         max_rows.argtypes, max_rows.restype = [c_long], c_long
         self._max_rows_of = max_rows
@@ -300,10 +299,8 @@ class NativeKernels:
             return self._plain.paged_attention(q_THD, kv, batch, scale, window)
         if head_dim % HEAD_DIM_STEP or scale <= 0:
             return self._plain.paged_attention(q_THD, kv, batch, scale, window)
-        call = self._attention_call
         key = (q_THD.stride(), kv.k.shape, scale, window)
-        if call is None or call.batch is not batch or call.key != key:
-            call = self._attention_call = self._plan_attention(q_THD, kv, batch, key)
+        call = self._attention_calls.get(batch, key, lambda: self._plan_attention(q_THD, kv, batch, scale, window))
         out_THD = torch.empty(q_THD.shape, dtype=self._dtype)
         lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32)
         arguments = (
@@ -378,9 +375,9 @@ class NativeKernels:
         return flash_block(q_THD, k_CKD, v_CKD, scale) if code else (out_THD, lse_TH)
 
     def _plan_attention(
-        self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, key: tuple[object, ...]
+        self, q_THD: torch.Tensor, kv: LayerKv, batch: ForwardBatch, scale: float, window: int | None
     ) -> _AttentionCall:
-        starts, (_, _, scale, window) = batch.query_starts, key
+        starts = batch.query_starts
         num_new = [stop - start for start, stop in pairwise(starts)]
         shape = AttentionShape(
             *q_THD.stride()[:2],
@@ -395,8 +392,6 @@ class NativeKernels:
             scale,
         )
         return _AttentionCall(
-            batch=batch,
-            key=key,
             shape=shape,
             long_sequences=tuple(b for b, n in enumerate(num_new) if n > MAX_SHORT_TOKENS),
             any_short=any(n <= MAX_SHORT_TOKENS for n in num_new),

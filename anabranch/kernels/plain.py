@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from anabranch.cache.paged_kv import LayerKv
-from anabranch.engine.batch import ForwardBatch
 from anabranch.parallel.group import Group
+from anabranch.step.batch import ForwardBatch
 
 # Rows of queries whose scores exist at once: bounds the score matrix to `H x 512 x context` floats.
 MAX_SCORE_ROWS = 512

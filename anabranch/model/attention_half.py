@@ -68,17 +68,6 @@ class AttentionHalf:
         self._head_dim = head_dim
         self._widths = [len(q_rows), len(kv_rows), len(kv_rows)]
 
-    def forward(
-        self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
-    ) -> torch.Tensor:
-        """`[T, C] -> [T, C]`, with the residual added; `attention` keeps the new K and V."""
-        normed_TC = self._kernels.rms_norm(hidden_TC, self.input_norm_C, self._eps)
-        return hidden_TC + self._attend(normed_TC, cos_TD, sin_TD, attention)
-
-    def route(self, hidden_TC: torch.Tensor) -> FfnInput:
-        """What the other half is given: the normed rows and, where the layer is sparse, their experts."""
-        return self._choose(self._kernels.rms_norm(hidden_TC, self.post_norm_C, self._eps))
-
     def step(
         self,
         hidden_TC: torch.Tensor,
@@ -87,9 +76,10 @@ class AttentionHalf:
         sin_TD: torch.Tensor,
         attention: Attention,
     ) -> tuple[torch.Tensor, FfnInput]:
-        """`forward`, then `route`, with each residual and the norm after it in one pass.
+        """The whole half, with each residual and the norm after it in one pass.
 
         Args:
+            hidden_TC: without the answer of the layer before.
             answer_TC: what the FFN half of the layer before answered, not yet added to `hidden_TC`; None: nothing.
 
         Returns:

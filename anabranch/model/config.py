@@ -8,7 +8,6 @@ import math
 import msgspec
 
 from anabranch.errors import CheckpointError
-from anabranch.parallel.layout import DTYPE_BYTES
 
 # Positions are counted in 32 bits in places.
 MAX_CONTEXT = (1 << 31) - 1
@@ -123,10 +122,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's FFN is a mixture of experts."""
         return self.moe is not None and self.moe.sparse_layers[layer]
-
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V of one token, all layers and heads, in float32, bfloat16 or float16."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
     def fingerprint(self) -> str:
         """32 hex digits that two pools compare to know that they serve the same model."""

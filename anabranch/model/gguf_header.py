@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 
 from anabranch.errors import CheckpointError
-from anabranch.files import open_regular
 from anabranch.model.config_bounds import MAX_EXPERTS
+from anabranch.system.files import open_regular
 
 MAX_TENSORS = 100_000
 MAX_FIELDS = 10_000

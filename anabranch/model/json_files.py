@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from anabranch.errors import CheckpointError
-from anabranch.files import read_regular
+from anabranch.system.files import read_regular
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_CONFIG_VALUES = 200_000

@@ -9,12 +9,15 @@ import torch
 
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.plain import PlainKernels
+from anabranch.model.attention_stack import AttentionStack
 from anabranch.model.config import ModelConfig
-from anabranch.model.loader import Progress, check_finite
+from anabranch.model.ffn_stack import FfnStack
+from anabranch.model.loader import Progress, WeightLoader, check_finite
 from anabranch.model.sources import ModelSource, resolve_model
-from anabranch.model.transformer import Transformer
+from anabranch.model.transformer import Transformer, smallest_ffn
 from anabranch.model.weights import WeightSource
 from anabranch.parallel.group import Group, SingleRank
+from anabranch.parallel.split import check_tp
 
 DIGEST_SAMPLE = 64
 
@@ -48,7 +51,7 @@ def load_model(
     with weights:
         check_weights(config, weights)
         config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
-        transformer = Transformer(
+        transformer = load_transformer(
             config, weights, dtype=dtype, device=device, kernels=kernels, group=group, progress=progress
         )
     return config, transformer
@@ -57,13 +60,42 @@ def load_model(
 def check_weights(config: ModelConfig, weights: WeightSource) -> None:
     """Compare names, shapes and dtypes of all tensors with the configuration, by the files' headers alone.
 
-    It is the model's own constructor that asks for every tensor, so that what is checked is what will be loaded.
+    It is the model's own constructors that ask for every tensor, so that what is checked is what will be loaded.
 
     Raises:
         CheckpointError: a tensor is missing, too many, or of another shape or dtype.
     """
     meta = torch.device("meta")
-    Transformer(config, weights, dtype=torch.float32, device=meta, kernels=PlainKernels(), group=SingleRank())
+    load_transformer(config, weights, dtype=torch.float32, device=meta, kernels=PlainKernels(), group=SingleRank())
+
+
+def load_transformer(
+    config: ModelConfig,
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    group: Group,
+    progress: Progress | None = None,
+) -> Transformer:
+    """This rank's part of both stacks.
+
+    Args:
+        source: checkpoint; only this rank's slices are read.
+        dtype: of weights and activations.
+        kernels: what the layers compute with.
+        group: ranks that the layers are sharded over.
+
+    Raises:
+        ConfigError: the group is larger than the model can be cut.
+        CheckpointError: the checkpoint is broken or contradicts the configuration.
+    """
+    check_tp(group.size, config.num_heads, smallest_ffn(config))
+    loader = WeightLoader(config, source, dtype, device, num_parts=2 * config.num_layers + 2, progress=progress)
+    transformer = Transformer(AttentionStack(loader, kernels, group), FfnStack(loader, kernels, group))
+    loader.finish("attention", "ffn")
+    return transformer
 
 
 def weights_digest(source: WeightSource) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -16,6 +18,15 @@ Progress = Callable[[int, int], None]
 
 # What old checkpoints carry although it follows from the configuration.
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+Stack = Literal["attention", "ffn"]
+# The gate is named among the experts, and belongs to attention: rows must know where to go before they leave.
+_FFN_NAME = re.compile(r"model\.layers\.\d+\.(mlp|block_sparse_moe)\.(?!gate\.)")
+
+
+def stack_of(name: str) -> Stack:
+    """Which of a model's two stacks a tensor belongs to; what no layer's FFN is called like is attention's."""
+    return "ffn" if _FFN_NAME.match(name) else "attention"
 
 
 def check_finite(values: torch.Tensor, name: str, source: WeightSource) -> None:
@@ -35,15 +46,34 @@ class WeightLoader:
 
     Args:
         dtype: of the tensors filled; the file's own is converted on the way.
+        num_parts: how often `part_done` will be called.
+        progress: told of each part.
     """
 
-    def __init__(self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_parts: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
         self.config = config
         self.source = source
         self.dtype = dtype
         self.device = device
         self._used: set[str] = set()
         self._names = frozenset(source.names())
+        self._num_parts = num_parts
+        self._num_done = 0
+        self._progress = progress
+
+    def part_done(self) -> None:
+        """A layer's half, or what comes before the first or after the last, is loaded."""
+        self._num_done += 1
+        if self._progress is not None:
+            self._progress(self._num_done, self._num_parts)
 
     def has(self, name: str) -> bool:
         return name in self._names
@@ -81,10 +111,18 @@ class WeightLoader:
         self.fill(out, name, shape)
         return out
 
-    def finish(self) -> None:
-        """Raise CheckpointError if the checkpoint holds tensors that the configuration has no place for."""
+    def finish(self, *stacks: Stack) -> None:
+        """Raise CheckpointError if the checkpoint holds tensors that the configuration has no place for.
+
+        Args:
+            stacks: those that were loaded; tensors of the other are left to other processes on purpose.
+        """
         ignored = {"lm_head.weight"} if self.config.tie_embeddings else set()
-        extra = sorted(n for n in self._names - self._used - ignored if not n.endswith(DERIVED_SUFFIXES))
+        extra = sorted(
+            name
+            for name in self._names - self._used - ignored
+            if stack_of(name) in stacks and not name.endswith(DERIVED_SUFFIXES)
+        )
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise CheckpointError(

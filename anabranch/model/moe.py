@@ -5,6 +5,8 @@ Shape suffixes: T tokens, C hidden, F features, E experts, S chosen experts of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
@@ -38,16 +40,32 @@ class Gate:
 
 
 class MoeFfn:
-    """All experts of a layer, each sliced by rank along its features, and the shared expert if there is one."""
+    """Experts of a layer, each sliced by rank along its features, and the shared expert if there is one.
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int) -> None:
+    Args:
+        experts: ids of those that are held; None: all. What a token's other choices would add is left out.
+    """
+
+    def __init__(
+        self,
+        loader: WeightLoader,
+        kernels: Kernels,
+        group: Group,
+        layer: int,
+        experts: Sequence[int] | None = None,
+    ) -> None:
         config = loader.config
         moe = config.moe
         assert moe is not None
         held = split_range(moe.expert_intermediate, group.size, group.rank)
-        self.gate_up_EFC = loader.empty(moe.num_experts, 2 * len(held), config.hidden_size)
-        self.down_ECF = loader.empty(moe.num_experts, config.hidden_size, len(held))
+        self.experts = tuple(range(moe.num_experts) if experts is None else experts)
+        self.gate_up_EFC = loader.empty(len(self.experts), 2 * len(held), config.hidden_size)
+        self.down_ECF = loader.empty(len(self.experts), config.hidden_size, len(held))
         self._fill(loader, expert_names(loader, layer), held)
+        self._place_of_E: torch.Tensor | None = None
+        if self.experts != tuple(range(moe.num_experts)):
+            self._place_of_E = torch.full((moe.num_experts,), -1, dtype=torch.int64, device=loader.device)
+            self._place_of_E[list(self.experts)] = torch.arange(len(self.experts), device=loader.device)
         self.shared: DenseFfn | None = None
         if moe.shared_expert_intermediate:
             prefix = f"model.layers.{layer}.mlp"
@@ -69,8 +87,9 @@ class MoeFfn:
         features, hidden = loader.config.moe.expert_intermediate, loader.config.hidden_size
         count = len(held)
         rows = slice(held.start, held.stop)
-        for expert in range(loader.config.moe.num_experts):
-            gate_FC, up_FC = self.gate_up_EFC[expert, :count], self.gate_up_EFC[expert, count:]
+        for place, expert in enumerate(self.experts):
+            gate_FC, up_FC = self.gate_up_EFC[place, :count], self.gate_up_EFC[place, count:]
+            down_CF = self.down_ECF[place]
             if names.fused:
                 one = slice(expert, expert + 1)
                 gate_up_shape = (loader.config.moe.num_experts, 2 * features, hidden)
@@ -79,18 +98,20 @@ class MoeFfn:
                 every = slice(None)
                 loader.fill(gate_FC.unsqueeze(0), names.gate_proj, gate_up_shape, (one, rows, every))
                 loader.fill(up_FC.unsqueeze(0), names.up_proj, gate_up_shape, (one, up_rows, every))
-                loader.fill(self.down_ECF[one], names.down_proj, down_shape, (one, every, rows))
+                loader.fill(down_CF.unsqueeze(0), names.down_proj, down_shape, (one, every, rows))
             else:
                 every = slice(None)
                 loader.fill(gate_FC, names.gate_proj.format(expert), (features, hidden), (rows, every))
                 loader.fill(up_FC, names.up_proj.format(expert), (features, hidden), (rows, every))
-                loader.fill(self.down_ECF[expert], names.down_proj.format(expert), (hidden, features), (every, rows))
+                loader.fill(down_CF, names.down_proj.format(expert), (hidden, features), (every, rows))
 
     def forward(self, rows: FfnInput) -> torch.Tensor:
         """See `FfnHalf.forward`; one all-reduce for the chosen experts and the shared one together."""
         normed_TC, weights_TS, experts_TS = rows
         assert weights_TS is not None
         assert experts_TS is not None
+        if self._place_of_E is not None:
+            experts_TS = self._place_of_E[experts_TS]
         out_TC = self._kernels.experts(normed_TC, weights_TS, experts_TS, self.gate_up_EFC, self.down_ECF)
         if self.shared is not None:
             share_T1 = torch.sigmoid(self._kernels.linear(normed_TC, self.shared_gate_1C, None))

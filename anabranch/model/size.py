@@ -11,20 +11,29 @@ _ROTARY_BYTES = 4
 
 def weight_bytes(config: ModelConfig, dtype: str, tp: int = 1) -> int:
     """Bytes of the weights of the tensor-parallel rank that holds most, in float32, bfloat16 or float16."""
-    num_elements = max(_rank_elements(config, tp, rank) for rank in range(tp))
-    return num_elements * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.head_dim
+    return max(attention_bytes(config, dtype, tp, rank) + ffn_bytes(config, dtype, tp, rank) for rank in range(tp))
 
 
-def _rank_elements(config: ModelConfig, tp: int, rank: int) -> int:
+def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
+    """Bytes of an `AttentionStack`."""
     vocabulary = padded_share(config.vocab_size, tp, rank)[0] * config.hidden_size
     count = vocabulary if config.tie_embeddings else 2 * vocabulary
     for layer in range(config.num_layers):
         count += _attention_elements(config, tp, rank)
         if config.moe is not None and config.is_sparse(layer):
+            count += config.moe.num_experts * config.hidden_size  # the gate
+    return (count + config.hidden_size) * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.head_dim
+
+
+def ffn_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
+    """Bytes of an `FfnStack` with all experts, without the table of those that it holds."""
+    count = 0
+    for layer in range(config.num_layers):
+        if config.moe is not None and config.is_sparse(layer):
             count += _experts_elements(config, config.moe, tp, rank)
         else:
             count += _dense_elements(config, config.intermediate_size, tp, rank, bias=config.mlp_bias)
-    return count + config.hidden_size
+    return count * DTYPE_BYTES[dtype]
 
 
 def _attention_elements(config: ModelConfig, tp: int, rank: int) -> int:
@@ -44,8 +53,7 @@ def _dense_elements(config: ModelConfig, num_features: int, tp: int, rank: int, 
 
 
 def _experts_elements(config: ModelConfig, moe: MoeConfig, tp: int, rank: int) -> int:
-    gate = moe.num_experts * config.hidden_size
     experts = moe.num_experts * _dense_elements(config, moe.expert_intermediate, tp, rank)
     if not moe.shared_expert_intermediate:
-        return gate + experts
-    return gate + experts + _dense_elements(config, moe.shared_expert_intermediate, tp, rank) + config.hidden_size
+        return experts
+    return experts + _dense_elements(config, moe.shared_expert_intermediate, tp, rank) + config.hidden_size

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from anabranch.errors import CheckpointError
 from anabranch.model.config import ModelConfig
-from anabranch.sampling.params import MAX_MODEL_STOP_IDS
+from anabranch.request.sampling_params import MAX_MODEL_STOP_IDS
 
 
 def stop_ids(config: ModelConfig, of_tokenizer: Sequence[int]) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from anabranch.errors import CheckpointError
-from anabranch.files import open_regular
 from anabranch.model.json_files import read_json_object
+from anabranch.system.files import open_regular
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from anabranch.bounds import Extent, Name
 from anabranch.errors import ConfigError
 from anabranch.parallel.split import kv_heads_of
-
-TokenSharding = Literal["block_cyclic", "zigzag"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,9 +16,8 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Rank order is `rank = cp_rank * tp + tp_rank`. A TP rank holds a contiguous range of KV heads, nearly
     even, the first ranks one more; where `tp` exceeds `num_kv_heads`, several TP ranks hold the same head
-    (replicas). A CP rank holds some of the
-    tokens, by `sharding`: `block_cyclic` gives block `b` to CP rank `b % cp`; `zigzag` cuts each chunk
-    into `2 * cp` pieces and gives rank r pieces r and `2 * cp - 1 - r`.
+    (replicas). Tokens lie block-cyclic: block `b`
+    is CP rank `b % cp`'s.
 
     Attributes:
         dtype: element type of K and V: float32, bfloat16 or float16.
@@ -32,7 +27,6 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         block_size: tokens per block.
         tp: tensor-parallel degree.
         cp: context-parallel degree.
-        sharding: which tokens a CP rank holds.
     """
 
     dtype: Name
@@ -42,7 +36,6 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_size: Extent
     tp: Extent = 1
     cp: Extent = 1
-    sharding: TokenSharding = "block_cyclic"
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "num_kv_heads", "head_dim", "block_size", "tp", "cp"):

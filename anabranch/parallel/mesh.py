@@ -41,25 +41,11 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def world_size(self) -> int:
         return self.tp * self.cp
 
-    def rank_of(self, *, tp_rank: int, cp_rank: int) -> int:
-        assert 0 <= tp_rank < self.tp, (tp_rank, self)
-        assert 0 <= cp_rank < self.cp, (cp_rank, self)
-        return cp_rank * self.tp + tp_rank
-
     def tp_rank(self, rank: int) -> int:
         return self._known(rank) % self.tp
 
     def cp_rank(self, rank: int) -> int:
         return self._known(rank) // self.tp
-
-    def tp_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks of `rank`'s tensor-parallel group, itself among them, in order."""
-        first = self.cp_rank(rank) * self.tp
-        return tuple(range(first, first + self.tp))
-
-    def cp_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks of `rank`'s context-parallel group, itself among them, in order."""
-        return tuple(range(self.tp_rank(rank), self.world_size, self.tp))
 
     def _known(self, rank: int) -> int:
         assert 0 <= rank < self.world_size, (rank, self)
@@ -88,14 +74,6 @@ def rank_devices(mesh: Mesh, device: str, num_devices: int) -> tuple[str, ...]:
             "lower the degrees or give the worker more devices",
         )
     return tuple(f"{kind}:{first + rank}" for rank in range(mesh.world_size))
-
-
-def check_world(mesh: Mesh, world_size: int) -> None:
-    """Raise ConfigError where the ranks that were started are not the mesh's."""
-    if mesh.world_size != world_size:
-        raise ConfigError(
-            "world_size", world_size, f"must be tp x cp = {mesh.tp} x {mesh.cp} = {mesh.world_size} ranks"
-        )
 
 
 def check_model(mesh: Mesh, *, num_heads: int, intermediate_size: int) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from anabranch.errors import ConfigError
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.split import split_range
-from anabranch.parallel.zigzag import zigzag_share
 
 _MUST_AGREE = ("num_layers", "num_kv_heads", "head_dim", "dtype")
 
@@ -40,13 +39,7 @@ class Copy:
 
 
 def tokens_of(layout: KvLayout, cp_rank: int, tokens: range) -> list[range]:
-    """Which of `tokens` a CP rank holds: ascending, not empty, no two adjacent.
-
-    Args:
-        tokens: a run of positions; with zigzag sharding, the whole chunk that was cut.
-    """
-    if layout.sharding == "zigzag":
-        return _joined(zigzag_share(tokens, layout.cp, cp_rank))
+    """Which of a run of positions a CP rank holds: ascending, not empty, no two adjacent."""
     if not tokens:
         return []
     if layout.cp == 1:
@@ -56,17 +49,6 @@ def tokens_of(layout: KvLayout, cp_rank: int, tokens: range) -> list[range]:
     first_block += (cp_rank - first_block) % layout.cp
     blocks = range(first_block, (tokens.stop - 1) // size + 1, layout.cp)
     return _joined(range(max(b * size, tokens.start), min((b + 1) * size, tokens.stop)) for b in blocks)
-
-
-def local_slot(layout: KvLayout, token: int) -> tuple[int, int]:
-    """Where block-cyclic sharding puts a token: `(CP rank, index among the tokens of that rank)`.
-
-    The index counts whole blocks: block b is number `b // cp` on its rank, so the rank's block table entry is
-    `index // block_size`.
-    """
-    assert layout.sharding == "block_cyclic"
-    block, offset = divmod(token, layout.block_size)
-    return block % layout.cp, block // layout.cp * layout.block_size + offset
 
 
 def plan_reshard(
@@ -80,7 +62,7 @@ def plan_reshard(
     """The copies that bring `tokens` from every source rank to every destination rank.
 
     Args:
-        tokens: positions; with zigzag sharding on either side, the whole chunk that was cut.
+        tokens: positions.
         wanted: of these, the ones to be sent; None: all. A destination that holds a prefix wants the rest.
         source_rank: plan what this rank sends alone; None: what all do.
 

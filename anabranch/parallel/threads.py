@@ -16,9 +16,9 @@ from typing import TypeVar, cast
 
 import torch
 
-from anabranch.clock import wait_for
 from anabranch.errors import DeadlineExceeded, PeerLost, TransportError
 from anabranch.parallel.exchange import check_post, check_sizes
+from anabranch.system.clock import wait_for
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT_S = 30.0
@@ -126,19 +126,6 @@ class ThreadGroup:
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """All ranks' `x`, joined along `dim` in rank order."""
         return torch.cat(self._meet("all_gather", x.clone()), dim)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
-        if x.shape[dim] % self.size:
-            raise ValueError(f"dim {dim} of shape {tuple(x.shape)} is no multiple of the {self.size} ranks; pad it")
-        parts = self._meet("reduce_scatter", x.clone())
-        return self._sum([part.chunk(self.size, dim)[self.rank] for part in parts]).contiguous()
-
-    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
-        """Rank `root`'s bytes, on every rank; `timeout_s` is not looked at."""
-        value = self._meet("broadcast", data)[root]
-        assert value is not None, f"rank {root} has nothing to broadcast"
-        return value
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""

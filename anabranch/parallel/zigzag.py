@@ -24,8 +24,3 @@ def zigzag_share(tokens: range, cp: int, rank: int) -> tuple[range, range]:
     """
     assert 0 <= rank < cp
     return piece(tokens, cp, rank), piece(tokens, cp, 2 * cp - 1 - rank)
-
-
-def plain_share(tokens: range, cp: int, rank: int) -> tuple[range, range]:
-    """Consecutive tokens instead, as two pieces: what zigzag is measured against."""
-    return piece(tokens, cp, 2 * rank), piece(tokens, cp, 2 * rank + 1)

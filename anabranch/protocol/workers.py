@@ -17,7 +17,9 @@ from msgspec import Meta
 
 from anabranch.bounds import Count, Extent, Name, Place, Seconds
 from anabranch.protocol.kv import MAX_PLANES, KvDestination, KvStreamStats
-from anabranch.protocol.requests import EndReason, Request, Token, WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.request.request import EndReason, Request
+from anabranch.request.token import Token
 
 Role = Literal["prefill", "decode", "colocated"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from anabranch.engine.plan import SampleSpec
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.request.token import TokenLogprob
+from anabranch.step.plan import SampleSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.engine.plan import SampleSpec
+from anabranch.step.plan import SampleSpec
 
 
 def apply_penalties(logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> torch.Tensor:

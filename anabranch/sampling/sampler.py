@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import torch
 
-from anabranch.engine.plan import SampleSpec
 from anabranch.errors import InvalidRequest
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.request.token import TokenLogprob
 from anabranch.sampling.filters import Filters, draw, survivors
 from anabranch.sampling.logprobs import token_logprobs
 from anabranch.sampling.noise import gumbel_noise, noise_key
 from anabranch.sampling.penalties import apply_penalties
+from anabranch.step.plan import SampleSpec
 
 # Colder than this a softmax in float32 is an argmax.
 _MIN_TEMPERATURE = 1e-5

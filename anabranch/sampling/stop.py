@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 
 StopReason = Literal["stop", "length"]
 
@@ -36,8 +36,3 @@ class StopChecker:
     def is_full(self, params: SamplingParams, *, num_output: int, num_tokens: int) -> bool:
         """Whether an answer of this length ends whatever its last token is; see `check`."""
         return (params.max_tokens is not None and num_output >= params.max_tokens) or num_tokens >= self.max_context
-
-    def max_output(self, params: SamplingParams, num_prompt: int) -> int:
-        """Most tokens that a prompt of `num_prompt` tokens can generate."""
-        room = max(0, self.max_context - num_prompt)
-        return room if params.max_tokens is None else min(room, params.max_tokens)

@@ -13,9 +13,10 @@ from anabranch.engine.build import Engine
 from anabranch.errors import ConfigError
 from anabranch.parallel.placement import BlockCyclic
 from anabranch_client import Client, ContextExceeded, Sampling, Tokens
-from decode.commands import DecodeEvent
-from decode.rank import ROOM, DecodeRank
+from decode.rank import ROOM
 from decode.worker import DecodeWorker
+from runtime.generation.commands import GenerationEvent
+from runtime.generation.rank import GenerationRank
 from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.known import Known
 
@@ -34,19 +35,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 
 @pytest.fixture
-def held_ranks(monkeypatch: pytest.MonkeyPatch) -> list[DecodeRank]:
+def held_ranks(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRank]:
     """The ranks of the workers that a test starts, as they are made."""
-    ranks: list[DecodeRank] = []
+    ranks: list[GenerationRank] = []
 
-    def make(config: WorkerConfig, engine: Engine, emit: Callable[[DecodeEvent], None]) -> DecodeRank:
-        ranks.append(DecodeRank(config, engine, emit))
+    def make(config: WorkerConfig, engine: Engine, emit: Callable[[GenerationEvent], None]) -> GenerationRank:
+        ranks.append(GenerationRank(config, engine, emit))
         return ranks[-1]
 
-    monkeypatch.setattr("decode.ranks.ROOM", msgspec.structs.replace(ROOM, make_rank=make))
+    monkeypatch.setattr("runtime.generation.ranks.ROOM", msgspec.structs.replace(ROOM, make_rank=make))
     return ranks
 
 
-def num_written(rank: DecodeRank) -> int:
+def num_written(rank: GenerationRank) -> int:
     """Tokens whose KV of all layers a rank holds."""
     # [layers, K and V, blocks, block, heads, dim]
     return int(rank.engine.kv.data.ne(0).any(-1).any(-1).all(0).all(0).sum())
@@ -54,7 +55,7 @@ def num_written(rank: DecodeRank) -> int:
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)])
 def test_a_rank_holds_its_share_to_the_block(
-    tp: int, cp: int, model: Known, held_ranks: list[DecodeRank], tmp_path: Path
+    tp: int, cp: int, model: Known, held_ranks: list[GenerationRank], tmp_path: Path
 ) -> None:
     prompt, _ = model.clear(777, 1)
     pool_bytes = NUM_BLOCKS // cp * model.block_bytes(BLOCK) // tp

@@ -12,11 +12,11 @@ from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.config.worker import DtypeName, WorkerConfig
 from anabranch.engine.build import build_engine
 from anabranch.engine.device import TORCH_DTYPES
-from anabranch.engine.sequence import Sequence
-from anabranch.protocol.requests import Request
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker
-from decode.scheduler import DecodeScheduler
+from anabranch.schedule.generation import GenerationScheduler
+from anabranch.schedule.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def engine_answers(
             kv_cache_bytes=kv_cache_bytes,
         )
     )
-    scheduler = DecodeScheduler(
+    scheduler = GenerationScheduler(
         KvCacheManager(num_blocks=engine.kv.num_blocks, block_size=engine.kv.block_size, prefix_cache=False),
         StopChecker(max_context=engine.max_context),
         computes_prompts=True,

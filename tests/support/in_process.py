@@ -20,8 +20,8 @@ from typing import TypeVar
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
 from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
+from anabranch.step.plan import StepPlan
 from anabranch_client import CallCancelled, Client, Unavailable
 from decode.worker import DecodeWorker
 from orchestrator.resolved_model import CheckpointModel

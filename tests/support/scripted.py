@@ -12,7 +12,6 @@ import msgspec
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.protocol.kv import KvDestination
-from anabranch.protocol.requests import Request
 from anabranch.protocol.workers import (
     Beat,
     Ended,
@@ -25,7 +24,8 @@ from anabranch.protocol.workers import (
     ToOrchestrator,
     ToWorker,
 )
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import SamplingParams
 from decode.worker import DecodeWorker
 from prefill.worker import PrefillWorker
 from runtime.worker import Worker

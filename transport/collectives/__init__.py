@@ -1,13 +1,13 @@
-"""Collectives between the ranks of one worker: sums, gathers, transfers, step plans.
+"""Collectives between the ranks of one worker: sums, gathers, transfers.
 
     world = create_group("auto", rank=rank, size=mesh.world_size, rendezvous=folder, device="cpu")
-    groups = split_mesh(world, mesh)            # .world, .tp, .cp
-    plan = world.broadcast(encoded_plan)        # rank 0 gives bytes, the others None
-    hidden = groups.tp.all_reduce(hidden)
-    handle = groups.cp.post([k, v], next_rank, [next_k, next_v], previous_rank)
+    tp, cp = world.split(mesh.cp_rank(rank)), world.split(mesh.tp_rank(rank))
+    hidden = tp.all_reduce(hidden)
+    handle = cp.post([k, v], next_rank, [next_k, next_v], previous_rank)
     ...                                         # the bytes travel while this rank computes
     handle.wait()
-    groups.close()
+    for group in (tp, cp, world):
+        group.close()
 
 `folder` is private to the worker's ranks and used once: their parent makes it with mode 0700, starts the ranks,
 and removes it when they are gone. Every wait has a deadline; a rank that dies, stalls or aborts ends all others'
@@ -23,16 +23,13 @@ In tests, ranks are threads: `anabranch.parallel.threads.run_ranks`. A group tha
 each host first and then between hosts; `split` by host gives both levels.
 """
 
-from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, CollectiveGroup
-from transport.collectives.registry import BACKENDS, MeshGroups, choose_backend, create_group, split_mesh
+from transport.collectives.base import COLLECTIVE_TIMEOUT_S, CollectiveGroup
+from transport.collectives.registry import BACKENDS, choose_backend, create_group
 
 __all__ = [
     "BACKENDS",
     "COLLECTIVE_TIMEOUT_S",
-    "MAX_BROADCAST_BYTES",
     "CollectiveGroup",
-    "MeshGroups",
     "choose_backend",
     "create_group",
-    "split_mesh",
 ]

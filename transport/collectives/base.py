@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-
 from anabranch.parallel.exchange import Exchange
 from anabranch.parallel.group import Group
 
 COLLECTIVE_TIMEOUT_S = 30.0
-MAX_BROADCAST_BYTES = 64 << 20
 
 
 class CollectiveGroup(Group, Exchange, Protocol):
-    """Ranks that compute one model together: sums, gathers, transfers and step plans.
+    """Ranks that compute one model together: sums, gathers and transfers.
 
     Every wait ends within `collective_timeout_s`. Raises, from every call that waits:
         PeerLost: a rank died or left, or the group was aborted; the message names the rank.
@@ -35,18 +32,6 @@ class CollectiveGroup(Group, Exchange, Protocol):
     backend: str
     collective_timeout_s: float
 
-    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
-        ...
-
-    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
-        """Rank `root`'s `data` (a step plan, as MessagePack) on every rank; the others pass None.
-
-        Args:
-            timeout_s: instead of `collective_timeout_s`, for a rank that waits for work.
-        """
-        ...
-
     def barrier(self) -> None:
         """Return when every rank has called it."""
         ...
@@ -62,12 +47,3 @@ class CollectiveGroup(Group, Exchange, Protocol):
     def close(self) -> None:
         """Leave the group and release what it holds; idempotent. Sub-groups are closed on their own."""
         ...
-
-
-def split_dim(x: torch.Tensor, dim: int, size: int) -> tuple[int, int]:
-    """`(dim from 0, share)` for a dimension that `size` ranks share. Raises ValueError where it is uneven."""
-    dim %= x.dim()
-    length = x.shape[dim]
-    if length % size:
-        raise ValueError(f"dim {dim} of shape {tuple(x.shape)}: {length} is no multiple of the {size} ranks; pad it")
-    return dim, length // size

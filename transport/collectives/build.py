@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from anabranch.errors import DeadlineExceeded, TransportUnavailable
@@ -21,7 +21,7 @@ from anabranch.kernels.compiler import (
     NativeUnavailable,
     find_compiler,
 )
-from anabranch.user_cache import cached_file
+from anabranch.system.user_cache import cached_file
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,10 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "populate": (None, (c_void_p, c_uint64)),
     "all_reduce": (c_int, (c_void_p, c_void_p, c_uint64, c_int)),
     "all_gather": (c_int, (c_void_p, c_void_p, c_void_p, c_uint64, c_uint64)),
-    "reduce_scatter": (c_int, (c_void_p, c_void_p, c_void_p, c_uint64, c_int)),
     "barrier": (c_int, (c_void_p,)),
-    "notify": (c_int, (c_void_p, c_char_p, c_uint64, c_double)),
-    "await_notice": (c_int, (c_void_p, c_int, POINTER(c_uint64), c_double)),
-    "take_notice": (c_int, (c_void_p, c_int, c_void_p, c_uint64)),
     "post": (c_int64, (c_void_p, c_void_p, c_int, c_int, c_int, c_int)),
     "wait": (c_int, (c_void_p, c_void_p)),
     "free": (None, (c_void_p,)),
-    "ping": (c_double, (c_void_p, c_void_p, c_uint64, c_int)),
     "reason": (c_int, (c_void_p, c_char_p)),
     "abort": (None, (c_void_p, c_char_p)),
     "close": (None, (c_void_p,)),

@@ -1,13 +1,11 @@
-"""Groups by name: which there are here, which to use, how to make one, and the axes of a mesh."""
+"""Groups by name: which there are here, which to use, and how to make one."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.errors import ConfigError, TransportUnavailable
-from anabranch.parallel.mesh import Mesh, check_world
 from transport.collectives import rendezvous as meeting
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, CollectiveGroup
 
@@ -15,26 +13,6 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "shm", "gloo", "nccl")
 START_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshGroups:
-    """One rank's groups: all ranks of the worker, and its row and column of the mesh."""
-
-    mesh: Mesh
-    world: CollectiveGroup
-    tp: CollectiveGroup
-    cp: CollectiveGroup
-
-    def abort(self, reason: str) -> None:
-        """End every wait in any of the three groups."""
-        for group in (self.world, self.tp, self.cp):
-            group.abort(reason)
-
-    def close(self) -> None:
-        """Leave all three groups. Idempotent."""
-        for group in (self.tp, self.cp, self.world):
-            group.close()
 
 
 def create_group(
@@ -85,18 +63,6 @@ def create_group(
         collective_timeout_s=collective_timeout_s,
         start_timeout_s=start_timeout_s,
     )
-
-
-def split_mesh(world: CollectiveGroup, mesh: Mesh) -> MeshGroups:
-    """The tensor- and context-parallel groups of this rank; every rank calls it.
-
-    Raises:
-        ConfigError: the group's size is not the mesh's.
-    """
-    check_world(mesh, world.size)
-    tp = world.split(mesh.cp_rank(world.rank))
-    cp = world.split(mesh.tp_rank(world.rank))
-    return MeshGroups(mesh=mesh, world=world, tp=tp, cp=cp)
 
 
 def choose_backend(device: str) -> str:

@@ -12,8 +12,8 @@ import stat
 import time
 from pathlib import Path
 
-from anabranch.clock import awake_s
 from anabranch.errors import ConfigError, DeadlineExceeded
+from anabranch.system.clock import awake_s
 
 _POLL_S = 0.002
 _MAX_TICKET_BYTES = 4096

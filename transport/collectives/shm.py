@@ -26,7 +26,7 @@ from anabranch.parallel.exchange import check_post
 from anabranch.parallel.group import NativeReduce
 from anabranch.parallel.mesh import MAX_RANKS
 from transport.collectives.arena import Arena
-from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
+from transport.collectives.base import COLLECTIVE_TIMEOUT_S
 from transport.collectives.build import load_library
 from transport.collectives.rendezvous import Patience, check_folder, leave_ticket, read_ticket
 from transport.collectives.segment import TOKEN_BYTES, Ticket, make_segment, open_segment
@@ -131,46 +131,6 @@ class ShmGroup:
             raise self._error(code)
         return out
 
-    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
-        dim, share = split_dim(x, dim, self.size)
-        dtype = _DTYPES.get(x.dtype)
-        if dtype is None:
-            raise ValueError(f"x: cannot sum {x.dtype} in shared memory")
-        x = x.movedim(dim, 0).contiguous()
-        out = x.new_empty((share, *x.shape[1:]))
-        code = self._library.anabranch_reduce_scatter(self._native, x.data_ptr(), out.data_ptr(), out.numel(), dtype)
-        if code:
-            raise self._error(code)
-        return out.movedim(0, dim)
-
-    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
-        """Rank `root`'s `data` on every rank. The root does not wait until short data is read.
-
-        Raises:
-            ValueError: data longer than MAX_BROADCAST_BYTES.
-        """
-        timeout_s = self.collective_timeout_s if timeout_s is None else timeout_s
-        if self.rank == root:
-            assert data is not None, "the root has something to say"
-            if len(data) > MAX_BROADCAST_BYTES:
-                raise ValueError(f"data: {len(data)} bytes; at most {MAX_BROADCAST_BYTES} can be broadcast")
-            code = self._library.anabranch_notify(self._native, data, len(data), timeout_s)
-            if code:
-                raise self._error(code)
-            return data
-        num_bytes = ctypes.c_uint64()
-        code = self._library.anabranch_await_notice(self._native, root, ctypes.byref(num_bytes), timeout_s)
-        if code:
-            raise self._error(code)
-        if num_bytes.value > MAX_BROADCAST_BYTES:
-            raise TransportError(f"rank {root} broadcasts {num_bytes.value} bytes; at most {MAX_BROADCAST_BYTES}")
-        buffer = ctypes.create_string_buffer(num_bytes.value)
-        code = self._library.anabranch_take_notice(self._native, root, buffer, num_bytes.value)
-        if code:
-            raise self._error(code)
-        return buffer.raw
-
     def barrier(self) -> None:
         """Return when every rank has called it."""
         code = self._library.anabranch_barrier(self._native)
@@ -223,13 +183,6 @@ class ShmGroup:
                 raise PeerLost(f"group {name}: the segment of rank {members[0]} (pid {ticket.pid}) is gone")
             _await_all(group, self.collective_timeout_s)
         return group
-
-    def ping(self, x: torch.Tensor, num_rounds: int) -> float:
-        """Seconds that x's bytes take one way through the segment, without Python: the bound of a group of two."""
-        seconds: float = self._library.anabranch_ping(self._native, x.data_ptr(), x.nbytes, num_rounds)
-        if seconds < 0:
-            raise TransportError(f"group {self.name}: no ping of {x.nbytes} bytes between {self.size} ranks")
-        return seconds
 
     def abort(self, reason: str) -> None:
         """End every wait of every rank of this group with PeerLost, now and in future."""

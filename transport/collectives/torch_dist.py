@@ -21,12 +21,10 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost, TransportError, TransportUnavailable
 from anabranch.parallel.exchange import check_post
-from transport.collectives.base import COLLECTIVE_TIMEOUT_S, MAX_BROADCAST_BYTES, split_dim
+from transport.collectives.base import COLLECTIVE_TIMEOUT_S
 from transport.collectives.rendezvous import check_folder
 
 _LOOPBACK = "127.0.0.1"
-_FIRST_BYTES = 4096  # of a broadcast: its length and its beginning, in one message
-_LENGTH_BYTES = 8
 
 
 class _ProcessGroup(Protocol):
@@ -34,8 +32,6 @@ class _ProcessGroup(Protocol):
 
     def allreduce(self, tensors: list[torch.Tensor]) -> dist.Work: ...
     def _allgather_base(self, out: torch.Tensor, x: torch.Tensor) -> dist.Work: ...
-    def _reduce_scatter_base(self, out: torch.Tensor, x: torch.Tensor) -> dist.Work: ...
-    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work: ...
     def barrier(self) -> dist.Work: ...
     def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> dist.Work: ...
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> dist.Work: ...
@@ -85,38 +81,6 @@ class TorchGroup:
         with self._mapped("all_gather"):
             self._data._allgather_base(out.view(-1), x.view(-1)).wait()
         return out.flatten(0, 1) if dim % x.dim() == 0 else torch.cat(out.unbind(0), dim)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share along `dim`, whose length `size` divides, of the sum over all ranks."""
-        dim, share = split_dim(x, dim, self.size)
-        x = x.movedim(dim, 0).contiguous()
-        out = x.new_empty((share, *x.shape[1:]))
-        with self._mapped("reduce_scatter"):
-            self._data._reduce_scatter_base(out.view(-1), x.view(-1)).wait()
-        return out.movedim(0, dim)
-
-    def broadcast(self, data: bytes | None, root: int = 0, *, timeout_s: float | None = None) -> bytes:
-        """Rank `root`'s `data` on every rank. Raises ValueError where it is over MAX_BROADCAST_BYTES."""
-        first = torch.zeros(_FIRST_BYTES, dtype=torch.uint8)
-        if self.rank == root:
-            assert data is not None, "the root has something to say"
-            if len(data) > MAX_BROADCAST_BYTES:
-                raise ValueError(f"data: {len(data)} bytes; at most {MAX_BROADCAST_BYTES} can be broadcast")
-            start = len(data).to_bytes(_LENGTH_BYTES, "little") + data[: _FIRST_BYTES - _LENGTH_BYTES]
-            first[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
-        self._send_bytes(first, root, timeout_s)
-        found = first.numpy().tobytes()
-        num_bytes = int.from_bytes(found[:_LENGTH_BYTES], "little")
-        if num_bytes > MAX_BROADCAST_BYTES:
-            raise TransportError(f"rank {root} broadcasts {num_bytes} bytes; at most {MAX_BROADCAST_BYTES}")
-        begun = found[_LENGTH_BYTES : _LENGTH_BYTES + num_bytes]
-        if num_bytes == len(begun):
-            return begun
-        rest = torch.empty(num_bytes - len(begun), dtype=torch.uint8)
-        if data is not None:
-            rest.copy_(torch.frombuffer(bytearray(data[len(begun) :]), dtype=torch.uint8))
-        self._send_bytes(rest, root, None)
-        return begun + rest.numpy().tobytes()
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -173,13 +137,6 @@ class TorchGroup:
     def close(self) -> None:
         """Leave the group. Idempotent."""
         self.abort("this rank has closed it")
-
-    def _send_bytes(self, data: torch.Tensor, root: int, timeout_s: float | None) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        options.timeout = timedelta(seconds=self.collective_timeout_s if timeout_s is None else timeout_s)
-        with self._mapped("broadcast"):
-            self._control.broadcast([data], options).wait()
 
     def _drop(self) -> None:
         for group in {id(group): group for group in (self._data, self._control)}.values():

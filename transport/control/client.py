@@ -8,9 +8,9 @@ import logging
 from collections import deque
 from types import UnionType
 
-from anabranch.clock import timeout
 from anabranch.errors import AccessDenied, Overloaded, PeerLost, TransportError
 from anabranch.protocol.workers import Message
+from anabranch.system.clock import timeout
 from transport.control.codec import MAX_MESSAGE_BYTES, Codec, DropLog
 from transport.control.endpoint import check_secret, keep_alive, parse_endpoint
 from transport.control.frames import MAX_UNSENT_BYTES, Backlog, discard, frame, part, read_frame, write_frame

@@ -14,9 +14,9 @@ import os
 from collections import deque
 from types import UnionType
 
-from anabranch.clock import timeout
 from anabranch.errors import AccessDenied, ConfigError, FrameTooLarge, PeerLost, TransportError
 from anabranch.protocol.workers import Message
+from anabranch.system.clock import timeout
 from transport.control.codec import MAX_MESSAGE_BYTES, Codec, DropLog
 from transport.control.endpoint import bound, check_secret, keep_alive, listen, parse_endpoint
 from transport.control.frames import Backlog, discard, part, read_frame, write_frame

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from anabranch.errors import MalformedMessage
-from anabranch.protocol.requests import TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.request.token import TokenLogprob
 
 
 class StreamMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="t", gc=False):

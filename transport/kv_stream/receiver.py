@@ -20,7 +20,7 @@ from anabranch.errors import (
     StaleLease,
 )
 from anabranch.parallel.layout import KvLayout
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from transport.kv_stream.incoming import IncomingStream
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, decode_to_receiver, encode
 from transport.kv_stream.sink import KvSink

@@ -11,13 +11,14 @@ from concurrent.futures import Future, InvalidStateError
 
 import torch
 
-from anabranch.clock import awake_s, result_of
 from anabranch.errors import AnabranchError, DeadlineExceeded, PeerLost
 from anabranch.kernels.base import Kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.request.token import TokenLogprob
+from anabranch.system.clock import awake_s, result_of
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.incoming import DTYPES
 from transport.kv_stream.messages import Abort, Ack, Commit, Slice, encode

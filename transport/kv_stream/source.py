@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.plain import PlainKernels
-from anabranch.limited_log import LimitedLog
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
+from anabranch.system.limited_log import LimitedLog
 from transport.kv_stream.messages import decode_to_sender
 from transport.kv_stream.sender import KvStreamSender
 from transport.kv_stream.staging import StagingPool

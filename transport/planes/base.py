@@ -9,7 +9,6 @@ A plane's life: construct (listens) -> `address` -> `connect` / incoming links -
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -94,6 +93,3 @@ class Plane(Protocol):
     def close(self) -> None:
         """Close all links, end the progress thread, release the sockets. Idempotent."""
         ...
-
-
-PlaneFactory = Callable[[PlaneHandler], Plane]

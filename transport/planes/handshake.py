@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from anabranch.clock import awake_s
 from anabranch.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -30,7 +29,8 @@ from anabranch.errors import (
     TransportError,
     TransportUnavailable,
 )
-from anabranch.limited_log import LimitedLog
+from anabranch.system.clock import awake_s
+from anabranch.system.limited_log import LimitedLog
 from transport.planes.loop import ProgressLoop
 
 logger = logging.getLogger(__name__)

@@ -46,10 +46,6 @@ class ProgressLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def on_thread(self) -> bool:
-        """Whether the caller runs on the progress thread."""
-        return threading.get_ident() == self._thread.ident
-
     def call_soon(self, call: Callable[[], None]) -> None:
         """Run `call` on the progress thread. From any thread."""
         self._calls.append(call)

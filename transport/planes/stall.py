@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anabranch.clock import awake_s
+from anabranch.system.clock import awake_s
 
 STALL_TIMEOUT_S = 10.0
 MIN_BYTES_PER_S = 1 << 20

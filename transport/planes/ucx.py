@@ -11,8 +11,8 @@ import ctypes
 import socket
 import time
 
-from anabranch.clock import awake_s
 from anabranch.errors import PeerLost, TransportError
+from anabranch.system.clock import awake_s
 from transport.planes.base import Link, PlaneHandler
 from transport.planes.handshake import Acceptor, Introduction, dial, my_name
 from transport.planes.loop import MIN_SELECT_S, ProgressLoop

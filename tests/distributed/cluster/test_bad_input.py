@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
-from anabranch.private_files import write_secret
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
+from anabranch.system.private_files import write_secret
 from anabranch_client import ClientError, ContextExceeded, InvalidRequest, Sampling
 from tests.support.control import proven
 from tests.support.families import VOCAB

@@ -11,7 +11,7 @@ import pytest
 
 import transport.kv_stream.sender
 from anabranch.errors import PeerLost
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Ended, PrefillEnded
 from anabranch_client import ClientError, Sampling, ServerFailed
 from tests.support.scripted import ScriptedOrchestrator, changed, play, request

@@ -9,7 +9,7 @@ import pytest
 
 from anabranch import errors
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
+from anabranch.step.plan import StepPlan
 from anabranch_client import Client, ClientError, Sampling, WorkerDied
 from tests.support.in_process import InProcessCluster, wait_until
 
@@ -38,7 +38,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
             assert time.monotonic() < deadline_s
             throttle.allow(1)
             wait_until(lambda: len(flying(worker)) == 2, "a step behind the one that waits")
-        forward = runner.model.forward_share
+        forward = runner.model.forward
         failing: list[StepPlan] = []
         step = throttle._step
 
@@ -46,7 +46,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
             raise ZeroDivisionError("of this step")
 
         def run(plan: StepPlan) -> PendingResult:
-            runner.model.forward_share = forward if failing else fail
+            runner.model.forward = forward if failing else fail
             failing.append(plan)
             return step(plan)
 

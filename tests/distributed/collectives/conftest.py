@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,16 @@ class Ranks:
         self._start_one: Callable[[int], int] = lambda rank: -1
 
     def start(
-        self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0, ranks: range | None = None
+        self,
+        size: int,
+        body: Body,
+        *,
+        backend: str = "shm",
+        timeout_s: float | Sequence[float] = 20.0,
+        ranks: range | None = None,
     ) -> list[int]:
-        """Fork the ranks; gives their process ids."""
+        """Fork the ranks, with one timeout or one for each; gives their process ids."""
+        timeouts_s = [timeout_s] * size if isinstance(timeout_s, float) else list(timeout_s)
         self._num_started += 1
         self.meeting = self.folder / f"meeting-{self._num_started}"
         self.meeting.mkdir(mode=0o700)
@@ -54,7 +61,7 @@ class Ranks:
                 # What the parent left uncollected (a closed UCX worker, say) still shares descriptors with it:
                 # its destructor must not run here.
                 gc.disable()
-                self._run(rank, size, body, backend, timeout_s)
+                self._run(rank, size, body, backend, timeouts_s)
             self._pids[pid] = rank
             return pid
 
@@ -96,7 +103,7 @@ class Ranks:
             os.waitpid(pid, 0)
         self._pids.clear()
 
-    def _run(self, rank: int, size: int, body: Body, backend: str, timeout_s: float) -> None:
+    def _run(self, rank: int, size: int, body: Body, backend: str, timeouts_s: list[float]) -> None:
         start = time.monotonic()
         outcome: dict[str, object]
         try:
@@ -106,8 +113,8 @@ class Ranks:
                 rank=rank,
                 size=size,
                 rendezvous=self.meeting,
-                collective_timeout_s=timeout_s,
-                start_timeout_s=timeout_s,
+                collective_timeout_s=timeouts_s[rank],
+                start_timeout_s=max(timeouts_s),
             )
             start = time.monotonic()
             try:

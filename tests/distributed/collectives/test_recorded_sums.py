@@ -9,11 +9,11 @@ import torch
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine, build_engine
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.kernels.compiler import native_status
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 from tests.support.families import build
 
 pytestmark = pytest.mark.distributed

@@ -18,7 +18,7 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import InvalidRequest
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import EndReason, Request, Token, TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Ended,
@@ -35,8 +35,10 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.request.request import EndReason, Request
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.request.token import Token, TokenLogprob
 from anabranch.sampling.detokenizer import IncrementalDetokenizer, StopStringMatcher
-from anabranch.sampling.params import SamplingParams
 from anabranch_client import Admin, AsyncClient
 from orchestrator.served_model import Prompt
 from orchestrator.service import Orchestrator

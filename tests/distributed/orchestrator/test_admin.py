@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from anabranch.errors import ConfigError
-from anabranch.private_files import read_secret, write_secret
+from anabranch.system.private_files import read_secret, write_secret
 from anabranch_client import AccessDenied, Admin, InvalidRequest
 from anabranch_client.v1 import anabranch_pb2 as pb
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from anabranch.protocol.requests import Token
 from anabranch.protocol.workers import Cancel, Generate, Paused, Register, Tokens
+from anabranch.request.token import Token
 from anabranch_client import Admin, Overloaded, Sampling
 from orchestrator import inbox
 

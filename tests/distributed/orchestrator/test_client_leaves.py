@@ -9,8 +9,8 @@ import threading
 import grpc
 import pytest
 
-from anabranch.protocol.requests import TokenLogprob
 from anabranch.protocol.workers import Cancel, Generate, Reserve
+from anabranch.request.token import TokenLogprob
 from anabranch_client import CallCancelled, Client, DeadlineExceeded, Sampling, Tokens
 from anabranch_client.v1 import anabranch_pb2 as pb
 

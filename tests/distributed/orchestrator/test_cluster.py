@@ -11,8 +11,8 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from anabranch.errors import AccessDenied
-from anabranch.private_files import write_secret
 from anabranch.protocol.workers import Beat, Drain, Generate, Register, Registered, Shutdown, ToWorker
+from anabranch.system.private_files import write_secret
 from anabranch_client import InvalidRequest, Sampling
 from tests.distributed.orchestrator.conftest import ScriptedWorker, worker_info
 from tests.support.control import proven

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Prefill, Reserve
 from anabranch_client import ClientError, Finished, Sampling, Tokens
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, Generate, Reserve
 from anabranch_client import Admin, NoWorkers, Sampling, Unavailable
 

@@ -22,8 +22,8 @@ import transformers
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import ConfigError, TransportUnavailable
-from anabranch.private_files import write_secret
 from anabranch.protocol.workers import Generate, Shutdown
+from anabranch.system.private_files import write_secret
 from anabranch_client import AsyncClient, ChatMessage, Draining, InvalidRequest, Sampling, ServerFailed, Unavailable
 from orchestrator.service import Orchestrator
 from tests.support.http2 import PREFACE, connect, settings

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from anabranch.protocol.requests import Token, TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Generate, Paused, Prefill, Reserve, Tokens
+from anabranch.request.token import Token, TokenLogprob
 from anabranch_client import ChatMessage, DeadlineExceeded, Finished, Overloaded, Sampling, ServerFailed
 from anabranch_client import Tokens as ClientTokens
 

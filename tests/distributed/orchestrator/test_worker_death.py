@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Failing, Generate, Prefill, Registered, Reserve
 from anabranch_client import NoWorkers, Sampling, Unavailable, WorkerDied
 

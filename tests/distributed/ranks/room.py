@@ -16,8 +16,8 @@ import torch
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
 from anabranch.errors import InvalidRequest
+from anabranch.step.plan import StepPlan
 from runtime.rank import RankRoom
 from runtime.rank_process import run_rank
 

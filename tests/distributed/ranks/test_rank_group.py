@@ -19,9 +19,9 @@ import pytest
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
 from anabranch.engine.warm_up import warm_up_plans
 from anabranch.errors import ConfigError, WorkerDied
+from anabranch.step.plan import StepPlan
 from runtime.ranks import Ranks
 from tests.distributed.ranks.room import ROOM, Command, Event, Fail, Said, Say, Step, Sum, Summed
 from tests.support.families import save

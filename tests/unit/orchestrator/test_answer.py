@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from anabranch.errors import Overloaded, WorkerDied
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.request.token import TokenLogprob
 from orchestrator.answer import MAX_CHUNK_TOKENS, Answer, Chunk, Finished, Timings
 
 pytestmark = pytest.mark.unit

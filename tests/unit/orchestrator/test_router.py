@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from anabranch.protocol.requests import Request
 from anabranch.protocol.workers import WorkerInfo, WorkerStats
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import SamplingParams
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
 from orchestrator.router import LeastWork, Route

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import SequencePlan, StepPlan
 from anabranch.errors import PeerLost
 from anabranch.parallel.context import RankContext
+from anabranch.step.plan import SequencePlan, StepPlan
 from prefill.export import KvExporter
 from transport.kv_stream import KvStreamSender
 

@@ -3,10 +3,10 @@
 import pytest
 
 from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.engine.plan import SampledToken, StepPlan, StepResult
-from anabranch.engine.sequence import Sequence
-from anabranch.protocol.requests import Request
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.schedule.sequence import Sequence
+from anabranch.step.plan import SampledToken, StepPlan, StepResult
 from prefill.scheduler import PrefillScheduler
 
 pytestmark = pytest.mark.unit

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from anabranch.engine.pending import PendingResult
-from anabranch.engine.plan import StepPlan
 from anabranch.errors import DeadlineExceeded, InvalidRequest, WorkerDied
+from anabranch.step.plan import StepPlan
 from runtime.compute import ComputeThread
 
 pytestmark = pytest.mark.unit

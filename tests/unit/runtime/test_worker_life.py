@@ -23,8 +23,7 @@ from anabranch.errors import (
     InvalidRequest,
     WorkerDied,
 )
-from anabranch.private_files import write_secret
-from anabranch.protocol.requests import WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Cancel,
@@ -39,6 +38,7 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.system.private_files import write_secret
 from runtime.outbox import MAX_MESSAGES
 from runtime.worker import Worker, unexpected
 from tests.support.resources import our_threads

@@ -30,7 +30,7 @@ from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.reshard import plan_reshard, tokens_of
 from anabranch.protocol.kv import KvDestination
-from anabranch.protocol.requests import TokenLogprob
+from anabranch.request.token import TokenLogprob
 from tests.support.waiting import eventually
 from transport.kv_stream import Abort, Ack, Commit, KvStreamReceiver, KvStreamSender, KvStreamSource, Slice
 from transport.kv_stream.checksum import checksum

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import selectors
+import threading
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_a_call_ends_a_doze() -> None:
     loop.start()
     try:
         for num_calls in range(1, 200):
-            loop.call_soon(lambda: called.append(loop.on_thread()))
+            loop.call_soon(lambda: called.append(threading.current_thread().name == "dozing"))
             eventually(lambda wanted=num_calls: len(called) == wanted)
     finally:
         loop.stop(lambda: None)

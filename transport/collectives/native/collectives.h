@@ -9,12 +9,12 @@
 
 namespace anabranch {
 
-enum Kind : uint32_t { kAllReduce = 1, kAllGather = 2, kReduceScatter = 3, kBarrier = 4 };
+enum Kind : uint32_t { kAllReduce = 1, kAllGather = 2, kBarrier = 3 };
 
 constexpr size_t kOneShotBytes = 32 << 10;  // above, each rank sums its share and the sums are gathered
 
 inline const char* name_of(uint32_t kind) {
-  static const char* const names[] = {"nothing", "all_reduce", "all_gather", "reduce_scatter", "barrier"};
+  static const char* const names[] = {"nothing", "all_reduce", "all_gather", "barrier"};
   return kind <= kBarrier ? names[kind] : "garbage";
 }
 
@@ -114,68 +114,6 @@ inline int all_gather(Group& g, const char* in, char* out, size_t rows, size_t r
   return kOk;
 }
 
-// `in` holds `size` shares of `count` elements; `out` gets the sum of this rank's.
-inline int reduce_scatter(Group& g, const char* in, char* out, size_t count, int dtype) {
-  const size_t element = element_bytes(dtype);
-  const size_t most = kSlotBytes / element / g.size;
-  for (size_t done = 0; done < count || done == 0; done += most) {
-    const size_t n = count - done < most ? count - done : most;
-    const int which = slot_of(g);
-    char* mine = g.slot(g.rank, which);
-    for (int r = 0; r < g.size; ++r) {
-      if (r != g.rank) memcpy(mine + r * n * element, in + (r * count + done) * element, n * element);
-    }
-    if (g.size > 1) {
-      if (const int code = meet(g, {kReduceScatter, static_cast<uint32_t>(dtype), count * element})) return code;
-    }
-    const void* parts[kMaxRanks];
-    for (int r = 0; r < g.size; ++r) {
-      parts[r] = r == g.rank ? in + (r * count + done) * element : g.slot(r, which) + g.rank * n * element;
-    }
-    sum(dtype, out + done * element, parts, g.size, n);
-  }
-  return kOk;
-}
-
 inline int barrier(Group& g) { return g.size == 1 ? kOk : meet(g, {kBarrier, kBytes, 0}); }
-
-// Broadcasts have counters of their own, so that the root need not wait for the others: it may be two ahead.
-
-inline int notify(Group& g, const char* data, size_t bytes, int64_t timeout_ns) {
-  for (size_t from = 0; from < bytes || from == 0; from += kNoticeBytes) {
-    const uint32_t number = ++g.notice;
-    for (int r = 0; r < g.size; ++r) {
-      if (r == g.rank) continue;
-      if (const int code = wait_word(g, g.state(r).acked, number - 2, r, "broadcast", timeout_ns)) return code;
-    }
-    auto& notice = g.mine().notice;
-    const size_t n = bytes - from < kNoticeBytes ? bytes - from : kNoticeBytes;
-    if (n) memcpy(g.notice_slot(g.rank, number & 1), data + from, n);
-    notice.total_bytes[number & 1] = bytes;
-    publish(notice.noticed, number);
-    publish(g.mine().acked, number);
-  }
-  return kOk;
-}
-
-// Wait for the root's next broadcast and give its length; it is read by `take_notice`.
-inline int await_notice(Group& g, int root, uint64_t* bytes, int64_t timeout_ns) {
-  auto& notice = g.state(root).notice;
-  const uint32_t number = g.notice + 1;
-  if (const int code = wait_word(g, notice.noticed, number, root, "broadcast", timeout_ns)) return code;
-  *bytes = notice.total_bytes[number & 1];
-  return kOk;
-}
-
-inline int take_notice(Group& g, int root, char* data, size_t bytes, int64_t timeout_ns) {
-  for (size_t from = 0; from < bytes || from == 0; from += kNoticeBytes) {
-    const uint32_t number = ++g.notice;
-    if (const int code = wait_word(g, g.state(root).notice.noticed, number, root, "broadcast", timeout_ns)) return code;
-    const size_t n = bytes - from < kNoticeBytes ? bytes - from : kNoticeBytes;
-    if (n) memcpy(data + from, g.notice_slot(root, number & 1), n);
-    publish(g.mine().acked, number);
-  }
-  return kOk;
-}
 
 }  // namespace anabranch

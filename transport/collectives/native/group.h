@@ -21,7 +21,7 @@ namespace anabranch {
 enum Code : int { kOk = 0, kDeadline = 1, kPeerLost = 2, kDisagree = 3, kClosed = 4 };
 
 constexpr int64_t kSliceNs = 20'000'000;  // a sleeper looks around this often
-constexpr int64_t kMaxGapNs = 300'000'000;  // most that counts between two looks, as in anabranch/clock.py
+constexpr int64_t kMaxGapNs = 300'000'000;  // most that counts between two looks, as in anabranch/system/clock.py
 constexpr int kPauses = 100;              // before the core is first offered to others
 
 inline int64_t now_ns() {
@@ -72,7 +72,6 @@ struct Group {
   const char* other_limit = "timeout_s";  // name of a limit that is not `collective_timeout_s`
   int pidfds[kMaxRanks];
   uint32_t step = 0;    // collectives done
-  uint32_t notice = 0;  // broadcasts done
   Exchange* exchange = nullptr;
   std::atomic<int> num_inside{0};    // threads in a call
   std::atomic<bool> closed{false};
@@ -81,9 +80,6 @@ struct Group {
   RankState& state(int r) const { return reinterpret_cast<RankState*>(base + layout.ranks)[r]; }
   RankState& mine() const { return state(rank); }
   char* slot(int r, int which) const { return base + layout.slots + (2 * static_cast<size_t>(r) + which) * kSlotBytes; }
-  char* notice_slot(int r, int which) const {
-    return base + layout.notices + (2 * static_cast<size_t>(r) + which) * kNoticeBytes;
-  }
   size_t pair(int from, int to) const { return static_cast<size_t>(from) * size + to; }
   Channel& channel(int from, int to) const {
     return reinterpret_cast<Channel*>(base + layout.channels)[pair(from, to)];
@@ -98,7 +94,7 @@ struct Group {
 inline void wake_all(const Group& g) {
   for (int r = 0; r < g.size; ++r) {
     RankState& s = g.state(r);
-    for (Word* word : {&s.step.posted, &s.notice.noticed, &s.acked, &s.attached}) futex_wake(word->value);
+    for (Word* word : {&s.step.posted, &s.attached}) futex_wake(word->value);
     ring(s.bell);
   }
 }

@@ -11,11 +11,10 @@
 namespace anabranch {
 
 constexpr uint64_t kMagic = 0x616e616272616e63;
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr int kMaxRanks = 64;
 constexpr size_t kPage = 4096;
 constexpr size_t kSlotBytes = 256 << 10;    // one collective's chunk of one rank
-constexpr size_t kNoticeBytes = 64 << 10;   // one broadcast's chunk
 constexpr size_t kChunkBytes = 128 << 10;   // one transfer's chunk
 constexpr uint32_t kNumChunks = 8;          // chunks in flight from one rank to another
 constexpr size_t kEagerBytes = 64 << 10;    // transfers up to here need no word from the receiver first
@@ -41,14 +40,8 @@ struct alignas(64) RankState {
     Word posted;
     Call calls[2];
   } step;
-  struct alignas(64) {
-    Word noticed;  // broadcasts posted as root
-    uint64_t total_bytes[2];
-  } notice;
-  alignas(64) Word acked;     // broadcasts read
   alignas(64) Word bell;      // something moved for this rank's transfers
   alignas(64) Word attached;  // 1 when mapped
-  alignas(64) Word ping;      // of benchmarks
   std::atomic<int32_t> pid;
   std::atomic<uint32_t> left;  // 1 after a clean close
 };
@@ -97,14 +90,13 @@ inline size_t up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 // Offsets of everything, from the number of ranks.
 struct Layout {
-  size_t ranks, slots, notices, channels, chunks, arenas, total;
+  size_t ranks, slots, channels, chunks, arenas, total;
 
   Layout(int size, size_t arena_bytes) {
     const size_t pairs = static_cast<size_t>(size) * size;
     ranks = kPage;
     slots = ranks + up(sizeof(RankState) * size);
-    notices = slots + 2 * kSlotBytes * size;
-    channels = notices + 2 * kNoticeBytes * size;
+    channels = slots + 2 * kSlotBytes * size;
     chunks = channels + up(sizeof(Channel) * pairs);
     arenas = chunks + pairs * kNumChunks * kChunkBytes;
     total = arenas + up(arena_bytes) * size;

@@ -92,29 +92,9 @@ int anabranch_all_gather(Group* g, const void* in, void* out, uint64_t rows, uin
   return visit.late() ? kClosed : all_gather(*g, static_cast<const char*>(in), static_cast<char*>(out), rows, row_bytes);
 }
 
-int anabranch_reduce_scatter(Group* g, const void* in, void* out, uint64_t count, int dtype) {
-  const Visit visit(*g);
-  return visit.late() ? kClosed : reduce_scatter(*g, static_cast<const char*>(in), static_cast<char*>(out), count, dtype);
-}
-
 int anabranch_barrier(Group* g) {
   const Visit visit(*g);
   return visit.late() ? kClosed : barrier(*g);
-}
-
-int anabranch_notify(Group* g, const char* data, uint64_t bytes, double timeout_s) {
-  const Visit visit(*g);
-  return visit.late() ? kClosed : notify(*g, data, bytes, nanoseconds(timeout_s));
-}
-
-int anabranch_await_notice(Group* g, int root, uint64_t* bytes, double timeout_s) {
-  const Visit visit(*g);
-  return visit.late() ? kClosed : await_notice(*g, root, bytes, nanoseconds(timeout_s));
-}
-
-int anabranch_take_notice(Group* g, int root, char* data, uint64_t bytes) {
-  const Visit visit(*g);
-  return visit.late() ? kClosed : take_notice(*g, root, data, bytes, g->timeout_ns);
 }
 
 // `parts` are those to send, then those to receive. Gives the transfer, or minus a Code.
@@ -132,35 +112,6 @@ int anabranch_wait(Group* g, Transfer* transfer) {
 }
 
 void anabranch_free(Transfer* transfer) { delete transfer; }
-
-// The bound that benchmarks compare with: seconds that `bytes`, at most a slot, take one way from one rank to
-// another through the segment, in and out, with both spinning and no Python. Both ranks of a group of two call it.
-double anabranch_ping(Group* g, char* data, uint64_t bytes, int rounds) {
-  const Visit visit(*g);
-  if (visit.late() || g->size != 2 || bytes > kSlotBytes) return -1;
-  if (barrier(*g)) return -1;
-  std::atomic<uint32_t>& mine = g->mine().ping.value;
-  std::atomic<uint32_t>& theirs = g->state(1 - g->rank).ping.value;
-  const uint32_t begun = mine.load();
-  const int64_t start = now_ns();
-  for (int i = 1; i <= rounds; ++i) {
-    if (g->rank == 0) {
-      memcpy(g->slot(0, 0), data, bytes);
-      mine.store(begun + i, std::memory_order_release);
-    }
-    while (!reached(theirs.load(std::memory_order_acquire), begun + i)) {
-      if (g->header().failed.load(std::memory_order_relaxed)) return -1;
-      pause_core();
-    }
-    memcpy(data, g->slot(1 - g->rank, 0), bytes);
-    if (g->rank == 1) {
-      memcpy(g->slot(1, 0), data, bytes);
-      mine.store(begun + i, std::memory_order_release);
-    }
-  }
-  const double seconds = (now_ns() - start) * 1e-9 / (2.0 * rounds);
-  return barrier(*g) ? -1 : seconds;
-}
 
 // Gives 0 and no reason for a group that this rank has closed.
 int anabranch_reason(Group* g, char* reason) {

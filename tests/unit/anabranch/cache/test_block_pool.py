@@ -31,16 +31,6 @@ def test_a_pool_needs_a_block() -> None:
         BlockPool(0)
 
 
-def test_generation_moves_on_with_every_allocation() -> None:
-    pool = BlockPool(1)
-    seen = []
-    for _ in range(3):
-        [block] = pool.allocate(1)
-        seen.append(pool.generation(block))
-        pool.free([block])
-    assert seen == [1, 2, 3]
-
-
 def test_shared_blocks_stay_until_the_last_holder_frees_them() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(2)
@@ -84,15 +74,6 @@ def test_kept_blocks_are_reused_last_and_least_recently_used_first() -> None:
     assert pool.allocate(3) == [c, b, a]
     assert reused == [c, b, a]
     assert not pool.kept(a)
-
-
-def test_a_kept_block_keeps_its_generation_while_idle() -> None:
-    pool = BlockPool(1)
-    [block] = pool.allocate(1)
-    pool.keep(block)
-    pool.free([block])
-    pool.share([block])
-    assert pool.generation(block) == 1
 
 
 def test_forgotten_idle_blocks_are_blank_again() -> None:

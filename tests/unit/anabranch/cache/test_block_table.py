@@ -61,14 +61,3 @@ def test_release_is_idempotent_and_final() -> None:
     assert pool.num_free == 2
     with pytest.raises(AssertionError, match="released"):
         table.grow_to(1)
-
-
-def test_generations_name_this_stay_of_the_blocks() -> None:
-    pool = BlockPool(1)
-    table = BlockTable(pool, 4)
-    table.grow_to(4)
-    before = table.generations
-    table.release()
-    other = BlockTable(pool, 4)
-    other.grow_to(4)
-    assert other.generations != before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anabranch.engine.plan import SampleSpec
 from anabranch.engine.sampling import RankSampler
 from anabranch.kernels.plain import PlainKernels
 from anabranch.model.embedding import LmHead
@@ -13,9 +12,10 @@ from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.split import padded_share
 from anabranch.parallel.threads import run_ranks
-from anabranch.protocol.requests import TokenLogprob
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.request.token import TokenLogprob
 from anabranch.sampling.sampler import Sampler
+from anabranch.step.plan import SampleSpec
 
 pytestmark = pytest.mark.unit
 

@@ -10,12 +10,12 @@ import torch
 
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine, build_engine
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.errors import AnabranchError
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import run_ranks
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 from tests.support.families import save
 
 pytestmark = pytest.mark.unit
@@ -188,7 +188,7 @@ def test_nothing_follows_a_step_that_failed(folder: Path, monkeypatch: pytest.Mo
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.model, "forward_share", fail)
+        patch.setattr(runner.model, "forward", fail)
         with pytest.raises(ZeroDivisionError):
             runner.launch(step(2, part("b", (0,), 5, 1, follows=0)))
     with pytest.raises(AnabranchError, match="the step before failed"):

@@ -17,7 +17,6 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine import step_programs
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.last_tokens import LastTokens
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan, StepResult
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.errors import PeerLost
 from anabranch.kernels.compiler import native_status
@@ -27,7 +26,8 @@ from anabranch.parallel.context import RankContext
 from anabranch.parallel.group import NativeReduce
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import run_ranks
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan, StepResult
 from tests.support.families import VOCAB, build
 
 pytestmark = pytest.mark.unit
@@ -135,7 +135,7 @@ def logits_of(engine: Engine, plan: StepPlan) -> torch.Tensor:
             assert runner.programs.covers(plan)
             return runner.programs.forward(plan, LastTokens())
         batch, attention = runner._lay_out(plan, None)
-        return runner.model.forward_share(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        return runner.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from anabranch.cache.paged_kv import LayerKv, PagedKv
-from anabranch.engine.batch import ForwardBatch
-from anabranch.engine.plan import SequencePlan, StepPlan
+from anabranch.step.batch import ForwardBatch
+from anabranch.step.plan import SequencePlan, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from anabranch.cache.paged_kv import LayerKv
+from anabranch.kernels.block_attention import plain_block
 from anabranch.kernels.flex import FlexKernels, load_flex
 from anabranch.kernels.plain import PlainKernels
-from anabranch.parallel.block_attention import plain_block
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,13 +14,13 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from anabranch.cache.paged_kv import LayerKv
-from anabranch.kernels import flex, flex_plan
+from anabranch.kernels import batch_plans, flex, flex_plan
+from anabranch.kernels.block_attention import BlockKernels
 from anabranch.kernels.compiler import native_status
 from anabranch.kernels.flex import FlexKernels, FlexUnavailable
 from anabranch.kernels.library import attend_library, block_library
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
-from anabranch.parallel.block_attention import BlockKernels
 
 pytestmark = pytest.mark.unit
 plain = PlainKernels()
@@ -74,7 +74,7 @@ def test_contexts_cut_into_parts(
     kernels = FlexKernels(compiled=False)
     case = make_case(lens=lens, heads=6, kv_heads=2, head_dim=16, block_size=16)
     check(kernels, case, window)
-    ((_, laid),) = kernels._plans.values()
+    ((_, laid),) = kernels._plans._plans.values()
     assert any(plan.num_parts > 1 for plan, _, _ in laid)
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_in_place_is_gathered(make_case: MakeCase, block_siz
     kernels = FlexKernels(compiled=False)
     check(kernels, case, None)
     check(kernels, case, 7)
-    assert not kernels._plans
+    assert not kernels._plans._plans
 
 
 @pytest.mark.parametrize("window", [None, 1, 30, 64])
@@ -97,7 +97,7 @@ def test_lists_of_blocks_say_what_the_mask_says(
     case = make_case(lens=LENS, heads=6, kv_heads=2, head_dim=16, block_size=16)
     kernels = FlexKernels(compiled=False)
     kernels.paged_attention(case.q, case.kv, case.batch, 0.3, window)
-    ((_, laid),) = kernels._plans.values()
+    ((_, laid),) = kernels._plans._plans.values()
     num_seen = 0
     for plan, mask, _ in laid:
         rows, size = mask.BLOCK_SIZE
@@ -132,9 +132,9 @@ def test_layers_share_a_plan_and_batches_do_not(make_case: MakeCase, monkeypatch
         for window in (None, 9, None):
             check(kernels, case, window)
     assert len(made) == 4
-    monkeypatch.setattr(flex, "MAX_PLANS", 1)
+    monkeypatch.setattr(batch_plans, "MAX_PLANS", 1)
     check(kernels, second, 3)
-    assert len(kernels._plans) == 1
+    assert len(kernels._plans._plans) == 1
 
 
 def test_few_shapes_are_compiled(make_case: MakeCase) -> None:
@@ -171,7 +171,7 @@ def test_compiled_for_the_cpu_it_reads_the_lists(make_case: MakeCase) -> None:
     with torch.inference_mode():
         want, _ = plain.paged_attention(case.q, case.kv, case.batch, 0.3, 120)
         kernels.paged_attention(case.q, case.kv, case.batch, 0.3, 120)
-        ((_, laid),) = kernels._plans.values()
+        ((_, laid),) = kernels._plans._plans.values()
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in case.kv.slots())
         compiled = torch.compile(flex_attention, dynamic=False)
         for plan, mask, _ in laid:

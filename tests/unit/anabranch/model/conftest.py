@@ -80,7 +80,8 @@ class Session:
         rows = torch.arange(len(ids))
         positions = rows + self.position
         self.position += len(ids)
-        return self.model.forward(torch.tensor(ids), positions, self.attention, rows)
+        share_SV = self.model.forward(torch.tensor(ids), positions, self.attention, rows)
+        return self.model.attention.lm_head.gather(share_SV)
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         logits = self.feed(prompt)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anabranch.attention.cp_batch import RingBatch, TreeBatch
+from anabranch.attention.ring import RingAttention
+from anabranch.attention.tree import TreeAttention
+from anabranch.attention.tree_reduce import TreeReduction
 from anabranch.cache.paged_kv import PagedKv
-from anabranch.engine.plan import SampleSpec, SequencePlan, StepPlan
 from anabranch.kernels.plain import PlainKernels
-from anabranch.parallel.cp_batch import RingBatch, TreeBatch
 from anabranch.parallel.mesh import Mesh
-from anabranch.parallel.ring_attention import RingAttention
 from anabranch.parallel.threads import run_ranks
-from anabranch.parallel.tree_attention import TreeAttention
-from anabranch.parallel.tree_reduce import TreeReduction
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
+from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -31,13 +31,13 @@ class MeshRank:
         self.tp_group = group.split(self.cp_rank)
         self.cp_group = group.split(mesh.tp_rank(group.rank))
         self.model = load(folder, self.tp_group)
-        half = self.model.layers[0].attention
+        half = self.model.attention.layers[0]
         self.kv = PagedKv(
-            num_layers=len(self.model.layers),
+            num_layers=len(self.model.attention.layers),
             num_blocks=64,
             block_size=BLOCK_SIZE,
             num_kv_heads=half.num_kv_heads,
-            head_dim=self.model.config.head_dim,
+            head_dim=self.model.attention.config.head_dim,
             dtype=torch.float32,
             device=CPU,
         )
@@ -51,7 +51,8 @@ class MeshRank:
         batch = RingBatch.from_plan(plan, BLOCK_SIZE, self.cp_rank, self.cp, CPU)
         variant = "pass_kv" if self.step % 2 else "pass_q"
         attention = RingAttention(PlainKernels(), self.kv, batch, self.cp_group, variant)
-        return self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        return self.model.attention.lm_head.gather(share_SV)
 
     def decode_step(self, sequences: list[SequencePlan]) -> torch.Tensor:
         """Logits of the sampled rows, on every rank."""
@@ -59,7 +60,8 @@ class MeshRank:
         plan = StepPlan(step=self.step, sequences=tuple(sequences))
         batch = TreeBatch.from_plan(plan, BLOCK_SIZE, self.cp_rank, self.cp, CPU)
         attention = TreeAttention(PlainKernels(), self.kv, batch, self.reduction)
-        return self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        return self.model.attention.lm_head.gather(share_SV)
 
 
 def part(name: str, ids: list[int], start: int, stop: int, block_ids: tuple[int, ...], *, sample: bool) -> SequencePlan:
@@ -87,8 +89,8 @@ def test_every_family_equals_transformers(tp, cp, recipe, make_model, load, prom
         ids = [list(p) for p in prompts]
 
         def take(row: torch.Tensor | None) -> int:
-            token = None if row is None else int(row.argmax()).to_bytes(4, "little")
-            return int.from_bytes(group.broadcast(token), "little")
+            token = 0 if row is None else int(row.argmax())
+            return int(group.all_gather(torch.tensor([token]), 0)[0])
 
         first = shared + 1
         rank.prompt_step([part("a", ids[0], 0, first, tables[0], sample=False)])

@@ -9,7 +9,7 @@ import torch
 
 from anabranch.kernels.plain import PlainKernels
 from anabranch.model.load import load_model
-from anabranch.model.size import weight_bytes
+from anabranch.model.size import attention_bytes, ffn_bytes, weight_bytes
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.group import SingleRank
 from tests.support.families import RECIPES, build
@@ -61,5 +61,7 @@ def test_counted_bytes_are_held_bytes(recipe: str, tmp_path: Path) -> None:
                 group=Place(rank, tp),
                 config=config,
             )
+            assert attention_bytes(config, "bfloat16", tp, rank) == held_bytes(model.attention)
+            assert ffn_bytes(config, "bfloat16", tp, rank) == held_bytes(model.ffn)
             held.append(held_bytes(model))
         assert weight_bytes(config, "bfloat16", tp) == max(held), tp

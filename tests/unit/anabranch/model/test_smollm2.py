@@ -129,7 +129,7 @@ def peak():
 before = peak()
 _, model = load_model(source, dtype=torch.float32, device=torch.device("cpu"), kernels=PlainKernels(),
                       group=SingleRank())
-print(peak() - before, model.embedding.weight_VC.nbytes)
+print(peak() - before, model.attention.embedding.weight_VC.nbytes)
 """
 
 

@@ -26,18 +26,18 @@ def test_every_family_and_uneven_degree_equals_transformers(
 
     def rank(group) -> tuple[torch.Tensor, list[int], int]:
         model = load(folder, group)
-        weights = sum(layer.attention.qkv.weight_FC.numel() for layer in model.layers)
+        weights = sum(layer.qkv.weight_FC.numel() for layer in model.attention.layers)
         return session(model).feed(prompt), session(model).generate(prompt, 20), weights
 
     results = run_ranks(tp, rank)
     for logits, generated, _ in results:
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
         assert generated == tokens
-    whole = sum(layer.attention.qkv.weight_FC.numel() for layer in load(folder).layers)
+    whole = sum(layer.qkv.weight_FC.numel() for layer in load(folder).attention.layers)
     assert all(num_weights < whole for _, _, num_weights in results)
 
 
 def test_bias_of_a_row_parallel_projection_is_added_once(make_model, load) -> None:
     folder, _ = make_model("llama-mha-biases")
-    held = run_ranks(3, lambda group: load(folder, group).layers[0].attention.output.bias_F is not None)
+    held = run_ranks(3, lambda group: load(folder, group).attention.layers[0].output.bias_F is not None)
     assert held == [True, False, False]

@@ -15,11 +15,14 @@ def test_layers_joined_one_by_one_equal_the_fused_pass(recipe, make_model, load,
     expected = session(model).feed(prompt)
     plain = session(model)
     with torch.inference_mode():
-        hidden = model.embed(torch.tensor(prompt))
-        cos, sin = model.rotary.forward(torch.arange(len(prompt)))
-        for layer in model.layers:
-            hidden = layer.forward(hidden, cos, sin, plain.attention)
-        assert torch.equal(model.lm_head.gather(model.logits(hidden)), expected)
+        stack = model.attention
+        hidden = stack.embed(torch.tensor(prompt))
+        cos, sin = stack.rotary.forward(torch.arange(len(prompt)))
+        for first, second in zip(stack.layers, model.ffn.layers, strict=True):
+            hidden, rows = first.step(hidden, None, cos, sin, plain.attention)
+            hidden = hidden + second.forward(rows)
+        logits = stack.logits(hidden, torch.zeros_like(hidden))
+        assert torch.equal(stack.lm_head.gather(logits), expected)
 
 
 @pytest.mark.parametrize("cut", [1, 8, 18])
@@ -43,17 +46,17 @@ def test_logits_come_for_the_sampled_rows_alone(make_model, load, session, promp
             session(model).attention,
             torch.tensor(rows, dtype=torch.int64),
         )
-        assert sampled.shape == (len(rows), model.config.vocab_size)
+        assert sampled.shape == (len(rows), model.attention.config.vocab_size)
         torch.testing.assert_close(sampled, every[rows], atol=1e-5, rtol=1e-5)
 
 
 def test_tied_weights_are_one_tensor(make_model, load) -> None:
     folder, _ = make_model("llama-gqa-tied")
     tied = load(folder)
-    assert tied.lm_head.weight_VC is tied.embedding.weight_VC
+    assert tied.attention.lm_head.weight_VC is tied.attention.embedding.weight_VC
     folder, _ = make_model("qwen3-odd")
     untied = load(folder)
-    assert untied.lm_head.weight_VC is not untied.embedding.weight_VC
+    assert untied.attention.lm_head.weight_VC is not untied.attention.embedding.weight_VC
 
 
 def test_bfloat16_is_close_to_float32(make_model, load, session, prompt) -> None:
@@ -79,4 +82,4 @@ def test_progress_counts_every_part(make_model) -> None:
         group=SingleRank(),
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert seen == [(done, 8) for done in range(1, 9)]

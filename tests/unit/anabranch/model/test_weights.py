@@ -64,8 +64,8 @@ def test_low_precision_files_are_converted_on_the_way(make_model, load) -> None:
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / SINGLE_NAME).items()}
     save_file(tensors, folder / SINGLE_NAME)
     model = load(folder)
-    assert model.norm_C.dtype == torch.float32
-    assert torch.equal(model.norm_C, tensors["model.norm.weight"].float())
+    assert model.attention.norm_C.dtype == torch.float32
+    assert torch.equal(model.attention.norm_C, tensors["model.norm.weight"].float())
 
 
 def test_digest_follows_values_and_not_files(make_model) -> None:

@@ -10,17 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError
-from anabranch.parallel.layout import KvLayout, TokenSharding
-from anabranch.parallel.reshard import Copy, local_slot, plan_reshard, tokens_of
+from anabranch.parallel.layout import KvLayout
+from anabranch.parallel.reshard import Copy, plan_reshard, tokens_of
 
 pytestmark = pytest.mark.unit
 
 HEAD_DIM = 3
 
 
-def layout(
-    *, heads: int, tp: int = 1, cp: int = 1, block_size: int = 4, sharding: TokenSharding = "block_cyclic"
-) -> KvLayout:
+def layout(*, heads: int, tp: int = 1, cp: int = 1, block_size: int = 4) -> KvLayout:
     return KvLayout(
         dtype="float32",
         num_layers=2,
@@ -29,7 +27,6 @@ def layout(
         block_size=block_size,
         tp=tp,
         cp=cp,
-        sharding=sharding,
     )
 
 
@@ -52,7 +49,6 @@ def sides(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
             tp=draw(st.integers(1, 6)),
             cp=draw(st.integers(1, 5)),
             block_size=draw(st.integers(1, 7)),
-            sharding=draw(st.sampled_from(["block_cyclic", "zigzag"])),
         )
         for _ in range(2)
     )
@@ -204,12 +200,6 @@ def test_block_cyclic_placement() -> None:
     assert tokens_of(layout(heads=1), 0, range(2, 30)) == [range(2, 30)]
 
 
-def test_zigzag_placement() -> None:
-    side = layout(heads=1, cp=2, sharding="zigzag")
-    assert tokens_of(side, 0, range(10, 18)) == [range(10, 12), range(16, 18)]
-    assert tokens_of(side, 1, range(10, 18)) == [range(12, 16)]
-
-
 @settings(max_examples=200, deadline=None)
 @given(both=sides(), start=st.integers(0, 50), count=st.integers(0, 80))
 def test_cp_ranks_part_the_tokens(both: tuple[KvLayout, KvLayout], start: int, count: int) -> None:
@@ -220,15 +210,3 @@ def test_cp_ranks_part_the_tokens(both: tuple[KvLayout, KvLayout], start: int, c
     for runs in parts:
         assert all(runs)
         assert all(first.stop < second.start for first, second in itertools.pairwise(runs))
-    if side.sharding == "zigzag":
-        sizes = [len(positions(runs)) for runs in parts]
-        assert max(sizes) - min(sizes) <= 2
-
-
-@settings(max_examples=200, deadline=None)
-@given(cp=st.integers(1, 5), block_size=st.integers(1, 7), count=st.integers(0, 100))
-def test_local_slots_fill_each_rank_in_order(cp: int, block_size: int, count: int) -> None:
-    side = layout(heads=1, cp=cp, block_size=block_size)
-    for rank in range(cp):
-        mine = positions(tokens_of(side, rank, range(count)))
-        assert [local_slot(side, token) for token in mine] == [(rank, place) for place in range(len(mine))]

@@ -14,7 +14,7 @@ import anabranch.protocol
 from anabranch.errors import InvalidRequest, MalformedMessage
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination, KvStreamStats
-from anabranch.protocol.requests import Request, Token, TokenLogprob, WireError
+from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
     Ended,
@@ -29,7 +29,8 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
-from anabranch.sampling.params import (
+from anabranch.request.request import Request
+from anabranch.request.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_STRING_CHARS,
@@ -37,6 +38,7 @@ from anabranch.sampling.params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
+from anabranch.request.token import Token, TokenLogprob
 from transport.control.codec import MAX_MESSAGE_BYTES, Codec
 
 pytestmark = pytest.mark.unit

@@ -14,9 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.filters import Filters, draw, survivors
 from anabranch.sampling.noise import gumbel_noise, noise_key
-from anabranch.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.unit
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from anabranch.engine.plan import SampleSpec
 from anabranch.errors import InvalidRequest
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.penalties import apply_penalties
 from anabranch.sampling.sampler import Sampler
+from anabranch.step.plan import SampleSpec
 
 pytestmark = pytest.mark.unit
 

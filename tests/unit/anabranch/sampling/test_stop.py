@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from anabranch.sampling.params import SamplingParams
+from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker
 
 pytestmark = pytest.mark.unit
@@ -30,10 +30,3 @@ def test_reasons(
 ) -> None:
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
     assert CHECKER.check(sampling, token_id, num_output=num_output, num_tokens=num_tokens) == expected
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "num_prompt", "expected"), [(None, 40, 60), (10, 40, 10), (80, 40, 60), (1, 100, 0), (1, 120, 0)]
-)
-def test_most_output(max_tokens: int | None, num_prompt: int, expected: int) -> None:
-    assert CHECKER.max_output(SamplingParams(max_tokens=max_tokens), num_prompt) == expected

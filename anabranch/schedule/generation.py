@@ -1,0 +1,346 @@
+"""Continuous batching: every running sequence gains a token per step; sequences join and leave between steps.
+
+imported (KV came from a prefill worker) --+
+                                           +--> running --> finished
+prompt (colocated) --> chunks -------------+     |  ^
+        ^                                        |  +--- blocks are free again --- parked (KV in host memory)
+        |                        blocks ran out  v                                    ^
+        +--- computed again (colocated) --- preempted --------------------------------+
+                                                 +---> back to the orchestrator (split)
+
+First come, first served: the youngest gives way, the oldest that was parked comes back first, and nobody new is let
+in before it. At most `max_running` run, compute their prompts, are parked or hold a lease at a time, and no more than
+a step has tokens: so every running sequence has its place in every step.
+
+One step is scheduled ahead: while a step is in flight, the next one is planned, and goes on with tokens that are not
+known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
+
+    the token in flight will be the last by its number        the sequence is left out
+    a prompt's chunk is in flight, which is long              nothing; who comes meanwhile joins the next step
+    blocks have run out                                       nothing; then preemption sees every token
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anabranch.cache.kv_manager import KvCacheManager
+from anabranch.request.request import EndReason
+from anabranch.sampling.stop import StopChecker
+from anabranch.schedule.parking import Parking
+from anabranch.schedule.prompts import PromptQueue
+from anabranch.schedule.sequence import Sequence
+from anabranch.step.plan import SampledToken, SequencePlan, StepPlan, StepResult
+
+
+def _age(sequence: Sequence) -> tuple[float, str]:
+    """A sequence is never preempted for a younger one."""
+    return sequence.age
+
+
+@dataclass(kw_only=True)
+class StepOutcome:
+    """What a step changed.
+
+    Attributes:
+        tokens: every new token.
+        ended: sequences that are over, and why; their blocks are free.
+    """
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    ended: list[tuple[Sequence, EndReason]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A step that is being computed.
+
+    Attributes:
+        sequences: of each part of the plan.
+        places: of the sequences that sample: which of the step's tokens is theirs.
+        chunks: whether it computes prompts.
+    """
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    places: dict[Sequence, int]
+    chunks: bool
+
+
+class GenerationScheduler:
+    """`schedule() -> StepPlan -> update(plan, result)` for each step, in this order; the next `schedule` may go before.
+
+    What a step in flight uses may be freed at any time (a sequence ended, was cancelled or sent away): ranks obey
+    in order, so a step, stream or copy that is sent later and uses these blocks again comes after it. Nor can it spoil
+    what the prefix cache keeps of them: it writes behind the tokens that are known, and only full blocks of known
+    and computed tokens are published.
+
+    Args:
+        stop: says when a sequence is over.
+        computes_prompts: a colocated worker computes prompts, and preempted sequences again, itself;
+            otherwise preempted sequences that are not parked end here as `preempted`.
+        max_running: most sequences that hold blocks or are parked; never more than a step has tokens.
+        max_step_tokens: most new tokens in one step.
+        parking: where sequences that give way are kept with their KV; None: nowhere.
+        ahead: plan a step while one is in flight.
+        clock: gives seconds; only differences matter.
+
+    Attributes:
+        num_preempted: sequences that gave way since the start.
+        num_parked: of these, the ones whose KV was kept.
+    """
+
+    def __init__(
+        self,
+        cache: KvCacheManager,
+        stop: StopChecker,
+        *,
+        computes_prompts: bool,
+        max_running: int,
+        max_step_tokens: int,
+        parking: Parking | None = None,
+        ahead: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cache = cache
+        self.stop = stop
+        self.computes_prompts = computes_prompts
+        self.max_running = min(max_running, max_step_tokens)
+        self.max_step_tokens = max_step_tokens
+        self.max_in_flight = 2 if ahead else 1
+        self.prompts = PromptQueue(cache)
+        self.running: list[Sequence] = []
+        self.parking = parking
+        self.num_preempted = 0
+        self.num_parked = 0
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._in_flight: deque[_Flight] = deque()
+        self._step = 0
+        self._clock = clock
+        # When the steps that have not ended were planned, and when the last one ended.
+        self._planned_s: dict[int, float] = {}
+        self._ended_s = 0.0
+
+    @property
+    def num_places(self) -> int:
+        """How many may be let in beside those that run, compute their prompts or are parked; 0 while any is parked.
+
+        Blocks are the other limit: a block id means a block of every rank, so what is left of them on the fullest
+        rank is what is left in the one pool that is counted.
+        """
+        if self.parking:
+            return 0
+        return max(0, self.max_running - len(self.running) - len(self.prompts.computing))
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self._sequences
+
+    def add_prompt(self, sequence: Sequence) -> None:
+        assert self.computes_prompts
+        self._sequences[sequence.key] = sequence
+        self.prompts.add(sequence)
+
+    def join(self, sequence: Sequence, first: SampledToken) -> StepOutcome:
+        """Let an imported sequence join the batch: its KV is in its blocks and `first` was sampled elsewhere."""
+        self._sequences[sequence.key] = sequence
+        sequence.num_computed = sequence.num_tokens
+        assert sequence.table is not None
+        self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+        self.running.append(sequence)
+        if self.parking is not None:
+            # What it costs to send a sequence back: it would queue, be computed and be streamed again.
+            seconds = self._clock() - sequence.arrival_s
+            self.parking.rule.cost.measured(sequence.num_tokens, max(0.0, seconds))
+        outcome = StepOutcome()
+        self._take(sequence, first, outcome)
+        return outcome
+
+    def attempts(self) -> tuple[tuple[str, int], ...]:
+        """The attempts that are here."""
+        return tuple(self._sequences)
+
+    def paused(self) -> list[Sequence]:
+        """Those that have given way in the middle of their answer and go on here by themselves."""
+        parked = [] if self.parking is None else self.parking.sequences
+        return [s for s in (*parked, *self.prompts.waiting, *self.prompts.computing) if s.num_output > 0]
+
+    def remove(self, key: tuple[str, int]) -> Sequence | None:
+        """Forget an attempt and free its blocks; None if it is not here."""
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._drop(sequence)
+        return sequence
+
+    def schedule(self) -> tuple[StepPlan | None, list[Sequence]]:
+        """The next step (None: nothing can be computed), and the sequences that were sent away for lack of blocks.
+
+        With a step in flight, None may also mean that its result has to come first.
+        """
+        before = self._in_flight[-1] if self._in_flight else None
+        if before is not None and not self._may_plan_behind(before):
+            return None, []
+        sent_away: list[Sequence] = []
+        rows: list[SequencePlan] = []
+        sequences: list[Sequence] = []
+        budget = self.max_step_tokens
+        num_preempted = self.num_preempted
+        for sequence in sorted(self.running, key=_age):
+            if len(rows) >= self.max_running or budget <= 0:
+                break
+            if sequence not in self.running:
+                continue  # preempted for an older one in this very loop
+            place = None if before is None else before.places.get(sequence)
+            if place is not None and self._ends_next(sequence):
+                continue
+            assert sequence.table is not None
+            if before is None:
+                if not self._make_room(sequence, sent_away):
+                    continue
+            elif not self.cache.grow(sequence.table, sequence.num_tokens + (place is not None)):
+                return None, []
+            rows.append(sequence.plan(1) if place is None else sequence.follow(place))
+            sequences.append(sequence)
+            budget -= 1
+        # Not in the step that took blocks away: what was parked just now would come back at once, to no end.
+        if self.num_preempted == num_preempted or not rows:
+            for sequence in self._bring_back():
+                rows.append(sequence.plan(1))
+                sequences.append(sequence)
+                budget -= 1
+        chunks: list[tuple[Sequence, int]] = []
+        if self.computes_prompts:
+            chunks = self.prompts.next_chunks(budget, self.max_running - len(rows), max_admitted=self.num_places)
+            rows.extend(sequence.plan(num_new) for sequence, num_new in chunks)
+            sequences.extend(sequence for sequence, _ in chunks)
+        if not rows:
+            return None, sent_away
+        self._step += 1
+        plan = StepPlan(step=self._step, sequences=tuple(rows))
+        sampling = (sequence for sequence, row in zip(sequences, rows, strict=True) if row.sample is not None)
+        places = {sequence: place for place, sequence in enumerate(sampling)}
+        self._in_flight.append(_Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
+        self._planned_s[self._step] = self._clock()
+        return plan, sent_away
+
+    def update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
+        """Take the result of the oldest step in flight in; tokens of sequences that have left are dropped."""
+        outcome = StepOutcome()
+        self._measure(plan)
+        sampled = {(token.request_id, token.epoch): token for token in result.tokens}
+        for sequence, planned in self._land(plan):
+            if sequence in self.prompts.computing:
+                if self.prompts.computed(sequence, planned.num_new_tokens):
+                    self.running.append(sequence)
+            elif sequence.table is not None:
+                sequence.num_computed += planned.num_new_tokens
+                self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+            elif self.parking is not None and sequence in self.parking:
+                # It was parked after this step had been planned, with what the step computed.
+                sequence.num_computed += planned.num_new_tokens
+            if sequence.key in sampled:
+                self._take(sequence, sampled[sequence.key], outcome)
+        return outcome
+
+    def withdraw(self, plan: StepPlan) -> list[Sequence]:
+        """Forget the oldest step in flight, for it failed; returns its sequences that are still here."""
+        return [sequence for sequence, _ in self._land(plan)]
+
+    def _land(self, plan: StepPlan) -> list[tuple[Sequence, SequencePlan]]:
+        flight = self._in_flight.popleft()
+        assert flight.plan is plan, f"step {plan.step} landed before step {flight.plan.step}"
+        pairs = zip(flight.sequences, plan.sequences, strict=True)
+        return [pair for pair in pairs if self._sequences.get(pair[0].key) is pair[0]]
+
+    def _may_plan_behind(self, flight: _Flight) -> bool:
+        return len(self._in_flight) < self.max_in_flight and not flight.chunks
+
+    def _ends_next(self, sequence: Sequence) -> bool:
+        """Whether one more token is the last, whatever it is."""
+        return self.stop.is_full(
+            sequence.request.sampling, num_output=sequence.num_output + 1, num_tokens=sequence.num_tokens + 1
+        )
+
+    def _take(self, sequence: Sequence, token: SampledToken, outcome: StepOutcome) -> None:
+        sequence.append(token.token_id)
+        outcome.tokens.append(token)
+        reason = self.stop.check(
+            sequence.request.sampling, token.token_id, num_output=sequence.num_output, num_tokens=sequence.num_tokens
+        )
+        if reason is not None:
+            self._drop(sequence)
+            outcome.ended.append((sequence, reason))
+
+    def _make_room(self, sequence: Sequence, sent_away: list[Sequence]) -> bool:
+        """Grow the table by the token to compute, at the cost of the youngest; False if that is the sequence itself."""
+        assert sequence.table is not None
+        while not self.cache.grow(sequence.table, sequence.num_tokens):
+            victim = max(self.running + self.prompts.computing, key=_age)
+            self._preempt(victim, sent_away)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence, sent_away: list[Sequence]) -> None:
+        self.num_preempted += 1
+        if self.parking is not None and self.parking.takes(sequence):
+            self.num_parked += 1
+            self._take_out(sequence)
+            self.cache.release(self.parking.park(sequence))
+            return
+        if not self.computes_prompts:
+            self._drop(sequence)
+            sent_away.append(sequence)
+            return
+        self._take_out(sequence)
+        self._release(sequence)
+        self.prompts.put_back(sequence)
+
+    def _bring_back(self) -> list[Sequence]:
+        """Let parked sequences go on, oldest first, while their blocks and one to grow fit; those that decode."""
+        decoding: list[Sequence] = []
+        pool = self.cache.pool
+        while self.parking is not None and (sequence := self.parking.oldest) is not None:
+            # Alone it needs none to grow: a request that fills the whole pool comes back too.
+            spare = 1 if pool.num_free < pool.num_blocks else 0
+            salt = sequence.request.cache_salt
+            if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, spare, cache_salt=salt):
+                break
+            table = self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens, cache_salt=salt)
+            self.parking.bring_back(sequence, table)
+            if sequence.num_remaining > 1:
+                self.prompts.resume(sequence)
+            else:
+                self.running.append(sequence)
+                decoding.append(sequence)
+        return decoding
+
+    def _measure(self, plan: StepPlan) -> None:
+        """Note what a prompt's step took: from the end of the step before, if it was planned earlier than that."""
+        planned_s, self._ended_s = self._ended_s, self._clock()
+        planned_s = max(planned_s, self._planned_s.get(plan.step, planned_s))
+        self._planned_s = {step: at_s for step, at_s in self._planned_s.items() if step > plan.step}
+        if self.parking is not None and any(planned.num_new_tokens > 1 for planned in plan.sequences):
+            self.parking.rule.cost.measured(plan.num_tokens, max(0.0, self._ended_s - planned_s))
+
+    def _drop(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.key]
+        self._take_out(sequence)
+        if self.parking is not None:
+            self.parking.forget(sequence)
+        self._release(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            self.running.remove(sequence)
+        self.prompts.remove(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        table = sequence.let_go()
+        if table is not None:
+            self.cache.release(table)
