@@ -7,18 +7,22 @@ decode at batch 1 is the weights read once per token at the memory bandwidth mea
 `--vllm DIR` and `--llama-cpp DIR` name virtual environments of peers, which decode the same prompts in turn, each
 in a process of its own; llama.cpp one prompt at a time, from the GGUF file of `--llama-cpp-gguf`, which should hold
 the same model in bfloat16.
+
+The last figures are what recorded decode steps (`step_programs`) bring: the same steps call by call, in turn, on this
+model and on a random mixture of experts, whose steps cannot be recorded.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, MixtralForCausalLM
 
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.config.worker import WorkerConfig
@@ -38,6 +42,8 @@ DECODE_CONTEXT = 128
 PREFILL_TARGET = 1.2
 DECODE_TARGET = 2.5
 BOUND_TARGET = 0.7
+# Below it at every batch, recording would not be worth its code.
+RECORDED_TARGET = 1.1
 
 
 def run_engine(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
@@ -165,6 +171,62 @@ def decode_figures(
     return figures
 
 
+def recorded_figures(label: str, model: str, threads: int, *, quick: bool) -> list[Figure]:
+    """Decode steps recorded and call by call, in turn, at each batch size."""
+    rng = random.Random(1)
+    recorded, called = (build_engine(bench_config(model, threads, step_programs=on)) for on in (True, False))
+    vocab_size = recorded.model_config.vocab_size
+    figures = []
+    for size in BATCHES:
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for turn in range(4 if quick else 7):
+            prompts = [[rng.randrange(vocab_size) for _ in range(DECODE_CONTEXT)] for _ in range(size)]
+            for on, engine in ((True, recorded), (False, called)):
+                steps_s = run_engine(engine, prompts, 16 if quick else 48)[1]
+                if turn:  # the first warms up and records
+                    taken[on].append(statistics.median(steps_s))
+        figures.append(
+            Figure(
+                key=f"decode_batch_{size}, recorded, {label}",
+                value=size / statistics.median(taken[True]),
+                unit="tok/s",
+                reference=size / statistics.median(taken[False]),
+                reference_name="call by call",
+                target=RECORDED_TARGET,
+            )
+        )
+    return figures
+
+
+def save_mixture(folder: str) -> None:
+    """A random mixture of 8 experts of SmolLM2's width, 6 layers."""
+    config = MixtralConfig(
+        vocab_size=4096,
+        hidden_size=576,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def bench_config(model: str, threads: int, *, step_programs: bool = True) -> WorkerConfig:
+    return WorkerConfig(
+        role="colocated",
+        name="bench",
+        orchestrator="",
+        model=model,
+        dtype="bfloat16",
+        threads=threads,
+        kv_cache_bytes=512 << 20,
+        step_programs=step_programs,
+    )
+
+
 def main() -> int:
     parser = option_parser("engine", __doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -177,16 +239,7 @@ def main() -> int:
         parser.error("--llama-cpp needs --llama-cpp-gguf FILE")
     options = parse_options("engine", __doc__, parser)
     torch.set_num_threads(parsed.threads)
-    config = WorkerConfig(
-        role="colocated",
-        name="bench",
-        orchestrator="",
-        model=parsed.model,
-        dtype="bfloat16",
-        threads=parsed.threads,
-        kv_cache_bytes=512 << 20,
-    )
-    engine = build_engine(config)
+    engine = build_engine(bench_config(parsed.model, parsed.threads))
     peer = Peer(str(resolve_model(parsed.model).path), torch.bfloat16)
     rng = random.Random(0)
     vocab_size = engine.model_config.vocab_size
@@ -237,6 +290,11 @@ def main() -> int:
     finally:
         for other in others.values():
             other.close()
+    del engine, peer
+    figures += recorded_figures(parsed.model, parsed.model, parsed.threads, quick=options.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        save_mixture(folder)
+        figures += recorded_figures("mixture of experts", folder, parsed.threads, quick=options.quick)
     return report("engine", figures, options.json)
 
 

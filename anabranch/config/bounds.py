@@ -12,7 +12,8 @@ MAX_SIZE_BYTES = 1 << 50
 _MOST = {
     "threads": 4096,
     "encoders_per_lane": 64,
-    "block_size": 1 << 16,
+    "block_size": 4096,
+    "max_step_tokens": 1 << 20,
     "max_running": 1 << 16,
     "cores": 1 << 16,
     # gRPC and ZeroMQ take these as 32-bit numbers.

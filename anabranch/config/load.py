@@ -52,7 +52,7 @@ def load_topology(path: Path) -> Topology:
     except ConfigError:
         raise
     # What an explicit tag cannot be made of (`!!int x`) raises whatever its constructor stumbles over.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         text = " ".join(str(error).split())[:MAX_ERROR_CHARS]
         raise ConfigError("topology file", str(path), f"is not valid YAML: {text}") from None
     return topology_from(data)

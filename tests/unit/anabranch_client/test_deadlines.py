@@ -82,4 +82,4 @@ def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
 )
 def test_a_number_that_the_message_cannot_hold_is_named(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: "):
-        to_generate("x", Sampling(**{field: value}), None)  # type: ignore[arg-type]
+        to_generate("x", Sampling(**{field: value}))  # type: ignore[arg-type]

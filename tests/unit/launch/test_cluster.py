@@ -82,7 +82,7 @@ def test_prefill_and_decode_share_a_process_in_process() -> None:
 
 def test_a_killed_worker_is_named_and_its_requests_end() -> None:
     deaths: list[ProcessExit] = []
-    pools = Pools(colocated=PoolConfig(workers=2, kv_cache="32MiB", threads=1))
+    pools = Pools(colocated=PoolConfig(workers=2, kv_cache="64MiB", threads=1))
     with LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster:
         with Client(cluster.endpoint) as client, Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin:
             stream = client.generate("Once upon a time", Sampling(max_tokens=1000, ignore_eos=True))

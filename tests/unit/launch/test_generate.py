@@ -103,7 +103,7 @@ def test_an_answers_escapes_do_not_reach_json(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_servers_escapes_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse: Callable[..., None] = lambda *_: launch.generate.fail("[red]x[/red] :b: \x1b]0;title\a \x9b1m\r\x7f")  # noqa: E731
+    refuse: Callable[..., None] = lambda *_, **__: launch.generate.fail("[red]x[/red] :b: \x1b]0;title\a \x9b1m\r\x7f")  # noqa: E731
     monkeypatch.setattr(launch.generate, "stream_answer", refuse)
     with Gateway() as gateway:
         result = generate(gateway, "hello")

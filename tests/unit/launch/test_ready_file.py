@@ -74,5 +74,12 @@ def test_logs_that_cannot_be_written_are_refused(tmp_path: Path, obstacle: str) 
     topology = Topology(pools=Pools(colocated=PoolConfig()))
     cluster = LocalCluster(topology, log_folder=logs)
     cluster._folder = tmp_path
+    plan = plan_orchestrator(
+        topology,
+        "ipc://x",
+        secret_file=tmp_path / "secret",
+        admin_token_file=tmp_path / "token",
+        endpoints_file=tmp_path / "endpoints",
+    )
     with pytest.raises(ConfigError, match=r"^--log-dir: .*orchestrator.log .*; name another folder"):
-        cluster._child(plan_orchestrator(topology, "ipc://x", tmp_path / "endpoints"))
+        cluster._child(plan)

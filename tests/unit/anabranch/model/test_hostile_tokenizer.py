@@ -48,7 +48,7 @@ def test_the_tokens_of_a_checked_copy_are_the_same(folder) -> None:
     tokenizer = load(folder)
     assert tokenizer.encode("w7 w9<1>") == [7, 9, VOCAB + 1]
     assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (VOCAB + 3, (2,))
-    assert tokenizer.apply_chat([{"role": "user", "content": "w5"}]) == [5]
+    assert tokenizer.render_chat([{"role": "user", "content": "w5"}]) == "w5"
 
 
 def many(name: str, **changes: object) -> Callable[[Path], None]:

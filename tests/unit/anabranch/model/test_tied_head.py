@@ -82,7 +82,7 @@ def test_the_same_values_twice_are_one_tensor(make_model, load, prompt, session,
     folder, reference = make_model("llama-gqa-tied")
     restore(folder, head=reference.state_dict()[EMBEDDING].clone())
     model = load(folder)
-    assert model.lm_head.weight_VC is model.embedding.weight_VC
+    assert model.attention.lm_head.weight_VC is model.attention.embedding.weight_VC
     assert not caplog.records
     assert session(model).generate(prompt, 20) == reference_tokens(reference, prompt, 20)
 

@@ -11,6 +11,7 @@ import pytest
 from msgspec import inspect
 
 import anabranch.protocol
+import anabranch.request
 from anabranch.errors import InvalidRequest, MalformedMessage
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination, KvStreamStats
@@ -33,6 +34,7 @@ from anabranch.request.request import Request
 from anabranch.request.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_MODEL_STOP_IDS,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -42,14 +44,20 @@ from anabranch.request.token import Token, TokenLogprob
 from transport.control.codec import MAX_MESSAGE_BYTES, Codec
 
 pytestmark = pytest.mark.unit
+MOST_STOP_IDS = MAX_STOP_TOKEN_IDS + MAX_MODEL_STOP_IDS
 
 VOCAB = 1 << 20
 
 
 def structs() -> list[type[msgspec.Struct]]:
-    """Every struct that the protocol's modules define."""
+    """Every struct that the modules of the protocol, and of what it carries, define."""
     found = []
-    for module_info in pkgutil.iter_modules(anabranch.protocol.__path__, "anabranch.protocol."):
+    modules = (
+        module
+        for package in (anabranch.protocol, anabranch.request)
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    )
+    for module_info in modules:
         module = importlib.import_module(module_info.name)
         found += [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
     return found
@@ -194,7 +202,7 @@ def test_the_largest_request_that_is_accepted_reaches_a_worker() -> None:
         logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -1e308),
         logprobs=MAX_LOGPROBS,
         stop=("é" * MAX_STOP_STRING_CHARS,) * MAX_STOP_STRINGS,
-        stop_token_ids=frozenset(range(VOCAB - MAX_STOP_TOKEN_IDS, VOCAB)),
+        stop_token_ids=frozenset(range(VOCAB - MOST_STOP_IDS, VOCAB)),
     )
     sampling.validate(VOCAB)
     message = Generate(
@@ -207,7 +215,7 @@ def test_the_largest_request_that_is_accepted_reaches_a_worker() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("stop_token_ids", frozenset(range(MAX_STOP_TOKEN_IDS + 1)), "at most 256 ids"),
+        ("stop_token_ids", frozenset(range(MOST_STOP_IDS + 1)), "at most 320 ids"),
         ("stop", ("x",) * (MAX_STOP_STRINGS + 1), "at most 16 strings"),
         ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0), "at most 1024 entries"),
     ],

@@ -133,7 +133,7 @@ def test_one_builds_and_the_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "/dev/null", "/proc/cache"])
 def test_a_conversion_names_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str) -> None:
     monkeypatch.setenv("ANABRANCH_CACHE", cache)
-    monkeypatch.setattr(KnownModel, "_gguf", lambda _: tmp_path / "model.gguf")
+    monkeypatch.setattr(KnownModel, "gguf_file", lambda _: tmp_path / "model.gguf")
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1")
     model = KnownModel(name="tiny", description="", licence="", package="tiny")
     with pytest.raises(CheckpointError, match=rf"^tiny is converted once, and {cache}/tiny-.* cannot be written \(.*"):
