@@ -1,4 +1,4 @@
-"""Log lines that say which process speaks."""
+"""Log lines that name their process."""
 
 from __future__ import annotations
 
