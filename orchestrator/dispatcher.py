@@ -175,7 +175,7 @@ class Dispatcher:
                 lifecycle.deliver(member, tuple(tokens))
 
     def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        """A worker is gone: every request is told, those that need it end."""
+        """A worker is gone: every request hears it, those that need it end."""
         for lifecycle in self._requests.values():
             lifecycle.worker_lost(member, error)
 

@@ -1,4 +1,4 @@
-"""Log lines that name their process."""
+"""Log lines that say which process speaks."""
 
 from __future__ import annotations
 
