@@ -92,7 +92,7 @@ class AsyncClient:
         call_timeout_s: deadline of the short calls.
         keepalive_s: silence during a call after which the server is asked for a sign of life; where none comes for
             as long again, the call ends with Unavailable (`unresponsive`). Servers allow no less than 5 s.
-        credentials: for TLS; None speaks plainly.
+        credentials: for TLS; None: no encryption.
 
     Raises:
         InvalidRequest: a deadline is not above 0 and at most a day, as for each call's own; or the endpoint is none.

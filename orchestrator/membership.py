@@ -282,7 +282,7 @@ class Membership:
             self._on_change()
 
     def lose(self, member: Member, reason: str) -> None:
-        """A worker is gone; its requests hear of it at once. Idempotent."""
+        """A worker is gone; its requests are told at once. Idempotent."""
         if not member.alive:
             return
         expected = member.draining and member.num_requests == 0

@@ -53,7 +53,7 @@ class PrefillRank:
         self._rank = engine.context.rank
         heads = engine.layout.heads_of(engine.context.tp_rank)
         self._exporter = KvExporter(engine.kv, engine.context, heads.start)
-        # Guards what follows: streams are opened on connectors' threads and ended on the engine's.
+        # Guards what follows: connector threads open streams, the compute thread ends them.
         self._lock = threading.Lock()
         self._opening: set[Key] = set()
         self._senders: dict[Key, KvStreamSender] = {}

@@ -73,7 +73,7 @@ class ComputeThread(Generic[Command]):
     Args:
         rank: what to call.
         num_threads: compute threads of this thread (OpenMP keeps the number per calling thread).
-        failed: hears of every error, on this thread; returns what it means to whoever waits for the step.
+        failed: called with every error, on this thread; returns what it means to whoever waits for the step.
 
     Attributes:
         activity: the command or step in hand.

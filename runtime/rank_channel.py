@@ -1,4 +1,4 @@
-"""What a worker's driving rank and its other ranks say to each other, and the other ranks' end of it.
+"""Messages between a worker's driving rank and its other ranks, and the other ranks' end of the channel.
 
     driver -> rank    RankStart, then the room's commands; an empty frame is the end
     rank -> driver    RankStarted, RankReady, the room's events, at last RankFailed; a RankBeat where it is silent
@@ -59,10 +59,10 @@ class RankBeat(RankNotice, frozen=True, kw_only=True, tag="beat"):
 
 
 class RankFailed(RankNotice, frozen=True, kw_only=True, tag="failed"):
-    """The rank's last words.
+    """The rank ends, and why.
 
     Attributes:
-        torn: it was torn out of a collective: another rank has more to say.
+        torn: its collective was aborted: the reason of another rank says more.
     """
 
     message: str

@@ -1,6 +1,6 @@
 """The driver's hold on its worker's other ranks: processes that are its children, or threads beside it.
 
-    start (each rank says that it lives, all join) -> wait_ready (each has loaded) -> send, hear events -> close
+    start (each rank reports that it lives, all join) -> wait_ready (each has loaded) -> send, take events -> close
 
 A rank that dies, fails or falls silent fails the group: the collectives of all ranks are aborted, so that none
 waits for it, and `on_failure` hears of it once. The private folder with the sockets is removed as soon as all are
@@ -57,8 +57,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 2.0
-# How long the end of a rank that was torn out of a collective, and an error in one here, wait for the news of the
-# rank that died: they say more.
+# How long the end of a rank whose collective was aborted, and an error in one here, wait for the failure of the rank
+# that died: its reason says more.
 NEWS_TIMEOUT_S = 0.5
 _POLL_S = 0.2
 _RETRY_S = 0.02
@@ -69,8 +69,8 @@ class RankGroup(Generic[Command, Event]):
     """All ranks but the driver's own; with one rank it starts nothing and sends nothing.
 
     Args:
-        on_event: hears `(rank, event)`, on the listener's thread.
-        on_failure: hears once that the group cannot go on.
+        on_event: takes `(rank, event)`, on the listener's thread.
+        on_failure: called once, when the group cannot go on.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class RankGroup(Generic[Command, Event]):
         if self.size == 1:
             return
         self._await(self._ready, "load")
-        # NCCL comes back to its store in the folder when it first speaks to a peer; all else has been used up.
+        # NCCL reads its store in the folder again when it first reaches a peer; nothing else is read again.
         if self._rank_mesh is not None and self._rank_mesh.world.backend != "nccl":
             self._remove_folder()
 
@@ -266,7 +266,7 @@ class RankGroup(Generic[Command, Event]):
         return self._last_words(rank) or "ended"
 
     def _last_words(self, rank: int) -> str:
-        """What a rank said that ended by itself; they may be on their way, as may the news of another's end."""
+        """The reason that a rank gave which ended by itself; it may be on its way, as may the failure of another."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None or self._closing, NEWS_TIMEOUT_S)
             return self._torn.get(rank, "")

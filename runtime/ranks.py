@@ -31,7 +31,7 @@ class Ranks(Generic[Command, Event]):
     Args:
         make_step: the room's command for a step.
         heard: takes `(rank, event)`, from any thread.
-        on_failure: hears that the ranks cannot go on.
+        on_failure: called when the ranks cannot go on.
     """
 
     def __init__(

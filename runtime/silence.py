@@ -15,7 +15,7 @@ class Silence:
 
     Args:
         limit_s: longest silence.
-        look_every_s: how often `look` is called where nobody speaks.
+        look_every_s: how often `look` is called while no message comes.
         clock: gives seconds.
     """
 
@@ -29,7 +29,7 @@ class Silence:
         self._heard_s[rank] = self._clock.now()
 
     def look(self) -> int | None:
-        """A rank that has been silent for too long; to be asked when all that came has been heard."""
+        """A rank that has been silent for too long; to be called once all that came has been taken in."""
         self._clock.tick()
         now_s = self._clock.now()
         return next((rank for rank, heard_s in self._heard_s.items() if now_s - heard_s > self._limit_s), None)

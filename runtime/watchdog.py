@@ -16,7 +16,7 @@ class Watchdog:
     Args:
         activities: what is watched; those that wait for others come after them.
         limit_s: longest piece of work.
-        stalled: hears of an activity and its age in seconds, on the watchdog's thread.
+        stalled: called with an activity and its age in seconds, on the watchdog's thread.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class EngineLoop:
     Args:
         name: of the thread.
         step: schedules; returns False when there is nothing to do before the next command.
-        broken: hears once, on the thread, of the error for which no more steps are run.
+        broken: called once, on the thread, with the error for which no more steps are run.
 
     Attributes:
         activity: the command or step that is run.

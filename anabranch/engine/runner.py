@@ -105,7 +105,7 @@ class Runner:
         """Start one step. On a GPU it returns as soon as the step is queued there.
 
         Args:
-            sink: hears of each layer as soon as its KV is stored on this rank.
+            sink: called for each layer as soon as its KV is stored on this rank.
 
         Returns:
             What will be sampled; nothing on ranks that do not drive.

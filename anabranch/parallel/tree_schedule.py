@@ -1,4 +1,4 @@
-"""Who speaks to whom in a tree reduction: recursive doubling, for any number of ranks.
+"""Which rank sends to which in a tree reduction: recursive doubling, for any number of ranks.
 
 Among `2**k` ranks, in round i each swaps its sum with the rank whose number differs in bit i: after k rounds
 all hold the sum of all. With `n = 2**k + e` ranks, the last e first give their part to the first e, and get

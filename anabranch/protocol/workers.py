@@ -1,4 +1,4 @@
-"""What workers and the orchestrator say to each other.
+"""Messages between workers and the orchestrator.
 
 Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Drain, Shutdown, Beat.
 Worker -> orchestrator: Register, Beat, Reserved, Tokens, Paused, PrefillEnded, Ended, Failing.
@@ -196,7 +196,7 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
 
 
 class Failing(Message, frozen=True, kw_only=True, tag="failing"):
-    """A worker's last words: it cannot go on, and all that it holds ends with `error`."""
+    """A worker's last message: it cannot go on, and all that it holds ends with `error`."""
 
     error: WireError
 

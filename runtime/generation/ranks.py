@@ -26,7 +26,7 @@ class GenerationRanks(Ranks[GenerationCommand, GenerationEvent]):
 
     Args:
         heard: takes `(rank, event)`, from any thread; hand them to `gather` on the engine's thread.
-        on_failure: hears that the ranks cannot go on.
+        on_failure: called when the ranks cannot go on.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ def write_frame(writer: asyncio.StreamWriter, data: bytes, peer: str) -> None:
 
 
 def part(writer: asyncio.StreamWriter) -> None:
-    """Say no more; the other end has a moment to read what was said and to hang up."""
+    """Send no more; the other end has a moment to read what was sent and to close."""
     if writer.is_closing():
         return
     with contextlib.suppress(OSError):

@@ -44,7 +44,7 @@ class _Peer:
         self.dismissed = False
 
     def dismiss(self) -> None:
-        """Hear nothing more of it, let it read what it was sent, and hang up."""
+        """Read nothing more of it, let it read what it was sent, and close."""
         self.dismissed = True
         self.backlog.clear()
         part(self.writer)

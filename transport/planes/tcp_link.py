@@ -97,7 +97,7 @@ class TcpLink:
         self._owner.loop.watch(self._fd, selectors.EVENT_READ, self._ready)
 
     def drop(self, error: Exception) -> None:
-        """End the link: its messages fail, the handler hears of it once."""
+        """End the link: its messages fail, `on_lost` is called once."""
         if self._error is not None:
             return
         self._error = error

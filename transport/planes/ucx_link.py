@@ -164,7 +164,7 @@ class UcxLink:
         return left
 
     def drop(self, error: Exception) -> None:
-        """End the link: its messages fail, the handler hears of it once."""
+        """End the link: its messages fail, `on_lost` is called once."""
         if self._error is not None:
             return
         self._error = error
