@@ -37,8 +37,8 @@ from anabranch.system.user_cache import cache_folder, cache_problem
 from launch import sweeper
 from launch.fit import check_fit
 from launch.gateway import GatewayProbe
-from launch.plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
 from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
+from launch.process_plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
 
 READY_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 3.0
