@@ -35,8 +35,8 @@ from anabranch.system.private_files import private_folder, write_secret
 from anabranch.system.python_child import python_environment
 from anabranch.system.user_cache import cache_folder, cache_problem
 from launch import sweeper
-from launch.fit import check_fit
-from launch.gateway import GatewayProbe
+from launch.gateway_probe import GatewayProbe
+from launch.machine_fit import check_fit
 from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
 from launch.process_plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
 

@@ -42,7 +42,7 @@ from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
 from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said, Stop
 from orchestrator.membership import Member
-from orchestrator.record import Record
+from orchestrator.request_timings import RequestTimings
 from orchestrator.router import Route
 from orchestrator.served_model import TextStream
 from orchestrator.waiting_room import Place
@@ -115,7 +115,7 @@ class Lifecycle:
         self._attempt: Attempt | None = None
         self._output_ids: list[int] = list(request.output_ids)
         self._num_barren = 0
-        self._record = Record(accepted_at)
+        self._timings = RequestTimings(accepted_at)
 
     # What others call -------------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class Lifecycle:
         assert attempt.route.prefill is not None
         attempt.prefill_open = attempt.report_due = False
         if message.error is None:
-            self._record.prefilled(attempt, message)
+            self._timings.prefilled(attempt, message)
             attempt.prompt_computed()
             self._cluster.work_released()
         elif attempt.committed:
@@ -294,7 +294,7 @@ class Lifecycle:
         if attempt.route.prefill is None:
             attempt.report_due = False
             if attempt.committed:
-                self._record.prefilled(attempt, message)
+                self._timings.prefilled(attempt, message)
         if not attempt.decode_open:
             return None
         attempt.decode_open = False
@@ -343,7 +343,7 @@ class Lifecycle:
                 texts.append(text)
         if len(self._output_ids) == first_index:
             return None
-        self._record.tokens_came(time.monotonic())
+        self._timings.tokens_came(time.monotonic())
         self._place.leave()
         if not attempt.committed:
             attempt.committed = True
@@ -366,7 +366,7 @@ class Lifecycle:
         rest = self._text.finish()
         if rest:
             self.answer.add(Chunk(first_index=len(self._output_ids), token_ids=(), text=rest, logprobs=()))
-        return self._record.finished(
+        return self._timings.finished(
             reason,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_output_tokens=len(self._output_ids),
