@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from anabranch.protocol.workers import (
     ToOrchestrator,
 )
 from anabranch.system.clock import timeout
+from anabranch.system.files import write_atomically
 from anabranch.system.private_files import read_secret, runtime_folder, write_secret
 from orchestrator import admin, gateway
 from orchestrator.call_guard import CallGuard
@@ -166,17 +166,14 @@ class Orchestrator:
             shutil.rmtree(self._run_folder, ignore_errors=True)
 
     def _announce(self, path: Path) -> None:
-        """Write the endpoints so that a reader sees all of the file or none."""
+        """Write the endpoints down, for programs."""
         announcement = {
             "grpc": self.grpc_endpoint,
             "control": self.control_endpoint,
             "admin_token_file": self.admin_token_file,
             "pid": os.getpid(),
         }
-        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(announcement, file)
-        os.replace(part, path)
+        write_atomically(path, json.dumps(announcement).encode())
 
     # Serving ----------------------------------------------------------------------------------------------
 

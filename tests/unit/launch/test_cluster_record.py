@@ -9,12 +9,12 @@ import msgspec
 import psutil
 import pytest
 
+from anabranch.system.files import write_atomically
 from launch.cluster_record import (
     ClusterRecord,
     record_folder,
     record_path,
     running_clusters,
-    write_atomically,
     write_record,
 )
 
