@@ -1,7 +1,7 @@
 """The orchestrator: gateway, requests, workers, and the tasks that keep them going.
 
-    clients --gRPC--> Gateway -> Dispatcher -> Lifecycle (one task each) --control channel--> workers
-                                                   ^------- receive task <--------------------'
+    clients --gRPC--> Gateway -> Lifecycle (one task each) --control channel--> workers
+                                    ^--- its inbox <--- receive task <-------------'
 
 Tasks: one receives from workers, one beats and notices silence, one watches the processes that encode prompts, one
 per request.
@@ -43,7 +43,7 @@ from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
-from orchestrator.membership import Membership
+from orchestrator.membership import Member, Membership
 from orchestrator.router import LeastWork, Router
 from orchestrator.served_model import PromptEncoder, ServedModel
 from transport.control import ControlServer
@@ -102,16 +102,14 @@ class Orchestrator:
             allow_remote=config.allow_remote,
         )
         self.control_endpoint = self._control.endpoint
-        self._dispatcher = Dispatcher(config, self._model, self._router)
         self.membership = Membership(
             self._control,
             self._model.identity,
             worker_timeout_s=config.worker_timeout_s,
             heartbeat_s=config.heartbeat_s,
             on_change=self._cluster_changed,
-            on_lost=self._dispatcher.worker_lost,
         )
-        self._dispatcher.attach(self.membership)
+        self._dispatcher = Dispatcher(config, self._model, self._router, self.membership)
         self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
         try:
@@ -209,9 +207,11 @@ class Orchestrator:
                 if member is not None:
                     self._dispatcher.deliver(member, message)
 
-    def _cluster_changed(self) -> None:
+    def _cluster_changed(self, member: Member) -> None:
+        if member.end is not None:
+            self._dispatcher.worker_lost(member, member.end)
         self._health.changed()
-        self._dispatcher.pump()
+        self._dispatcher.queue.pump()
 
     # Ending -----------------------------------------------------------------------------------------------
 
