@@ -252,7 +252,7 @@ class Acceptor:
             self._log.warning(f"{self._scheme}: accept failed: {error}")
             # The links of this loop go on meanwhile.
             self._loop.unwatch(self._listener.fileno())
-            self._accepts_again_s = time.monotonic() + ACCEPT_PAUSE_S
+            self._accepts_again_s = awake_s() + ACCEPT_PAUSE_S
             return
         if len(self._pending) >= MAX_PENDING_HELLOS:
             # The oldest has had its chance; a flood of silent connections must not keep real peers out.
