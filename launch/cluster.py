@@ -30,9 +30,9 @@ from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.system.child_process import python_environment
 from anabranch.system.clock import awake_s
 from anabranch.system.private_files import private_folder, write_secret
-from anabranch.system.python_child import python_environment
 from anabranch.system.user_cache import cache_folder, cache_problem
 from launch import sweeper
 from launch.gateway_probe import GatewayProbe

@@ -31,9 +31,9 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
+from anabranch.system.child_process import python_environment, python_module
 from anabranch.system.clock import awake_s, wait_for
 from anabranch.system.private_files import private_folder
-from anabranch.system.python_child import python_environment, python_module
 from runtime.rank import Command, Event, RankRoom
 from runtime.rank_channel import (
     END,

@@ -15,7 +15,6 @@ import secrets
 import selectors
 import socket
 import struct
-import time
 from collections.abc import Callable
 
 import msgspec
