@@ -29,7 +29,7 @@ import torch
 from anabranch.kernels.native import select_kernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
-from anabranch.system.python_child import python_module
+from anabranch.system.child_process import python_module
 from benchmarks.report import Figure, parse_options, report
 from transport.kv_stream import KvStreamSource
 from transport.kv_stream.incoming import DTYPES

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import mmap
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from anabranch.kernels.compiler import COMPILE_TIMEOUT_S, find_compiler
-from anabranch.system.user_cache import cached_file
+from anabranch.system.native_code import load_compiled
 
 SOURCE = Path(__file__).parent / "native" / "ping.cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++17")
 ANSWER_TIMEOUT_S = 20.0
 
 
@@ -47,10 +43,7 @@ def ping_s(segment: Path, side: int, x: torch.Tensor, num_rounds: int) -> float:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler, version = find_compiler()
-    digest = hashlib.sha256("\0".join((version, *FLAGS, SOURCE.read_text())).encode()).hexdigest()
-    path = cached_file(f"ping-{digest[:20]}.so", lambda path: _compile(compiler, path), timeout_s=2 * COMPILE_TIMEOUT_S)
-    library = ctypes.CDLL(str(path))
+    library = load_compiled("ping", SOURCE, FLAGS)
     library.ping_segment_bytes.restype, library.ping_segment_bytes.argtypes = ctypes.c_uint64, [ctypes.c_uint64]
     library.ping.restype = ctypes.c_double
     library.ping.argtypes = [
@@ -62,10 +55,3 @@ def _library() -> ctypes.CDLL:
         ctypes.c_double,
     ]
     return library
-
-
-def _compile(compiler: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        made = Path(folder) / path.name
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, timeout=COMPILE_TIMEOUT_S)
-        made.replace(path)

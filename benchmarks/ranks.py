@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from anabranch.system.python_child import python_environment, python_module
+from anabranch.system.child_process import python_environment, python_module
 from transport.collectives.shm import ShmGroup, join
 
 Value: TypeAlias = "str | int | float | bool | Sequence[Value] | Mapping[str, Value]"

@@ -28,7 +28,7 @@ import msgspec
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.split import split_range
 from anabranch.protocol.kv import KvDestination
-from anabranch.system.python_child import python_environment, python_module
+from anabranch.system.child_process import python_environment, python_module
 from benchmarks.report import Figure, parse_options, report
 from benchmarks.reshard_peer import CHUNK_TOKENS, TIMEOUT_S, Answer, Clear, Expect, Forget, Go, Prepare, Request
 from transport.planes import usable_planes

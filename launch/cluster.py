@@ -30,15 +30,15 @@ from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.system.child_process import python_environment
 from anabranch.system.clock import awake_s
 from anabranch.system.private_files import private_folder, write_secret
-from anabranch.system.python_child import python_environment
 from anabranch.system.user_cache import cache_folder, cache_problem
 from launch import sweeper
-from launch.fit import check_fit
-from launch.gateway import GatewayProbe
-from launch.plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
+from launch.gateway_probe import GatewayProbe
+from launch.machine_fit import check_fit
 from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
+from launch.process_plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
 
 READY_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 3.0

@@ -22,8 +22,8 @@ from anabranch_client import (
     Unavailable,
 )
 from anabranch_client.convert import Gather
+from launch.cluster_record import running_clusters
 from launch.numbers import MAX_INT, seconds, within
-from launch.record import running_clusters
 from launch.report import EXIT_USAGE, fail, reported
 from launch.show import breakdown_table, err
 from launch.terminal_text import visible

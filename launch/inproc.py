@@ -15,9 +15,9 @@ import msgspec
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import pin_process
 from anabranch.errors import AnabranchError
-from launch.plan import INPROC_NAME
+from anabranch.system.logs import configure_logging
+from launch.process_plan import INPROC_NAME
 from runtime.entry import run_workers
-from runtime.log import configure_logging
 from runtime.worker import Worker
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anabranch.system.child_process import python_module
 from anabranch.system.clock import awake_s
-from anabranch.system.python_child import python_module
 from launch.terminal_text import visible
 
 _TAIL_BYTES = 16384

@@ -10,14 +10,15 @@ import typer
 
 from anabranch.config.load import load_topology
 from anabranch.config.topology import Topology
+from anabranch.system.files import write_atomically
 from anabranch.system.user_cache import cache_problem
 from anabranch_client import Client, ClientError
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
+from launch.cluster_record import record_path, write_record
 from launch.numbers import seconds
-from launch.plan import ORCHESTRATOR_NAME
 from launch.process import ProcessExit
+from launch.process_plan import ORCHESTRATOR_NAME
 from launch.ready_file import claim_ready_file
-from launch.record import record_path, write_atomically, write_record
 from launch.report import EXIT_FAILED, interrupt_on_signals, reported, warn
 from launch.show import err, out, process_table
 from launch.terminal_text import said

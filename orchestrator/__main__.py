@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 
@@ -13,6 +12,7 @@ import uvloop
 from anabranch.config.flags import parse_flags
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError
+from anabranch.system.logs import configure_logging
 from anabranch.system.standard_streams import standard_streams
 from orchestrator.connections import raise_descriptor_limit
 from orchestrator.encoding.pool import fork_encoders
@@ -62,11 +62,7 @@ async def serve(config: OrchestratorConfig, model: ServedModel, encoder: PromptE
 def main() -> None:
     """Parse -> load -> fork what encodes prompts -> announce ready -> run -> drain -> exit."""
     config = parse_flags(OrchestratorConfig, sys.argv[1:], prog="python -m orchestrator", about=ABOUT)
-    logging.basicConfig(
-        level=logging.getLevelNamesMapping().get(os.environ.get("ANABRANCH_LOG", "INFO").upper(), logging.INFO),
-        format="%(asctime)s.%(msecs)03d %(levelname).1s orchestrator %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    configure_logging("orchestrator")
     raise_descriptor_limit()
     for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop takes them: nothing is to be drained yet
         signal.signal(number, lambda *_: sys.exit(0))

@@ -108,7 +108,7 @@ class Admin:
             workers=[worker_message(member, now) for member in self._membership.members],
             departures=[departure_message(departure) for departure in self._membership.departures],
             num_requests=self._dispatcher.num_requests,
-            num_queued=self._dispatcher.num_queued,
+            num_queued=len(self._dispatcher.queue),
             serving=self._membership.serving and not self._gateway.draining,
             draining=self._gateway.draining,
         )

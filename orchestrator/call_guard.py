@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from anabranch.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from anabranch.system.clock import timeout
-from anabranch.system.limited_log import LimitedLog
+from anabranch.system.logs import LimitedLog
 from orchestrator.calls import abort
 from orchestrator.reset import reset
 

@@ -6,23 +6,61 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, TypeVar
 
+import grpc
 import grpc.aio
 
-from anabranch.errors import AnabranchError, InvalidRequest
-from orchestrator.statuses import status_of, trailers_of
+from anabranch.errors import (
+    AccessDenied,
+    AnabranchError,
+    CapacityError,
+    ChatTemplateError,
+    ConfigError,
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    NoWorkers,
+    PeerLost,
+    RequestCancelled,
+    TransportUnavailable,
+    UnknownModel,
+    WorkerDied,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 2000
+CODE_KEY = "anabranch-code"
+
+_STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (AccessDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    # Not the client's fault, and trying again does not help until the model's files are mended.
+    (ChatTemplateError, grpc.StatusCode.FAILED_PRECONDITION),
+    (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (RequestCancelled, grpc.StatusCode.CANCELLED),
+    (WorkerDied, grpc.StatusCode.UNAVAILABLE),
+    (NoWorkers, grpc.StatusCode.UNAVAILABLE),
+    (Draining, grpc.StatusCode.UNAVAILABLE),
+    (PeerLost, grpc.StatusCode.UNAVAILABLE),
+    (TransportUnavailable, grpc.StatusCode.UNAVAILABLE),
+)
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 _Context = grpc.aio.ServicerContext[_Request, _Response]
 
 
+def _status_of(error: AnabranchError) -> grpc.StatusCode:
+    """The status that a client sees; INTERNAL for what has none of its own."""
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
 async def abort(context: _Context[_Request, _Response], error: AnabranchError) -> NoReturn:
     """End the call with the error's status, message and code."""
-    await context.abort(status_of(error), str(error)[:MAX_MESSAGE_CHARS], trailers_of(error))
+    await context.abort(_status_of(error), str(error)[:MAX_MESSAGE_CHARS], ((CODE_KEY, error.code),))
     raise AssertionError("abort raises")
 
 

@@ -1,20 +1,19 @@
-"""All requests in flight: their queue for a route, and the way of workers' messages to them."""
+"""All requests in flight, and the way of workers' messages to them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, NoWorkers
-from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens, ToWorker
+from anabranch.errors import AnabranchError
+from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens
 from anabranch.request.request import Request
 from anabranch.request.token import Token
-from orchestrator.absence import Absence
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Member, Membership
-from orchestrator.router import Router, total_tokens
+from orchestrator.request_queue import RequestQueue
+from orchestrator.router import Router
 from orchestrator.served_model import ServedModel
 from orchestrator.waiting_room import Place, WaitingRoom
 
@@ -22,40 +21,27 @@ logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Owns one task per request. The queue is first come, first served; requests that workers gave back go first.
+    """Owns one task per request.
 
-    Args:
-        membership: set by `attach` where it needs this dispatcher for its own construction.
+    Attributes:
+        queue: those that wait for a route.
+        room: those that wait for their first token, with those whose prompt is being encoded.
     """
 
-    def __init__(self, config: OrchestratorConfig, model: ServedModel, router: Router) -> None:
+    def __init__(self, config: OrchestratorConfig, model: ServedModel, router: Router, membership: Membership) -> None:
         self._config = config
         self._model = model
-        self._router = router
-        self._membership: Membership | None = None
+        self._membership = membership
+        self.queue = RequestQueue(config, router, membership)
         self._requests: dict[str, Lifecycle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._queue: deque[Lifecycle] = deque()
-        self._absence = Absence(config.no_worker_grace_s, self._end_queued)
         self.room = WaitingRoom(config.max_queued, config.max_queued_bytes)
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
-    def attach(self, membership: Membership) -> None:
-        self._membership = membership
-
-    @property
-    def membership(self) -> Membership:
-        assert self._membership is not None
-        return self._membership
-
     @property
     def num_requests(self) -> int:
         return len(self._requests)
-
-    @property
-    def num_queued(self) -> int:
-        return len(self._queue)
 
     # Requests ---------------------------------------------------------------------------------------------
 
@@ -70,14 +56,13 @@ class Dispatcher:
         """
         request_id = request.request_id
         assert request_id not in self._requests
-        sampling = request.sampling
         lifecycle = Lifecycle(
             request,
             client_id=client_id,
             place=place,
-            text=self._model.text_stream(sampling),
-            silent_ids=frozenset(sampling.stop_token_ids),
-            cluster=self,
+            text=self._model.text_stream(request.sampling),
+            queue=self.queue,
+            membership=self._membership,
             config=self._config,
             accepted_at=accepted_at,
         )
@@ -101,61 +86,9 @@ class Dispatcher:
     async def stop_all(self, error: AnabranchError) -> None:
         """End every request with `error`, and wait for it."""
         for lifecycle in self._requests.values():
-            lifecycle.stop(error)
+            lifecycle.inbox.stop(error)
         await self.wait_until_idle()
-        self._absence.end()
-
-    # What lifecycles ask for ------------------------------------------------------------------------------
-
-    def enqueue(self, lifecycle: Lifecycle, *, first: bool) -> None:
-        num_given_back = sum(queued.request.epoch > 0 for queued in self._queue)
-        self._queue.insert(num_given_back if first else len(self._queue), lifecycle)
-        self.pump()
-
-    def withdraw(self, lifecycle: Lifecycle) -> None:
-        if lifecycle in self._queue:
-            self._queue.remove(lifecycle)
-
-    def work_released(self) -> None:
-        self.pump()
-
-    async def send(self, member: Member, message: ToWorker) -> None:
-        await self.membership.send(member, message)
-
-    def mark_draining(self, member: Member) -> None:
-        self.membership.mark_draining(member)
-
-    def pump(self) -> None:
-        """Give routes to the queue's head for as long as there are any.
-
-        A request that no living path is wide enough for does not hold up those behind it. Where there is no path at
-        all, requests wait for one to come back, but not for long.
-        """
-        if self.membership.serving:
-            self._absence.end()
-        else:
-            self._absence.begin()
-            if self._absence.long:
-                self._end_queued()
-        members = self.membership.members
-        widest = self.membership.max_context()
-        passed_over: list[Lifecycle] = []
-        while self._queue:
-            lifecycle = self._queue[0]
-            route = self._router.choose(lifecycle.request, members)
-            if route is None and total_tokens(lifecycle.request) <= widest:
-                break
-            self._queue.popleft()
-            if route is None:
-                passed_over.append(lifecycle)
-            else:
-                lifecycle.assign(route)
-        self._queue.extendleft(reversed(passed_over))
-
-    def _end_queued(self) -> None:
-        missing = self.membership.missing()
-        for lifecycle in self._queue:
-            lifecycle.stop(NoWorkers(f"no_worker_grace_s: for {self._config.no_worker_grace_s:g} s {missing}"))
+        self.queue.close()
 
     # What workers say -------------------------------------------------------------------------------------
 
@@ -164,7 +97,7 @@ class Dispatcher:
         if not isinstance(message, Tokens):
             lifecycle = self._requests.get(message.request_id)
             if lifecycle is not None:
-                lifecycle.deliver(member, message)
+                lifecycle.inbox.said(member, message)
             return
         by_request: dict[str, list[Token]] = {}
         for token in message.tokens:
@@ -172,20 +105,20 @@ class Dispatcher:
         for request_id, tokens in by_request.items():
             lifecycle = self._requests.get(request_id)
             if lifecycle is not None:
-                lifecycle.deliver(member, tuple(tokens))
+                lifecycle.inbox.said(member, tuple(tokens))
 
     def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        """A worker is gone: every request hears it, those that need it end."""
+        """A worker is gone: requests that it was given are told, and those that need it end."""
         for lifecycle in self._requests.values():
-            lifecycle.worker_lost(member, error)
+            lifecycle.inbox.lost(member, error)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of any request; to be called when idle."""
         assert not self._requests, f"requests: {list(self._requests)}"
         assert not self._tasks, f"tasks: {list(self._tasks)}"
-        assert not self._queue, f"queue: {len(self._queue)}"
+        assert not self.queue, f"queue: {len(self.queue)}"
         waiting = self.room.num_places, self.room.num_bytes
         assert waiting == (0, 0), f"waiting room: {waiting[0]} places, {waiting[1]} bytes"
-        for member in self.membership.members:
+        for member in self._membership.members:
             assert member.num_requests == 0, f"{member.name} counts {member.num_requests} requests"
             assert member.prefill_tokens == 0, f"{member.name} counts {member.prefill_tokens} prompt tokens"

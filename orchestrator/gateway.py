@@ -106,18 +106,18 @@ class Gateway:
                 await context.write(answer_event(part, include_timings=message.include_timings))
         except AnabranchError as error:
             if lifecycle is not None:
-                lifecycle.stop(error)
+                lifecycle.inbox.stop(error)
             await abort(context, error)
         except grpc.aio.InternalError as error:
             logger.debug("a write failed, its client is gone: %s", error)
         except Exception:
             logger.exception("a Generate call failed")
             if lifecycle is not None:
-                lifecycle.stop(AnabranchError("the gateway failed"))
+                lifecycle.inbox.stop(AnabranchError("the gateway failed"))
             await abort(context, AnabranchError("the gateway failed; its log says why"))
         finally:
             if lifecycle is not None:
-                lifecycle.stop(RequestCancelled("the client went away"))
+                lifecycle.inbox.stop(RequestCancelled("the client went away"))
             self.num_calls -= 1
 
     async def _admit(self, message: pb.GenerateRequest) -> Lifecycle:

@@ -24,7 +24,7 @@ FromWorker = Reserved | Paused | PrefillEnded | Ended | tuple[Token, ...]
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """The queue has found a route."""
+    """There is a route."""
 
     attempt: Attempt
 
@@ -53,29 +53,55 @@ class Stop:
 
 
 class Inbox:
-    """Events of one request; anybody on the event loop puts, its one task takes."""
+    """Events of one request; anybody on the event loop puts, its one task takes.
+
+    Attributes:
+        attempt: the request's present one, whose workers alone are listened to; None while there is none. The task
+            sets it to None when it is over.
+    """
 
     def __init__(self) -> None:
+        self.attempt: Attempt | None = None
         self._events: asyncio.Queue[Assigned | Said | Lost | Stop] = asyncio.Queue()
         self._num_waiting = 0
         self._overrun = False
         self._deadline = 0.0
         self._what = ""
 
-    def put(self, event: Assigned | Said | Lost | Stop) -> None:
-        if isinstance(event, Said):
-            if self._overrun:
-                return
-            self._num_waiting += _weight(event)
-            if self._num_waiting > MAX_WAITING:
-                self._overrun = True
-                event = Stop(
-                    Overloaded(
-                        f"worker {event.member.name} sends faster than can be taken in: {self._num_waiting} tokens and "
-                        f"messages of one request wait, at most {MAX_WAITING} are kept"
-                    )
-                )
-        self._events.put_nowait(event)
+    def assign(self, attempt: Attempt) -> None:
+        """There is a route."""
+        assert self.attempt is None
+        self.attempt = attempt
+        self._events.put_nowait(Assigned(attempt))
+
+    def said(self, member: Member, message: FromWorker) -> None:
+        """A worker said something about the request."""
+        if self._overrun or not self._listens_to(member):
+            return
+        event = Said(member, message)
+        self._num_waiting += _weight(event)
+        if self._num_waiting <= MAX_WAITING:
+            self._events.put_nowait(event)
+            return
+        self._overrun = True
+        self.stop(
+            Overloaded(
+                f"worker {member.name} sends faster than can be taken in: {self._num_waiting} tokens and "
+                f"messages of one request wait, at most {MAX_WAITING} are kept"
+            )
+        )
+
+    def lost(self, member: Member, error: AnabranchError) -> None:
+        """A worker is gone."""
+        if self._listens_to(member):
+            self._events.put_nowait(Lost(member, error))
+
+    def stop(self, error: AnabranchError) -> None:
+        """End the request with `error`, unless it has ended."""
+        self._events.put_nowait(Stop(error))
+
+    def _listens_to(self, member: Member) -> bool:
+        return self.attempt is not None and member in self.attempt.route.members
 
     def allow(self, name: str, timeout_s: float, state: str) -> None:
         """Let events take `timeout_s` from now; `name` is the timeout's, for the error."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
@@ -34,16 +34,15 @@ from anabranch.protocol.workers import (
     PrefillEnded,
     Reserve,
     Reserved,
-    ToWorker,
 )
 from anabranch.request.request import Request
 from anabranch.request.token import Token, TokenLogprob
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
-from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said, Stop
-from orchestrator.membership import Member
-from orchestrator.record import Record
-from orchestrator.router import Route
+from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said
+from orchestrator.membership import Member, Membership
+from orchestrator.request_queue import RequestQueue
+from orchestrator.request_timings import RequestTimings
 from orchestrator.served_model import TextStream
 from orchestrator.waiting_room import Place
 
@@ -53,37 +52,14 @@ State = Literal["queued", "reserving", "prefilling", "decoding", "paused", "fini
 Outcome = Literal["stop", "length", "again"]
 
 
-class Cluster(Protocol):
-    """What a lifecycle asks of the world around it."""
-
-    def enqueue(self, lifecycle: Lifecycle, *, first: bool) -> None:
-        """Call `lifecycle.assign` once there is a route."""
-        ...
-
-    def withdraw(self, lifecycle: Lifecycle) -> None:
-        """Take the lifecycle from the queue, if it is there."""
-        ...
-
-    def work_released(self) -> None:
-        """A worker's load fell: others may have a route now."""
-        ...
-
-    async def send(self, member: Member, message: ToWorker) -> None:
-        """Raises WorkerDied."""
-        ...
-
-    def mark_draining(self, member: Member) -> None: ...
-
-
 class Lifecycle:
-    """Drives one request; `run` is its only task, all else puts something into its inbox.
+    """Drives one request; `run` is its only task, all else puts something into its `inbox`.
 
     Args:
         request: epoch 0; `sampling.max_tokens` is set.
         client_id: the client's name for the request; empty: it goes by the request's own id.
         place: among the requests that wait for their first token; left with that token, or at the end.
         text: turns its tokens into text.
-        silent_ids: tokens that end the answer and have no text.
     """
 
     def __init__(
@@ -93,8 +69,8 @@ class Lifecycle:
         client_id: str,
         place: Place,
         text: TextStream,
-        silent_ids: frozenset[int],
-        cluster: Cluster,
+        queue: RequestQueue,
+        membership: Membership,
         config: OrchestratorConfig,
         accepted_at: float,
     ) -> None:
@@ -105,42 +81,18 @@ class Lifecycle:
         self.name = f"{request.request_id} ({client_id})" if client_id else request.request_id
         self.state: State = "queued"
         self.answer = Answer(config.max_unread_tokens)
+        self.inbox = Inbox()
         self._place = place
         self._text = text
-        self._silent_ids = silent_ids
-        self._cluster = cluster
+        # They end the answer and have no text.
+        self._silent_ids = request.sampling.stop_token_ids
+        self._queue = queue
+        self._membership = membership
         self._config = config
         self._max_tokens = request.sampling.max_tokens
-        self._inbox = Inbox()
-        self._attempt: Attempt | None = None
         self._output_ids: list[int] = list(request.output_ids)
         self._num_barren = 0
-        self._record = Record(accepted_at)
-
-    # What others call -------------------------------------------------------------------------------------
-
-    def assign(self, route: Route) -> None:
-        """The queue has found a route; the workers' loads count the request from now on."""
-        assert self._attempt is None
-        self._attempt = Attempt(self.request, route)
-        self._inbox.put(Assigned(self._attempt))
-
-    def deliver(self, member: Member, message: FromWorker) -> None:
-        """A worker said something about this request; only those that have it now are heard."""
-        if self._involves(member):
-            self._inbox.put(Said(member, message))
-
-    def worker_lost(self, member: Member, error: AnabranchError) -> None:
-        """A worker is gone."""
-        if self._involves(member):
-            self._inbox.put(Lost(member, error))
-
-    def stop(self, error: AnabranchError) -> None:
-        """End the request with `error`, unless it has ended."""
-        self._inbox.put(Stop(error))
-
-    def _involves(self, member: Member) -> bool:
-        return self._attempt is not None and member in self._attempt.route.members
+        self._timings = RequestTimings(accepted_at)
 
     # The machine ------------------------------------------------------------------------------------------
 
@@ -157,32 +109,36 @@ class Lifecycle:
         finally:
             self.state = "ended"
             self._place.leave()
-            self._cluster.withdraw(self)
-            self._cluster.work_released()
+            self._queue.withdraw(self.inbox)
+            self._queue.pump()
             if not self.answer.ended:
                 self.answer.fail(Draining("the orchestrator ends"))
 
     async def _drive(self) -> Finished:
         while True:
             self._enter("queued", "queue_timeout_s", self._config.queue_timeout_s)
-            self._cluster.enqueue(self, first=self.request.epoch > 0)
+            self._queue.put(self.request, self.inbox)
             try:
                 attempt = await self._queued()
                 num_before = len(self._output_ids)
                 outcome = await self._follow(attempt)
             except PeerLost as error:
-                if self._attempt is None:
+                if self.inbox.attempt is None:
                     raise
-                await self._cancel(self._attempt)
-                raise await self._cause(self._attempt, error) from error
+                await self._cancel(self.inbox.attempt)
+                raise await self._cause(self.inbox.attempt, error) from error
             finally:
-                if self._attempt is not None:
-                    await self._cancel(self._attempt)
-                    self._attempt.close()
-                    self._attempt = None
+                await self._end_attempt()
             if outcome != "again":
                 return self._finished(outcome, attempt)
             self._next_epoch(progressed=len(self._output_ids) > num_before)
+
+    async def _end_attempt(self) -> None:
+        attempt = self.inbox.attempt
+        if attempt is not None:
+            await self._cancel(attempt)
+            attempt.close()
+            self.inbox.attempt = None
 
     def _next_epoch(self, *, progressed: bool) -> None:
         self._num_barren = 0 if progressed else self._num_barren + 1
@@ -195,7 +151,7 @@ class Lifecycle:
 
     async def _queued(self) -> Attempt:
         while True:
-            event = await self._inbox.next()
+            event = await self.inbox.next()
             if isinstance(event, Assigned):
                 return event.attempt
 
@@ -205,7 +161,7 @@ class Lifecycle:
         finished: Outcome | None = None
         while True:
             try:
-                event = await self._inbox.next()
+                event = await self.inbox.next()
             except DeadlineExceeded as error:
                 if finished is None:
                     raise
@@ -238,11 +194,11 @@ class Lifecycle:
                 config.reserve_timeout_s + config.prefill_timeout_s,
             )
             attempt.ordered_at = time.monotonic()
-            await self._cluster.send(decode, Generate(request=attempt.request))
+            await self._membership.send(decode, Generate(request=attempt.request))
             attempt.report_due = True
         else:
             self._enter("reserving", "reserve_timeout_s", config.reserve_timeout_s)
-            await self._cluster.send(decode, Reserve(request=attempt.request))
+            await self._membership.send(decode, Reserve(request=attempt.request))
         attempt.decode_open = True
 
     # What workers say -------------------------------------------------------------------------------------
@@ -272,7 +228,7 @@ class Lifecycle:
             return
         self._enter("prefilling", "prefill_timeout_s", self._config.prefill_timeout_s)
         attempt.ordered_at = time.monotonic()
-        await self._cluster.send(prefill, Prefill(request=attempt.request, destination=message.destination))
+        await self._membership.send(prefill, Prefill(request=attempt.request, destination=message.destination))
         attempt.prefill_open = attempt.report_due = True
 
     def _on_prefill_ended(self, attempt: Attempt, message: PrefillEnded) -> Outcome | None:
@@ -281,9 +237,9 @@ class Lifecycle:
         assert attempt.route.prefill is not None
         attempt.prefill_open = attempt.report_due = False
         if message.error is None:
-            self._record.prefilled(attempt, message)
+            self._timings.prefilled(attempt, message)
             attempt.prompt_computed()
-            self._cluster.work_released()
+            self._queue.pump()
         elif attempt.committed:
             logger.warning("request %s: prefill's report: %s", self.name, message.error.message)
         else:
@@ -294,7 +250,7 @@ class Lifecycle:
         if attempt.route.prefill is None:
             attempt.report_due = False
             if attempt.committed:
-                self._record.prefilled(attempt, message)
+                self._timings.prefilled(attempt, message)
         if not attempt.decode_open:
             return None
         attempt.decode_open = False
@@ -316,7 +272,7 @@ class Lifecycle:
         """A worker that drains has changed nothing and others can take over; all else is the request's end."""
         error = wire_error.to_error()
         if isinstance(error, Draining):
-            self._cluster.mark_draining(member)
+            self._membership.mark_draining(member)
             return "again"
         raise error
 
@@ -343,12 +299,12 @@ class Lifecycle:
                 texts.append(text)
         if len(self._output_ids) == first_index:
             return None
-        self._record.tokens_came(time.monotonic())
+        self._timings.tokens_came(time.monotonic())
         self._place.leave()
         if not attempt.committed:
             attempt.committed = True
             attempt.prompt_computed()
-            self._cluster.work_released()
+            self._queue.pump()
         self.answer.add(
             Chunk(
                 first_index=first_index,
@@ -366,7 +322,7 @@ class Lifecycle:
         rest = self._text.finish()
         if rest:
             self.answer.add(Chunk(first_index=len(self._output_ids), token_ids=(), text=rest, logprobs=()))
-        return self._record.finished(
+        return self._timings.finished(
             reason,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_output_tokens=len(self._output_ids),
@@ -387,8 +343,9 @@ class Lifecycle:
             await self._send_cancel(attempt, attempt.route.decode)
 
     async def _send_cancel(self, attempt: Attempt, member: Member) -> None:
+        cancel = Cancel(request_id=attempt.request.request_id, epoch=attempt.request.epoch)
         try:
-            await self._cluster.send(member, Cancel(request_id=attempt.request.request_id, epoch=attempt.request.epoch))
+            await self._membership.send(member, cancel)
         except AnabranchError as error:
             logger.debug("cancel of %s not sent: %s", self.name, error)
 
@@ -398,7 +355,7 @@ class Lifecycle:
         self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + 2 * config.heartbeat_s)
         try:
             while True:
-                event = await self._inbox.next()
+                event = await self.inbox.next()
                 if isinstance(event, Lost) and event.member in attempt.route.members:
                     return event.error
         except DeadlineExceeded:
@@ -408,4 +365,4 @@ class Lifecycle:
 
     def _enter(self, state: State, name: str, timeout_s: float) -> None:
         self.state = state
-        self._inbox.allow(name, timeout_s, state)
+        self.inbox.allow(name, timeout_s, state)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
@@ -30,6 +30,7 @@ from anabranch.protocol.workers import (
 )
 from anabranch.system.clock import loop_clock
 from orchestrator.context_limit import ContextLimit
+from transport.control import ControlServer
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,6 @@ MAX_DEPARTURES = 32
 # The fingerprint comes last: where shapes differ, they say more.
 _MODEL_FIELDS = tuple(field for field in ModelIdentity.__struct_fields__ if field not in ("model", "model_fingerprint"))
 _MODEL_FIELDS += ("model_fingerprint",)
-
-
-class ControlSender(Protocol):
-    """The sending half of the control channel's server."""
-
-    async def send(self, peer: bytes, message: ToWorker) -> None: ...
-
-    async def dismiss(self, peer: bytes, message: ToWorker) -> None: ...
 
 
 class Departure(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,26 +99,23 @@ class Membership:
         served: the orchestrator's own model, whose tokenizer makes the prompts.
         worker_timeout_s: silence after which a worker is gone.
         heartbeat_s: time between beats to each worker.
-        on_change: called after a worker came, began to drain or went.
-        on_lost: called with each worker that went and the error for its requests, before `on_change`.
+        on_change: called with each worker that came, began to drain or went; one that went has `end`.
     """
 
     def __init__(
         self,
-        sender: ControlSender,
+        channel: ControlServer,
         served: ModelIdentity,
         *,
         worker_timeout_s: float,
         heartbeat_s: float,
-        on_change: Callable[[], None],
-        on_lost: Callable[[Member, AnabranchError], None],
+        on_change: Callable[[Member], None],
     ) -> None:
-        self._sender = sender
+        self._channel = channel
         self._served = served
         self._worker_timeout_s = worker_timeout_s
         self._heartbeat_s = heartbeat_s
         self._on_change = on_change
-        self._on_lost = on_lost
         self._by_name: dict[str, Member] = {}
         self._by_peer: dict[bytes, Member] = {}
         self.departures: deque[Departure] = deque(maxlen=MAX_DEPARTURES)
@@ -197,7 +187,7 @@ class Membership:
         self._by_peer[peer] = member
         logger.info("worker %s came: %s, pid %d on %s", info.name, info.role, info.pid, info.host)
         await self._answer(peer, None)
-        self._on_change()
+        self._on_change(member)
 
     def _check(self, info: WorkerInfo) -> None:
         living = self._by_name.get(info.name)
@@ -220,7 +210,7 @@ class Membership:
 
     async def _answer(self, peer: bytes, error: AnabranchError | None) -> None:
         try:
-            await self._sender.send(peer, Registered(error=None if error is None else WireError.of(error)))
+            await self._channel.send(peer, Registered(error=None if error is None else WireError.of(error)))
         except AnabranchError as failure:
             logger.info("could not answer a registration: %s", failure)
 
@@ -232,7 +222,7 @@ class Membership:
         if member is None:
             error = WorkerDied("this connection is not registered, or counts as dead; start anew")
             try:
-                await self._sender.dismiss(peer, Registered(error=WireError.of(error)))
+                await self._channel.dismiss(peer, Registered(error=WireError.of(error)))
             except AnabranchError as failure:
                 logger.debug("could not fence a connection: %s", failure)
             return None
@@ -245,7 +235,7 @@ class Membership:
         """Send to a worker. Raises WorkerDied when it is gone, also when that shows only now."""
         if member.end is None:
             try:
-                await self._sender.send(member.peer, message)
+                await self._channel.send(member.peer, message)
                 return
             except PeerLost:
                 self.lose(member, "its control connection is gone")
@@ -279,7 +269,7 @@ class Membership:
         if member.ready:
             member.draining = True
             logger.info("worker %s drains", member.name)
-            self._on_change()
+            self._on_change(member)
 
     def lose(self, member: Member, reason: str) -> None:
         """A worker is gone; its requests are told at once. Idempotent."""
@@ -299,8 +289,7 @@ class Membership:
             "left" if expected else "died",
             reason,
         )
-        self._on_lost(member, member.end)
-        self._on_change()
+        self._on_change(member)
 
     async def shut_down(self) -> None:
         """Tell every worker to exit now."""

@@ -1,7 +1,7 @@
 """The orchestrator: gateway, requests, workers, and the tasks that keep them going.
 
-    clients --gRPC--> Gateway -> Dispatcher -> Lifecycle (one task each) --control channel--> workers
-                                                   ^------- receive task <--------------------'
+    clients --gRPC--> Gateway -> Lifecycle (one task each) --control channel--> workers
+                                    ^--- its inbox <--- receive task <-------------'
 
 Tasks: one receives from workers, one beats and notices silence, one watches the processes that encode prompts, one
 per request.
@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -37,13 +36,14 @@ from anabranch.protocol.workers import (
     ToOrchestrator,
 )
 from anabranch.system.clock import timeout
+from anabranch.system.files import write_atomically
 from anabranch.system.private_files import read_secret, runtime_folder, write_secret
 from orchestrator import admin, gateway
 from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.health import HealthReporter
-from orchestrator.membership import Membership
+from orchestrator.membership import Member, Membership
 from orchestrator.router import LeastWork, Router
 from orchestrator.served_model import PromptEncoder, ServedModel
 from transport.control import ControlServer
@@ -102,16 +102,14 @@ class Orchestrator:
             allow_remote=config.allow_remote,
         )
         self.control_endpoint = self._control.endpoint
-        self._dispatcher = Dispatcher(config, self._model, self._router)
         self.membership = Membership(
             self._control,
             self._model.identity,
             worker_timeout_s=config.worker_timeout_s,
             heartbeat_s=config.heartbeat_s,
             on_change=self._cluster_changed,
-            on_lost=self._dispatcher.worker_lost,
         )
-        self._dispatcher.attach(self.membership)
+        self._dispatcher = Dispatcher(config, self._model, self._router, self.membership)
         self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
         try:
@@ -166,17 +164,14 @@ class Orchestrator:
             shutil.rmtree(self._run_folder, ignore_errors=True)
 
     def _announce(self, path: Path) -> None:
-        """Write the endpoints so that a reader sees all of the file or none."""
+        """Write the endpoints down, for programs."""
         announcement = {
             "grpc": self.grpc_endpoint,
             "control": self.control_endpoint,
             "admin_token_file": self.admin_token_file,
             "pid": os.getpid(),
         }
-        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(announcement, file)
-        os.replace(part, path)
+        write_atomically(path, json.dumps(announcement).encode())
 
     # Serving ----------------------------------------------------------------------------------------------
 
@@ -212,9 +207,11 @@ class Orchestrator:
                 if member is not None:
                     self._dispatcher.deliver(member, message)
 
-    def _cluster_changed(self) -> None:
+    def _cluster_changed(self, member: Member) -> None:
+        if member.end is not None:
+            self._dispatcher.worker_lost(member, member.end)
         self._health.changed()
-        self._dispatcher.pump()
+        self._dispatcher.queue.pump()
 
     # Ending -----------------------------------------------------------------------------------------------
 

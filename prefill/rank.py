@@ -142,6 +142,7 @@ ROOM = RankRoom[PrefillCommand, PrefillEvent](
     module="prefill.rank",
     commands=msgspec.msgpack.Decoder(PrefillCommand),
     events=msgspec.msgpack.Decoder(tuple[int, PrefillEvent]),
+    make_step=lambda plan: Step(plan=plan),
     make_rank=PrefillRank,
 )
 

@@ -12,7 +12,6 @@ from prefill.commands import (
     OpenStream,
     PrefillCommand,
     PrefillEvent,
-    Step,
     StreamAcknowledged,
     StreamFailed,
     StreamOpened,
@@ -36,37 +35,25 @@ class PrefillRanks(Ranks[PrefillCommand, PrefillEvent]):
         heard: Callable[[int, PrefillEvent], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:
-        super().__init__(
-            config,
-            ROOM,
-            make_step=lambda plan: Step(plan=plan),
-            heard=heard,
-            on_failure=on_failure,
-        )
-        self._opened = AllReports[StreamOpened](self.size)
-        self._acknowledged = AllReports[StreamAcknowledged](self.size)
+        super().__init__(config, ROOM, heard, on_failure)
+        self._reports = AllReports[PrefillEvent](self.size, StreamOpened, StreamAcknowledged)
 
     def send(self, command: PrefillCommand) -> None:
         if isinstance(command, OpenStream):
-            self._opened.expect(command.key)
-            self._acknowledged.expect(command.key)
+            self._reports.expect(command.key)
         elif isinstance(command, EndStream):
-            self._opened.forget(command.key)
-            self._acknowledged.forget(command.key)
+            self._reports.forget(command.key)
         super().send(command)
 
     def gather(self, rank: int, event: PrefillEvent) -> PrefillEvent | None:
         """The news of the whole stream that a rank's news completes; a failure of one is a failure of all."""
-        match event:
-            case StreamOpened(key=key):
-                return event if self._opened.add(key, rank, event) is not None else None
-            case StreamAcknowledged(key=key):
-                reports = self._acknowledged.add(key, rank, event)
-                if reports is None:
-                    return None
-                return StreamAcknowledged(key=key, stats=joined_stats([report.stats for report in reports]))
-            case StreamFailed():
-                return event
+        if isinstance(event, StreamFailed):
+            return event
+        reports = self._reports.add(event.key, rank, event)
+        if reports is None:
+            return None
+        stats = [report.stats for report in reports if isinstance(report, StreamAcknowledged)]
+        return StreamAcknowledged(key=event.key, stats=joined_stats(stats)) if stats else event
 
 
 def joined_stats(parts: list[KvStreamStats]) -> KvStreamStats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from anabranch.system.process import die_with_parent, set_process_name
+from anabranch.system.child_process import die_with_parent, set_process_name
 
 
 def main() -> None:

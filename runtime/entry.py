@@ -17,8 +17,8 @@ from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Role
+from anabranch.system.logs import configure_logging
 from anabranch.system.standard_streams import standard_streams
-from runtime.log import configure_logging
 from runtime.worker import Worker
 
 logger = logging.getLogger(__name__)

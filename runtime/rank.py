@@ -38,10 +38,12 @@ class RankRoom(msgspec.Struct, Generic[Command, Event], frozen=True, kw_only=Tru
         module: what `python -m` runs for a rank other than the first.
         commands: decodes the room's commands.
         events: decodes `(rank, event)`.
+        make_step: the room's command for a step.
         make_rank: makes the rank of a loaded engine; it reports through the given callable, from any thread.
     """
 
     module: str
     commands: msgspec.msgpack.Decoder[Command]
     events: msgspec.msgpack.Decoder[tuple[int, Event]]
+    make_step: Callable[[StepPlan], Command]
     make_rank: Callable[[WorkerConfig, Engine, Callable[[Event], None]], Rank[Command]]

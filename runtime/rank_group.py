@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -32,8 +31,9 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
+from anabranch.system.child_process import python_environment, python_module
 from anabranch.system.clock import awake_s, wait_for
-from anabranch.system.python_child import python_environment, python_module
+from anabranch.system.private_files import private_folder
 from runtime.rank import Command, Event, RankRoom
 from runtime.rank_channel import (
     END,
@@ -62,7 +62,6 @@ END_TIMEOUT_S = 2.0
 NEWS_TIMEOUT_S = 0.5
 _POLL_S = 0.2
 _RETRY_S = 0.02
-_MAX_FOLDER_CHARS = 100
 
 
 class RankGroup(Generic[Command, Event]):
@@ -126,7 +125,7 @@ class RankGroup(Generic[Command, Event]):
             return RankContext(mesh=self.mesh)
         self._context = Context()
         if self.config.rank_processes:
-            self._folder = _private_folder()
+            self._folder = private_folder()
             self._where = f"ipc://{self._folder}/"
         else:
             self._thread_groups = thread_groups(self.size, self.config.collective_timeout_s)
@@ -350,12 +349,3 @@ class RankGroup(Generic[Command, Event]):
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _private_folder() -> Path:
-    """A new folder of mode 0700 whose path is short enough for sockets."""
-    folder = tempfile.mkdtemp(prefix="ranks-")
-    if len(folder) > _MAX_FOLDER_CHARS:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="anabranch-ranks-", dir="/tmp")
-    return Path(folder)

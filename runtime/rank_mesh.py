@@ -10,8 +10,8 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.group import Group, SingleRank
 from anabranch.parallel.mesh import Mesh
+from transport.collectives.backends import create_group
 from transport.collectives.base import CollectiveGroup
-from transport.collectives.registry import create_group
 
 
 def join_world(config: WorkerConfig, rank: int, folder: Path) -> CollectiveGroup:

@@ -22,7 +22,7 @@ from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, Overloaded, PeerLost
 from anabranch.parallel.mesh import Mesh
-from runtime.log import configure_logging
+from anabranch.system.logs import configure_logging
 from runtime.rank import Command, Event, Rank, RankRoom
 from runtime.rank_channel import END, Context, RankChannel, RankFailed, RankReady, RankStart, RankStarted
 from runtime.rank_mesh import RankMesh, join_world

@@ -29,7 +29,6 @@ class Ranks(Generic[Command, Event]):
     """Commands go to every rank in the order of sending; what ranks report goes to `heard`.
 
     Args:
-        make_step: the room's command for a step.
         heard: takes `(rank, event)`, from any thread.
         on_failure: called when the ranks cannot go on.
     """
@@ -38,14 +37,11 @@ class Ranks(Generic[Command, Event]):
         self,
         config: WorkerConfig,
         room: RankRoom[Command, Event],
-        *,
-        make_step: Callable[[StepPlan], Command],
         heard: Callable[[int, Event], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:
         self._config = config
         self._room = room
-        self._make_step = make_step
         self._heard = heard
         self._group = RankGroup[Command, Event](config, room, heard, on_failure)
         self._local: Rank[Command] | None = None
@@ -94,7 +90,7 @@ class Ranks(Generic[Command, Event]):
     def launch(self, plan: StepPlan) -> Launched:
         """Let all ranks compute a step after all that they have been sent before; does not wait for it."""
         assert self._compute is not None
-        self._group.send(self._make_step(plan))
+        self._group.send(self._room.make_step(plan))
         return self._compute.launch(plan)
 
     def send(self, command: Command) -> None:

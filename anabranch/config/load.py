@@ -16,11 +16,11 @@ import msgspec
 import yaml
 
 from anabranch.config.bounds import MAX_SIZE_BYTES, check_count, check_text, is_port
-from anabranch.config.orchestrator import is_loopback
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
 from anabranch.parallel.mesh import MAX_RANKS
 from anabranch.system.files import read_regular
+from anabranch.system.hosts import is_loopback
 
 # PyYAML reads some 20 KB in a second where everything is a number of a list.
 MAX_FILE_BYTES = 64 << 10

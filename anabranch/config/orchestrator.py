@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 import msgspec
 
 from anabranch.config.bounds import check_count, is_port
 from anabranch.errors import ConfigError
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address or host name can be reached from this machine alone."""
-    host = host.strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+from anabranch.system.hosts import is_loopback
 
 
 def check_secret_file(key: str, endpoint: str, secret_file: str) -> None:

@@ -1,33 +1,22 @@
-"""Builds the CPU kernels at first use: finds a compiler, compiles into the cache folder, loads, checks.
+"""Builds the CPU kernels at first use (`anabranch.system.native_code`), loads and checks them.
 
 The library is plain C ABI and links against the OpenMP runtime that torch has loaded already, so that both
-share one pool of threads. Its file name is a hash of everything that went into it; several processes may
-start at once. Where any of this cannot be had, `load_library` says why.
+share one pool of threads. Where any of this cannot be had, `load_library` says why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from anabranch.errors import DeadlineExceeded
-from anabranch.system.user_cache import cached_file
+from anabranch.system.native_code import NativeUnavailable, find_compiler, load_compiled
 
-log = logging.getLogger(__name__)
-
-SOURCES = Path(__file__).parent / "cpu"
+SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
 FLAGS = (
     "-O3",
     "-march=native",
@@ -36,22 +25,11 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
-    "-fPIC",
     "-w",
 )
-COMPILERS = ("g++", "c++")
-COMPILE_TIMEOUT_S = 120.0
-# For the process that compiles; each of its steps has COMPILE_TIMEOUT_S.
-BUILD_TIMEOUT_S = 3 * COMPILE_TIMEOUT_S
-VERSION_TIMEOUT_S = 10.0
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
-CACHE_REMEDY = "set ANABRANCH_CACHE to a folder whose files can be written and loaded"
 # What `ab_level` returns, for people.
 LEVELS = ("portable", "AVX-512", "AVX-512 BF16", "AMX BF16")
-
-
-class NativeUnavailable(Exception):
-    """The CPU kernels cannot be built or loaded here; the message says why and what helps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,41 +71,13 @@ def load_library(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     Raises:
         NativeUnavailable: no compiler, a failed build, or no OpenMP runtime to share with torch.
     """
-    compiler, version = find_compiler()
     openmp = find_openmp()
-    flags = (*FLAGS, *extra_flags)
-    name = f"kernels-{_fingerprint(version, flags, openmp)}.so"
-    try:
-        path = cached_file(name, lambda path: _compile(compiler, flags, openmp, path), timeout_s=BUILD_TIMEOUT_S)
-        library = ctypes.CDLL(str(path))
-    except DeadlineExceeded as error:
-        raise NativeUnavailable(str(error)) from error
-    except OSError as error:
-        raise NativeUnavailable(f"{error}; {CACHE_REMEDY}") from error
+    # Compiling knows -fopenmp, linking does not: it would add the compiler's own runtime.
+    link_flags = (str(openmp), f"-Wl,-rpath,{openmp.parent}")
+    library = load_compiled("kernels", SOURCE, (*FLAGS, *extra_flags), link_flags)
     if mapped_openmp() != mapped_openmp(including=openmp):
         raise NativeUnavailable("loading the kernels brought in a second OpenMP runtime")
     return library
-
-
-def find_compiler() -> tuple[str, str]:
-    """Path and version line of a GNU C++ compiler: `$CXX`, or the first on the path.
-
-    Raises:
-        NativeUnavailable: there is none. Clang is none: its OpenMP calls need another runtime than torch's.
-    """
-    named = os.environ.get("CXX")
-    for name in (named,) if named else COMPILERS:
-        path = shutil.which(name)
-        if path is None:
-            continue
-        try:
-            shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if shown.returncode == 0 and "Free Software Foundation" in shown.stdout:
-            return path, shown.stdout.splitlines()[0]
-    looked_for = named or " or ".join(COMPILERS)
-    raise NativeUnavailable(f"no GNU C++ compiler ({looked_for}): install g++, or point CXX at one")
 
 
 def mapped_openmp(including: Path | None = None) -> set[Path]:
@@ -154,38 +104,3 @@ def find_openmp() -> Path:
         names = ", ".join(map(str, sorted(found))) or "none"
         raise NativeUnavailable(f"torch's OpenMP runtime is not to be told (found: {names})")
     return candidates.pop()
-
-
-def _fingerprint(version: str, flags: Sequence[str], openmp: Path) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*.[ch]*")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    digest.update("\0".join((version, *flags, str(openmp), _cpu_flags())).encode())
-    return digest.hexdigest()[:20]
-
-
-def _cpu_flags() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return platform.machine() + flags
-
-
-def _compile(compiler: str, flags: Sequence[str], openmp: Path, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        made = Path(folder) / path.name
-        # Compiling knows -fopenmp, linking does not: it would add the compiler's own runtime.
-        steps = (
-            [compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", f"{made}.o"],
-            [compiler, "-shared", f"{made}.o", str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(made)],
-        )
-        for step in steps:
-            log.info("building the CPU kernels: %s", " ".join(step))
-            try:
-                done = subprocess.run(step, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-            except subprocess.TimeoutExpired as error:
-                raise NativeUnavailable(f"compiling took over {COMPILE_TIMEOUT_S:.0f} s") from error
-            if done.returncode != 0:
-                shown = done.stderr.strip().splitlines() or ["no message"]
-                raise NativeUnavailable(f"compiling failed: {shown[0]}")
-        made.replace(path)

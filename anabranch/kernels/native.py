@@ -17,13 +17,14 @@ from anabranch.kernels.base import Kernels
 from anabranch.kernels.batch_plans import BatchPlans
 from anabranch.kernels.bindings import AttentionShape, bind_functions
 from anabranch.kernels.block_attention import flash_block
-from anabranch.kernels.compiler import NativeUnavailable, load_library
+from anabranch.kernels.compiler import load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
 from anabranch.kernels.program import Recorder
 from anabranch.kernels.record import Recording
 from anabranch.parallel.group import Group
 from anabranch.step.batch import ForwardBatch
+from anabranch.system.native_code import NativeUnavailable
 
 log = logging.getLogger(__name__)
 

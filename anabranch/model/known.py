@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from anabranch.errors import CheckpointError, DeadlineExceeded, UnknownModel
-from anabranch.system.python_child import python_environment, python_module
+from anabranch.system.child_process import python_environment, python_module
 from anabranch.system.user_cache import VARIABLE, cache_folder, locked
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,12 @@
-"""Files from outside: regular files only, opened without a wait, and no more bytes read than allowed."""
+"""Files: those from outside are regular, read without a wait and bounded; our own are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +51,19 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     if max(num_bytes, len(data)) > max_bytes:
         raise OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes, the most that are read", str(path))
     return data
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file of mode 0600 that appears whole or not at all. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _refuse_special(path: Path, status: os.stat_result) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from anabranch.errors import AnabranchError
-from anabranch.system.process import die_with_parent, set_process_name
+from anabranch.system.child_process import die_with_parent, set_process_name
 from orchestrator.encoding.messages import (
     MAX_SMALL_BYTES,
     Ended,

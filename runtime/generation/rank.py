@@ -100,5 +100,6 @@ def generation_room(module: str) -> RankRoom[GenerationCommand, GenerationEvent]
         module=module,
         commands=msgspec.msgpack.Decoder(GenerationCommand),
         events=msgspec.msgpack.Decoder(tuple[int, GenerationEvent]),
+        make_step=lambda plan: Step(plan=plan),
         make_rank=GenerationRank,
     )

@@ -13,7 +13,6 @@ from runtime.generation.commands import (
     GenerationEvent,
     OpenStream,
     RankListens,
-    Step,
     StreamCommitted,
     StreamOpened,
 )
@@ -36,17 +35,10 @@ class GenerationRanks(Ranks[GenerationCommand, GenerationEvent]):
         heard: Callable[[int, GenerationEvent], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:
-        super().__init__(
-            config,
-            room,
-            make_step=lambda plan: Step(plan=plan),
-            heard=self._note,
-            on_failure=on_failure,
-        )
+        super().__init__(config, room, self._note, on_failure)
         self._pass_on = heard
         self._listening: dict[int, RankListens] = {}
-        self._opened = AllReports[StreamOpened](self.size)
-        self._committed = AllReports[StreamCommitted](self.size)
+        self._reports = AllReports[GenerationEvent](self.size, StreamOpened, StreamCommitted)
 
     @property
     def addresses(self) -> tuple[dict[str, str], ...]:
@@ -60,22 +52,16 @@ class GenerationRanks(Ranks[GenerationCommand, GenerationEvent]):
 
     def send(self, command: GenerationCommand) -> None:
         if isinstance(command, OpenStream):
-            self._opened.expect(command.stream_id)
-            self._committed.expect(command.stream_id)
+            self._reports.expect(command.stream_id)
         elif isinstance(command, CloseStream):
-            self._opened.forget(command.stream_id)
-            self._committed.forget(command.stream_id)
+            self._reports.forget(command.stream_id)
         super().send(command)
 
     def gather(self, rank: int, event: GenerationEvent) -> GenerationEvent | None:
         """The news of the whole stream that a rank's news completes; a failure of one is a failure of all."""
-        match event:
-            case StreamOpened(stream_id=stream_id):
-                return event if self._opened.add(stream_id, rank, event) is not None else None
-            case StreamCommitted(stream_id=stream_id):
-                return event if self._committed.add(stream_id, rank, event) is not None else None
-            case _:
-                return event
+        if isinstance(event, StreamOpened | StreamCommitted):
+            return event if self._reports.add(event.stream_id, rank, event) is not None else None
+        return event
 
     def _note(self, rank: int, event: GenerationEvent) -> None:
         # A rank says where it listens before it says that it is ready, on the same socket.

@@ -23,8 +23,8 @@ In tests, ranks are threads: `anabranch.parallel.threads.run_ranks`. A group tha
 each host first and then between hosts; `split` by host gives both levels.
 """
 
+from transport.collectives.backends import BACKENDS, choose_backend, create_group
 from transport.collectives.base import COLLECTIVE_TIMEOUT_S, CollectiveGroup
-from transport.collectives.registry import BACKENDS, choose_backend, create_group
 
 __all__ = [
     "BACKENDS",

@@ -11,7 +11,8 @@ from types import UnionType
 from anabranch.errors import AccessDenied, Overloaded, PeerLost, TransportError
 from anabranch.protocol.workers import Message
 from anabranch.system.clock import timeout
-from transport.control.codec import MAX_MESSAGE_BYTES, Codec, DropLog
+from anabranch.system.logs import LimitedLog
+from transport.control.codec import MAX_MESSAGE_BYTES, Codec
 from transport.control.endpoint import check_secret, keep_alive, parse_endpoint
 from transport.control.frames import MAX_UNSENT_BYTES, Backlog, discard, frame, part, read_frame, write_frame
 from transport.control.handshake import MAX_NAME_CHARS, introduce
@@ -56,7 +57,7 @@ class ControlClient:
         self._name = name[:MAX_NAME_CHARS]
         self._max_message_bytes = max_message_bytes
         self._codec = Codec(receive_type, max_message_bytes)
-        self._malformed = DropLog(f"control channel {endpoint}", "malformed messages")
+        self._malformed = LimitedLog(logger)
         self._queue: deque[bytes] = deque()
         self._num_queued_bytes = 0
         self._backlog = Backlog()
@@ -69,7 +70,7 @@ class ControlClient:
     @property
     def num_malformed(self) -> int:
         """Messages that arrived and were none."""
-        return self._malformed.num_dropped
+        return self._malformed.num_warnings
 
     async def recv(self) -> Message:
         """The next message.
@@ -87,7 +88,7 @@ class ControlClient:
             try:
                 return self._codec.decode(data)
             except TransportError as error:
-                self._malformed.note(b"server", error)
+                self._malformed.warning(f"control channel {self._endpoint}: malformed message: {error}")
                 await asyncio.sleep(0)  # a flood of garbage must not starve the event loop
 
     async def send(self, message: Message) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from types import UnionType
 
 import msgspec
@@ -11,10 +9,7 @@ import msgspec
 from anabranch.errors import FrameTooLarge, MalformedMessage
 from anabranch.protocol.workers import Message
 
-logger = logging.getLogger(__name__)
-
 MAX_MESSAGE_BYTES = 8 << 20
-_LOG_INTERVAL_S = 5.0
 
 
 class Codec:
@@ -46,28 +41,3 @@ class Codec:
             return self._decoder.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
             raise MalformedMessage(str(error)) from None
-
-
-class DropLog:
-    """Counts what was dropped, and says so at most once in a while.
-
-    Args:
-        where: the channel.
-        what: what is dropped, in the plural.
-    """
-
-    def __init__(self, where: str, what: str) -> None:
-        self.num_dropped = 0
-        self._where = where
-        self._what = what
-        self._num_logged = 0
-        self._next_s = 0.0
-
-    def note(self, peer: bytes, error: Exception) -> None:
-        self.num_dropped += 1
-        now = time.monotonic()
-        if now >= self._next_s:
-            self._next_s = now + _LOG_INTERVAL_S
-            count = self.num_dropped - self._num_logged
-            self._num_logged = self.num_dropped
-            logger.warning("%s: %d %s, the last from %r: %s", self._where, count, self._what, peer[:64], error)

@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 
 from anabranch.errors import ConfigError, TransportUnavailable
-from transport.planes.handshake import is_loopback
+from anabranch.system.hosts import is_loopback
 
 BACKLOG = 128
 # A peer whose machine is gone is noticed by the kernel after about KEEPALIVE_IDLE_S + 3 * KEEPALIVE_INTERVAL_S.

@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 from collections import deque
 from types import UnionType
 
-from anabranch.errors import AccessDenied, ConfigError, FrameTooLarge, PeerLost, TransportError
+from anabranch.errors import AccessDenied, AnabranchError, ConfigError, FrameTooLarge, PeerLost, TransportError
 from anabranch.protocol.workers import Message
 from anabranch.system.clock import timeout
-from transport.control.codec import MAX_MESSAGE_BYTES, Codec, DropLog
+from anabranch.system.logs import LimitedLog
+from transport.control.codec import MAX_MESSAGE_BYTES, Codec
 from transport.control.endpoint import bound, check_secret, keep_alive, listen, parse_endpoint
 from transport.control.frames import Backlog, discard, part, read_frame, write_frame
 from transport.control.handshake import admit
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 # Connections that have not proved anything yet; one more ends the oldest, so that silent ones keep nobody out.
@@ -84,8 +88,8 @@ class ControlServer:
         self._secret = secret
         self._codec = Codec(receive_type, max_message_bytes)
         self._max_message_bytes = max_message_bytes
-        self._malformed = DropLog(f"control channel {bind}", "malformed messages")
-        self._refused = DropLog(f"control channel {bind}", "connections refused")
+        self._malformed = LimitedLog(logger)
+        self._refused = LimitedLog(logger)
         self._listener = listen("control_bind", endpoint)
         self._bound = bound(endpoint, self._listener)
         self.endpoint = str(self._bound)
@@ -102,12 +106,12 @@ class ControlServer:
     @property
     def num_malformed(self) -> int:
         """Messages that arrived and were none."""
-        return self._malformed.num_dropped
+        return self._malformed.num_warnings
 
     @property
     def num_refused(self) -> int:
         """Connections that ended before they had proved to know the secret."""
-        return self._refused.num_dropped
+        return self._refused.num_warnings
 
     async def start(self) -> None:
         """Begin to accept connections."""
@@ -136,7 +140,7 @@ class ControlServer:
             try:
                 return peer.key, self._codec.decode(data)
             except TransportError as error:
-                self._malformed.note(peer.key, error)
+                self._note_malformed(peer, error)
                 peer.num_malformed += 1
                 if peer.num_malformed > MAX_MALFORMED:
                     peer.dismiss()
@@ -187,16 +191,22 @@ class ControlServer:
             raise PeerLost(f"control channel to {key!r}: the connection has ended")
         return peer
 
+    def _note_malformed(self, peer: _Peer, error: TransportError) -> None:
+        self._malformed.warning(f"control channel {self.endpoint}: malformed message from {peer.key[:64]!r}: {error}")
+
+    def _refuse(self, reason: AnabranchError | OSError | str) -> None:
+        self._refused.warning(f"control channel {self.endpoint}: connections refused: {reason}")
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._closed or len(self._tasks) - len(self._pending) >= MAX_PEERS:
-            self._refused.note(b"a stranger", PeerLost("too many connections"))
+            self._refuse("too many connections")
             writer.transport.abort()
             return
         if len(self._pending) >= MAX_PENDING:
             oldest = next(iter(self._pending))
             del self._pending[oldest]
             oldest.cancel()
-            self._refused.note(b"a stranger", PeerLost("made room for a newer connection"))
+            self._refuse("made room for a newer connection")
         task = asyncio.create_task(self._serve(reader, writer), name="control connection")
         self._tasks.add(task)
         self._pending[task] = None
@@ -224,13 +234,13 @@ class ControlServer:
                     keep_alive(writer.get_extra_info("socket"))
                 return await admit(reader, writer, self._secret)
         except TimeoutError:
-            self._refused.note(b"a stranger", PeerLost(f"said nothing that counts for {HANDSHAKE_TIMEOUT_S:g} s"))
+            self._refuse(f"said nothing that counts for {HANDSHAKE_TIMEOUT_S:g} s")
         except AccessDenied as error:
-            self._refused.note(b"a stranger", error)
+            self._refuse(error)
             part(writer)
             await discard(reader)
         except (TransportError, OSError) as error:
-            self._refused.note(b"a stranger", error)
+            self._refuse(error)
         return None
 
     async def _read(self, reader: asyncio.StreamReader, peer: _Peer) -> None:
@@ -249,7 +259,7 @@ class ControlServer:
         except PeerLost:
             pass
         except FrameTooLarge as error:
-            self._malformed.note(peer.key, error)
+            self._note_malformed(peer, error)
         finally:
             peer.writer.transport.abort()
             try:

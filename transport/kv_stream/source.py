@@ -12,7 +12,7 @@ from anabranch.kernels.base import Kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.parallel.layout import KvLayout
 from anabranch.protocol.kv import KvDestination
-from anabranch.system.limited_log import LimitedLog
+from anabranch.system.logs import LimitedLog
 from transport.kv_stream.messages import decode_to_sender
 from transport.kv_stream.sender import KvStreamSender
 from transport.kv_stream.staging import StagingPool

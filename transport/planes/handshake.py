@@ -9,7 +9,6 @@ A stranger's connection is closed at its first wrong bytes, or when its hello is
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import os
 import secrets
@@ -29,7 +28,7 @@ from anabranch.errors import (
     TransportUnavailable,
 )
 from anabranch.system.clock import awake_s
-from anabranch.system.limited_log import LimitedLog
+from anabranch.system.logs import LimitedLog
 from transport.planes.loop import ProgressLoop
 
 logger = logging.getLogger(__name__)
@@ -63,16 +62,6 @@ _decoder = msgspec.msgpack.Decoder(Introduction)
 
 def my_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether listening on `host` stays within this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def encode(kind: int, token: bytes, introduction: Introduction) -> bytes:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from anabranch.errors import DeadlineExceeded, FrameTooLarge, MalformedMessage, PeerLost, TransportError
 from transport.planes import futures
 from transport.planes.base import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, too_large, too_many
-from transport.planes.link_owner import LinkOwner
+from transport.planes.socket_plane import SocketPlane
 from transport.planes.stall import message_deadline
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class TcpLink:
         peer: the other end's name, for errors.
     """
 
-    def __init__(self, owner: LinkOwner[TcpLink], sock: socket.socket, peer: str) -> None:
+    def __init__(self, owner: SocketPlane[TcpLink], sock: socket.socket, peer: str) -> None:
         self.peer = peer
         self._owner = owner
         self._sock = sock

@@ -12,10 +12,10 @@ import socket
 import time
 
 from anabranch.errors import PeerLost, TransportError
-from anabranch.system.clock import awake_s
 from transport.planes.base import Link, PlaneHandler
-from transport.planes.handshake import Acceptor, Introduction, dial, my_name
-from transport.planes.loop import MIN_SELECT_S, ProgressLoop
+from transport.planes.handshake import Introduction, dial, my_name
+from transport.planes.loop import MIN_SELECT_S
+from transport.planes.socket_plane import SocketPlane
 from transport.planes.ucx_api import UcxWorker, make_context, make_worker, transports_for
 from transport.planes.ucx_link import UcxLink
 
@@ -34,7 +34,7 @@ POLLS_PER_TURN = 16
 _sched_yield = ctypes.CDLL(None).sched_yield
 
 
-class UcxPlane:
+class UcxPlane(SocketPlane[UcxLink]):
     """The plane over UCX.
 
     Args:
@@ -45,69 +45,36 @@ class UcxPlane:
     name = SCHEME
 
     def __init__(self, handler: PlaneHandler, *, listen_host: str = "127.0.0.1", transports: str | None = None) -> None:
-        self.handler = handler
-        self._links: set[UcxLink] = set()
         self._hot: list[UcxLink] = []
         self._admitted: dict[socket.socket, UcxLink] = {}
-        self._closed = False
         self._context = make_context(transports or transports_for(listen_host))
-        self.loop = ProgressLoop("plane-ucx", self._tick)
-        try:
-            self._acceptor = Acceptor(self.loop, SCHEME, KIND, listen_host, self._admit, self._joined, self._left)
-        except TransportError:
-            self.loop.stop(lambda: None)
-            raise
-        self.loop.start()
-
-    @property
-    def address(self) -> str:
-        return self._acceptor.address
-
-    @property
-    def num_refused(self) -> int:
-        """Connections that did not show the token."""
-        return self._acceptor.num_refused
+        super().__init__(handler, SCHEME, KIND, listen_host)
 
     def connect(self, address: str, timeout_s: float) -> Link:
         worker = self._make_worker()
         introduction = Introduction(name=my_name(), endpoint=worker.address.tobytes())
         side, welcome = dial(SCHEME, KIND, address, introduction, timeout_s)
         try:
-            link = UcxLink(self, worker, welcome.endpoint, side, welcome.name)
+            link = UcxLink(self, self._hot.append, worker, welcome.endpoint, side, welcome.name)
         except TransportError:
             side.close()
             raise
-
-        def join() -> None:
-            self._links.add(link)
-            if self._closed:
-                link.drop(PeerLost("this plane is closed"))
-            else:
-                link.start()
-
-        self.loop.call_soon(join)
+        self._join(link)
         return link
 
-    def heated(self, link: UcxLink) -> None:
-        """See `UcxLinkOwner`."""
-        self._hot.append(link)
-
     def dropped(self, link: UcxLink) -> None:
-        """See `LinkOwner`."""
         if link.hot:
             self._hot.remove(link)
-        self._links.discard(link)
+        super().dropped(link)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.loop.stop(self._shut)
-        del self._context
+        if not self._closed:
+            super().close()
+            del self._context
 
     def _shut(self) -> None:
-        self._acceptor.close()
-        for link in [*self._links, *self._admitted.values()]:
+        super()._shut()
+        for link in list(self._admitted.values()):
             link.drop(PeerLost("this plane is closed"))
 
     def _make_worker(self) -> UcxWorker:
@@ -117,7 +84,7 @@ class UcxPlane:
 
     def _admit(self, side: socket.socket, hello: Introduction) -> Introduction:
         worker = self._make_worker()
-        link = UcxLink(self, worker, hello.endpoint, side, hello.name)
+        link = UcxLink(self, self._hot.append, worker, hello.endpoint, side, hello.name)
         self._admitted[side] = link
         return Introduction(name=my_name(), endpoint=worker.address.tobytes())
 
@@ -149,10 +116,7 @@ class UcxPlane:
         for link in list(hot):
             if link.hot and now - link.quiet_since > LINGER_S and link.rest():
                 hot.remove(link)
-        awake = awake_s()
-        left = self._acceptor.expire(awake)
-        for link in list(self._links):
-            left = min(left, link.expire(awake))
+        left = self._expire()
         if hot:
             return DOZE_S if all(now - link.quiet_since > SPIN_S for link in hot) else 0.0
         return max(MIN_SELECT_S, left)

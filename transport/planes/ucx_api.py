@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anabranch.errors import TransportUnavailable
-from transport.planes.handshake import is_loopback
+from anabranch.system.hosts import is_loopback
 
 # Within a host no UCX transport listens on a socket; between hosts the operator has named an interface. Never SysV:
 # its segments have mode 0660, so that another user of the group can read the KV in them; POSIX ones have 0600 and no

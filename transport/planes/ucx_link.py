@@ -10,13 +10,13 @@ import logging
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
 
 from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError, TransportUnavailable
 from transport.planes import futures
 from transport.planes.base import too_many
-from transport.planes.link_owner import LinkOwner
+from transport.planes.socket_plane import SocketPlane
 from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, forget_cancelled, load
 from transport.planes.ucx_inbox import UcxInbox
 from transport.planes.ucx_outbox import UcxOutbox
@@ -26,19 +26,12 @@ logger = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 1.0
 
 
-class UcxLinkOwner(LinkOwner["UcxLink"], Protocol):
-    """The plane, as its links see it."""
-
-    def heated(self, link: UcxLink) -> None:
-        """`link` is to be polled."""
-        ...
-
-
 class UcxLink:
     """One connection. All but `send` and `close` run on the progress thread.
 
     Args:
         owner: the plane.
+        heated: called when this link is to be polled.
         worker: UCX worker of this link alone.
         peer_address: the UCX address of the other end's worker.
         side: connected socket; its end is the peer's end.
@@ -52,7 +45,13 @@ class UcxLink:
     """
 
     def __init__(
-        self, owner: UcxLinkOwner, worker: UcxWorker, peer_address: bytes, side: socket.socket, peer: str
+        self,
+        owner: SocketPlane[UcxLink],
+        heated: Callable[[UcxLink], None],
+        worker: UcxWorker,
+        peer_address: bytes,
+        side: socket.socket,
+        peer: str,
     ) -> None:
         core = load()
         self.peer = peer
@@ -60,6 +59,7 @@ class UcxLink:
         self.quiet_since = 0.0
         self._core = core
         self._owner = owner
+        self._heated = heated
         self._worker = worker
         self._side = side
         self._error: Exception | None = None
@@ -120,7 +120,7 @@ class UcxLink:
         if self._error is None and not self.hot:
             self.hot = True
             self.quiet_since = time.monotonic()
-            self._owner.heated(self)
+            self._heated(self)
 
     def rest(self) -> bool:
         """Stop polling until UCX or a sender calls; False when there is something to do after all."""

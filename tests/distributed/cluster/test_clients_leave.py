@@ -39,11 +39,11 @@ def at_stage(cluster: InProcessCluster, stage: str, start: Start) -> Iterator[St
             return next((lifecycle.state for lifecycle in lifecycles.values()), "none")
 
         if stage == "queued":  # there is no route for now
-            router = cluster.orchestrator._dispatcher._router
+            router = cluster.orchestrator._dispatcher.queue._router
             stack.callback(setattr, router, "choose", router.choose)
             router.choose = lambda *_: None
             stream = start()
-            wait_until(lambda: cluster.orchestrator._dispatcher.num_queued == 1, "a queued request")
+            wait_until(lambda: len(cluster.orchestrator._dispatcher.queue) == 1, "a queued request")
         elif stage == "reserving":
             stack.enter_context(cluster.held(decodes))
             stream = start()

@@ -20,7 +20,7 @@ import pytest
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch_client import Admin, Client, Sampling, Tokens
-from launch import plan
+from launch import process_plan
 from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
 from tests.support.known import Known
@@ -52,9 +52,9 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
             "ack_timeout_s": EVENT_TIMEOUT_S,
             "step_stall_s": EVENT_TIMEOUT_S,
         }
-        return tuple(msgspec.structs.replace(worker, **changes) for worker in plan.plan_workers(*args))  # type: ignore[arg-type]
+        return tuple(msgspec.structs.replace(worker, **changes) for worker in process_plan.plan_workers(*args))  # type: ignore[arg-type]
 
-    def impatient_orchestrator(topology: Topology, control: str, endpoints: Path) -> plan.ProcessPlan:
+    def impatient_orchestrator(topology: Topology, control: str, endpoints: Path) -> process_plan.ProcessPlan:
         patience = {
             "heartbeat": 0.2,
             "worker-timeout": WORKER_TIMEOUT_S,
@@ -63,9 +63,9 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
             "reserve-timeout": EVENT_TIMEOUT_S,
             "client-stall": EVENT_TIMEOUT_S,
         }
-        planned = plan.plan_orchestrator(topology, control, endpoints)
+        planned = process_plan.plan_orchestrator(topology, control, endpoints)
         flags = tuple(part for key, value in patience.items() for part in (f"--{key}-s", str(value)))
-        return plan.ProcessPlan(
+        return process_plan.ProcessPlan(
             name=planned.name, module=planned.module, arguments=planned.arguments + flags, workers=planned.workers
         )
 

@@ -31,7 +31,7 @@ def test_a_client_cancels_at_each_stage(play, to_prefilling, wait, stage):
         if stage == "encoding":
             await wait(lambda: gateway.num_encoding == 1)
         elif stage == "queued":
-            await wait(lambda: world.orchestrator._dispatcher.num_queued == 1)
+            await wait(lambda: len(world.orchestrator._dispatcher.queue) == 1)
         elif stage == "reserving":
             await decode.expect(Reserve)
         else:

@@ -62,7 +62,7 @@ async def one_runs_one_waits(world, wait):
     running = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
     await decode.expect(Reserve)
     waiting = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
-    await wait(lambda: world.orchestrator._dispatcher.num_queued == 1)
+    await wait(lambda: len(world.orchestrator._dispatcher.queue) == 1)
     return prefill, decode, running, waiting
 
 
@@ -75,7 +75,7 @@ def test_a_queued_request_ends_soon_after_the_last_worker_died(play, wait):
         with pytest.raises(NoWorkers, match=f"no_worker_grace_s: for 0.2 s {NO_DECODE}"):
             await waiting
         # One that was given back later has no grace of its own left.
-        assert world.orchestrator._dispatcher._absence.long
+        assert world.orchestrator._dispatcher.queue._absence.long
         assert prefill.received == []
 
     play(scenario, queue_timeout_s=3600.0, no_worker_grace_s=0.2, prefill_ahead_tokens=1)
@@ -94,7 +94,7 @@ def test_a_worker_that_is_started_again_serves_what_is_queued(play, wait):
         await decode.tokens(request, "k", 0)
         await decode.ended(request, "length")
         assert (await waiting).route == ("prefill-0", "decode-0")
-        assert not world.orchestrator._dispatcher._absence.long
+        assert not world.orchestrator._dispatcher.queue._absence.long
 
     play(scenario, queue_timeout_s=3600.0, no_worker_grace_s=3600.0, prefill_ahead_tokens=1)
 

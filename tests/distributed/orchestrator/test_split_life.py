@@ -128,7 +128,7 @@ def test_a_preempted_request_is_served_before_those_that_wait(play, to_prefillin
         first = asyncio.create_task(world.client.complete("a" * 10, Sampling(max_tokens=2)))
         request = await to_prefilling(world, prefill, decode)
         second = asyncio.create_task(world.client.complete("b" * 10, Sampling(max_tokens=2)))
-        await wait(lambda: world.orchestrator._dispatcher.num_queued == 1)
+        await wait(lambda: len(world.orchestrator._dispatcher.queue) == 1)
         await decode.ended(request, "preempted")
         assert (await prefill.expect(Cancel)).epoch == 0
         for letter, epoch in ((b"a", 1), (b"b", 0)):
@@ -364,7 +364,7 @@ def test_too_many_waiting_requests_are_refused_at_once(play, wait):
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
         waiting = [asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1))) for _ in range(3)]
-        await wait(lambda: world.orchestrator._dispatcher.num_queued == 2)
+        await wait(lambda: len(world.orchestrator._dispatcher.queue) == 2)
         with pytest.raises(Overloaded, match="3 requests wait for their first token, as many as max_queued") as caught:
             await world.client.complete("abc")
         assert caught.value.code == "overloaded"

@@ -7,7 +7,7 @@ import threading
 
 from anabranch.config.worker import WorkerConfig
 from runtime.ranks import Ranks
-from tests.distributed.ranks.room import ROOM, Command, Event, Step
+from tests.distributed.ranks.room import ROOM, Command, Event
 
 if __name__ == "__main__":
     config = WorkerConfig(
@@ -24,7 +24,6 @@ if __name__ == "__main__":
     ranks = Ranks[Command, Event](
         config,
         ROOM,
-        make_step=lambda plan: Step(plan=plan),
         heard=lambda rank, event: None,
         on_failure=lambda error: None,
     )

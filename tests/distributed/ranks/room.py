@@ -101,6 +101,7 @@ ROOM = RankRoom[Command, Event](
     module="tests.distributed.ranks.room",
     commands=msgspec.msgpack.Decoder(Command),
     events=msgspec.msgpack.Decoder(tuple[int, Event]),
+    make_step=lambda plan: Step(plan=plan),
     make_rank=TalkingRank,
 )
 

@@ -23,7 +23,7 @@ from anabranch.engine.warm_up import warm_up_plans
 from anabranch.errors import ConfigError, WorkerDied
 from anabranch.step.plan import StepPlan
 from runtime.ranks import Ranks
-from tests.distributed.ranks.room import ROOM, Command, Event, Fail, Said, Say, Step, Sum, Summed
+from tests.distributed.ranks.room import ROOM, Command, Event, Fail, Said, Say, Sum, Summed
 from tests.support.families import save
 from tests.support.in_process import wait_until
 from tests.support.resources import our_threads
@@ -44,7 +44,6 @@ class Group:
         self.ranks = Ranks[Command, Event](
             config,
             ROOM,
-            make_step=lambda plan: Step(plan=plan),
             heard=lambda rank, event: self.events.put((rank, event)),
             on_failure=self.failures.put,
         )

@@ -12,7 +12,7 @@ from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
 from launch.cli import app
 from launch.cluster import LocalCluster
-from launch.plan import plan_orchestrator
+from launch.process_plan import plan_orchestrator
 from launch.ready_file import claim_ready_file
 
 pytestmark = pytest.mark.unit

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from anabranch.kernels.compiler import NativeUnavailable, load_library, native_status
+from anabranch.kernels.compiler import load_library, native_status
 from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
+from anabranch.system.native_code import NativeUnavailable
 
 pytestmark = pytest.mark.unit
 plain = PlainKernels()

@@ -9,7 +9,14 @@ import msgspec
 import psutil
 import pytest
 
-from launch.record import ClusterRecord, record_folder, record_path, running_clusters, write_atomically, write_record
+from anabranch.system.files import write_atomically
+from launch.cluster_record import (
+    ClusterRecord,
+    record_folder,
+    record_path,
+    running_clusters,
+    write_record,
+)
 
 pytestmark = pytest.mark.unit
 

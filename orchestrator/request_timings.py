@@ -7,7 +7,7 @@ from orchestrator.answer import Finished, FinishReason, KvTransfer, Timings
 from orchestrator.attempt import Attempt
 
 
-class Record:
+class RequestTimings:
     """Gathers timings; times are of `time.monotonic`.
 
     `queue_s` and the cached tokens are the first attempt's; prefill's and the KV streams' costs add up.
@@ -52,7 +52,7 @@ class Record:
         route: tuple[str, ...],
         now: float,
     ) -> Finished:
-        """The answer's last word."""
+        """The end of an answer that is complete."""
         first = self._first_token_at if self._first_token_at is not None else now
         overlap = 1.0 - self._kv_exposed_s / self._kv_stream_s if self._kv_stream_s > 0.0 else 1.0
         return Finished(

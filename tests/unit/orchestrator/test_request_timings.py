@@ -6,13 +6,13 @@ import pytest
 
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.workers import Ended, PrefillEnded
-from orchestrator.record import Record
+from orchestrator.request_timings import RequestTimings
 
 pytestmark = pytest.mark.unit
 
 
 class Ordered:
-    """The part of an attempt that a record reads."""
+    """The part of an attempt that the timings read."""
 
     def __init__(self, ordered_at: float) -> None:
         self.ordered_at = ordered_at
@@ -22,18 +22,18 @@ def report(**more: object) -> PrefillEnded:
     return PrefillEnded(request_id="r", epoch=0, **more)
 
 
-def finish(record: Record, num_output_tokens: int, now: float):
-    return record.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, route=("p", "d"), now=now)
+def finish(timings: RequestTimings, num_output_tokens: int, now: float):
+    return timings.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, route=("p", "d"), now=now)
 
 
 def test_one_attempt():
-    record = Record(100.0)
+    timings = RequestTimings(100.0)
     kv = KvStreamStats(payload_bytes=1000, transport="ucx", stream_s=0.5, exposed_s=0.05)
-    record.prefilled(Ordered(101.0), report(queue_s=0.5, prefill_s=2.0, num_cached_tokens=7, kv=kv))
-    record.tokens_came(104.0)
-    record.tokens_came(105.0)
-    record.tokens_came(107.0)
-    done = finish(record, 4, 108.0)
+    timings.prefilled(Ordered(101.0), report(queue_s=0.5, prefill_s=2.0, num_cached_tokens=7, kv=kv))
+    timings.tokens_came(104.0)
+    timings.tokens_came(105.0)
+    timings.tokens_came(107.0)
+    done = finish(timings, 4, 108.0)
     assert done.timings.queue_s == 1.5
     assert done.timings.prefill_s == 2.0
     assert done.timings.kv_stream_s == 0.5
@@ -46,12 +46,12 @@ def test_one_attempt():
 
 
 def test_attempts_add_up_but_the_queue_is_the_firsts():
-    record = Record(100.0)
+    timings = RequestTimings(100.0)
     for ordered_at, stream_s, exposed_s in ((101.0, 1.0, 1.0), (150.0, 3.0, 0.0)):
         kv = KvStreamStats(payload_bytes=10, transport="tcp", stream_s=stream_s, exposed_s=exposed_s)
-        record.prefilled(Ordered(ordered_at), report(queue_s=0.5, prefill_s=2.0, kv=kv))
-    record.tokens_came(104.0)
-    done = finish(record, 1, 160.0)
+        timings.prefilled(Ordered(ordered_at), report(queue_s=0.5, prefill_s=2.0, kv=kv))
+    timings.tokens_came(104.0)
+    done = finish(timings, 1, 160.0)
     assert (done.timings.queue_s, done.timings.prefill_s, done.timings.kv_stream_s) == (1.5, 4.0, 4.0)
     assert done.kv.num_bytes == 20
     assert done.kv.overlap == pytest.approx(0.75)
@@ -59,10 +59,10 @@ def test_attempts_add_up_but_the_queue_is_the_firsts():
 
 
 def test_a_colocated_worker_streams_nothing():
-    record = Record(0.0)
+    timings = RequestTimings(0.0)
     ended = Ended(request_id="r", epoch=0, reason="stop", queue_s=0.25, prefill_s=0.5, num_cached_tokens=1)
-    record.prefilled(Ordered(1.0), ended)
-    record.tokens_came(2.0)
-    done = finish(record, 2, 3.0)
+    timings.prefilled(Ordered(1.0), ended)
+    timings.tokens_came(2.0)
+    done = finish(timings, 2, 3.0)
     assert done.kv is None
     assert (done.timings.queue_s, done.timings.prefill_s, done.num_cached_tokens) == (1.25, 0.5, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from anabranch.config.topology import Topology
 from anabranch.errors import ConfigError
 from anabranch.model.sources import ModelSource
-from launch.plan import plan_workers
+from launch.process_plan import plan_workers
 
 
 def check_fit(topology: Topology, source: ModelSource) -> None:

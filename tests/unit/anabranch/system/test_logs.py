@@ -1,6 +1,6 @@
 import logging
 
-from anabranch.system.limited_log import LimitedLog
+from anabranch.system.logs import LimitedLog
 
 
 def test_the_first_lines_are_written_and_the_rest_counted(caplog):
@@ -15,5 +15,6 @@ def test_the_first_lines_are_written_and_the_rest_counted(caplog):
     log._begins_s -= 3600.0
     log.warning("again")
     assert caplog.records[-1].message == "again (and 997 such lines that were not written)"
+    assert log.num_warnings == 1001
     log.warning("more")
     assert caplog.records[-1].message == "more"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from anabranch.system.files import read_regular
+from anabranch.system.files import read_regular, write_atomically
 from anabranch.system.user_cache import cache_folder
 
 MAX_RECORD_BYTES = 65536
@@ -81,19 +80,6 @@ def running_clusters() -> list[ClusterRecord]:
             with contextlib.suppress(OSError):
                 path.unlink()
     return [record for _, record in sorted(found, key=lambda item: item[0], reverse=True)]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _runs(record: ClusterRecord) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.system.python_child import python_environment, python_module
+from anabranch.system.child_process import python_environment, python_module
 from launch.process import ChildProcess
 
 pytestmark = pytest.mark.unit
@@ -77,5 +77,5 @@ def test_no_other_place_starts_an_interpreter() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "executable"
     }
-    assert found == {"anabranch/system/python_child.py", "launch/cluster.py"}
+    assert found == {"anabranch/system/child_process.py", "launch/cluster.py"}
     assert '[sys.executable, "-I", "-S", sweeper.__file__' in (ROOT / "launch" / "cluster.py").read_text()

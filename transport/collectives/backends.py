@@ -1,4 +1,4 @@
-"""Groups by name: which there are here, which to use, and how to make one."""
+"""Backends of collective groups by name: which there are here, which to use, and how to make a group."""
 
 from __future__ import annotations
 

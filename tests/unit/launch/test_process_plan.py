@@ -10,7 +10,7 @@ from anabranch.config.load import check_topology
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.config.worker import WorkerConfig
-from launch.plan import plan_orchestrator, plan_processes, plan_workers
+from launch.process_plan import plan_orchestrator, plan_processes, plan_workers
 
 pytestmark = pytest.mark.unit
 

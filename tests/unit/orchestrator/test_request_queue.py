@@ -1,0 +1,121 @@
+"""In what order requests get their routes, and what they are told where there is none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.errors import NoWorkers
+from anabranch.request.request import Request
+from orchestrator.inbox import Inbox
+from orchestrator.membership import Member
+from orchestrator.request_queue import RequestQueue
+from orchestrator.router import Route
+from tests.unit.orchestrator.test_router import member, request
+
+pytestmark = pytest.mark.unit
+
+
+class Workers:
+    """What the queue reads of the membership."""
+
+    def __init__(self, *members: Member) -> None:
+        self.members = list(members)
+
+    def max_context(self) -> int:
+        return max((worker.info.max_context for worker in self.members), default=0)
+
+    @property
+    def serving(self) -> bool:
+        return bool(self.members)
+
+    def missing(self) -> NoWorkers | None:
+        return None if self.serving else NoWorkers("nobody is there")
+
+
+class OneAtATime:
+    """A router that gives a worker one request."""
+
+    def choose(self, request: Request, members: Sequence[Member]) -> Route | None:
+        wide = (m for m in members if m.num_requests == 0 and m.info.max_context >= len(request.prompt_ids) + 10)
+        return next(map(Route, wide), None)
+
+
+def queue_for(workers: Workers, **changes: object) -> RequestQueue:
+    return RequestQueue(OrchestratorConfig(model="m", **changes), OneAtATime(), workers)
+
+
+def again(request_id: str) -> Request:
+    given = request(request_id=request_id)
+    return Request(request_id=request_id, epoch=1, prompt_ids=given.prompt_ids, sampling=given.sampling)
+
+
+def test_first_come_first_served_behind_those_that_were_given_back():
+    async def scenario():
+        worker = member("c", "colocated")
+        queue = queue_for(Workers(worker))
+        asked = [
+            request(request_id="running"),
+            request(request_id="a"),
+            again("x"),
+            request(request_id="b"),
+            again("y"),
+        ]
+        inboxes = {given.request_id: Inbox() for given in asked}
+        for given in asked:
+            queue.put(given, inboxes[given.request_id])
+        queue.withdraw(inboxes["b"])
+        queue.withdraw(inboxes["running"])
+        assert len(queue) == 3
+        order = []
+        for _ in range(4):
+            (name,) = [name for name, inbox in inboxes.items() if inbox.attempt is not None]
+            order.append(name)
+            inboxes[name].attempt.close()
+            inboxes[name].attempt = None
+            queue.pump()
+        assert order == ["running", "x", "y", "a"]
+        assert len(queue) == 0
+        assert (worker.num_requests, worker.prefill_tokens) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_one_that_nobody_is_wide_enough_for_holds_up_nobody():
+    async def scenario():
+        workers = Workers(member("small", "colocated", max_context=100))
+        queue = queue_for(workers)
+        wide, narrow = Inbox(), Inbox()
+        queue.put(request(num_prompt=500), wide)
+        queue.put(request(), narrow)
+        assert narrow.attempt is not None
+        assert wide.attempt is None
+        workers.members.append(member("large", "colocated"))
+        queue.pump()
+        assert wide.attempt.route.names == ("large",)
+
+    asyncio.run(scenario())
+
+
+def test_without_workers_all_are_told_after_a_while():
+    async def scenario():
+        queue = queue_for(Workers(), no_worker_grace_s=0.01)
+        inboxes = [Inbox(), Inbox()]
+        for inbox in inboxes:
+            queue.put(request(), inbox)
+            inbox.allow("queue_timeout_s", 60.0, "queued")
+        for inbox in inboxes:
+            with pytest.raises(NoWorkers, match=r"no_worker_grace_s: for 0.01 s nobody is there"):
+                await inbox.next()
+        # One that comes later has no grace of its own left.
+        late = Inbox()
+        late.allow("queue_timeout_s", 60.0, "queued")
+        queue.put(request(), late)
+        with pytest.raises(NoWorkers):
+            await late.next()
+        queue.close()
+
+    asyncio.run(scenario())
