@@ -72,8 +72,8 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
     monkeypatch.setattr("launch.cluster.plan_workers", impatient_workers)
     monkeypatch.setattr("launch.cluster.plan_orchestrator", impatient_orchestrator)
     pools = Pools(
-        prefill=PoolConfig(kv_cache="16MiB", threads=1, max_step_tokens=32),
-        decode=PoolConfig(kv_cache="16MiB", threads=1, tp=2),
+        prefill=PoolConfig(kv_cache_bytes=16 << 20, threads=1, max_step_tokens=32),
+        decode=PoolConfig(kv_cache_bytes=16 << 20, threads=1, tp=2),
     )
     topology = Topology(
         model=str(known.folder),
