@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, get_type_hints
 
 from anabranch.errors import ConfigError
@@ -37,22 +36,14 @@ class Between:
         bound = f"least {self.least}" if value < self.least else f"most {self.most}"
         return f"must be at {bound} ({self.unit})" if self.unit else f"must be at {bound}"
 
-    def __str__(self) -> str:
-        return f"at least {self.least}" if self.most == MAX_COUNT else f"{self.least} to {self.most}"
-
 
 @dataclass(frozen=True)
 class Duration:
     """Seconds: more than none, and less than a day."""
 
-    unit: str = "seconds"
-
     def remedy(self, value: float) -> str | None:
         """What to do about a value that is out of bounds."""
         return None if 0.0 < value < 86400.0 else "must be above 0 and below 86400 seconds"
-
-    def __str__(self) -> str:
-        return "above 0, below 86400"
 
 
 @dataclass(frozen=True)
@@ -60,16 +51,12 @@ class Text:
     """Text that can be an argument of a process, and stand in a line of its log."""
 
     max_chars: int
-    unit: str = ""
 
     def remedy(self, value: str) -> str | None:
         """What to do about a text that is too long, or has what cannot be printed."""
         if len(value) <= self.max_chars and not _CONTROL.search(value):
             return None
         return f"must have at most {self.max_chars} characters, and no control characters"
-
-    def __str__(self) -> str:
-        return ""
 
 
 Bound = Between | Duration | Text
@@ -85,7 +72,6 @@ Seconds = Annotated[float, Duration()]
 Line = Annotated[str, Text(4096)]
 
 
-@cache
 def bounds_of(options: type) -> Mapping[str, Bound]:
     """The bounds of those fields of a dataclass that have any."""
     hints = get_type_hints(options, include_extras=True)

@@ -71,12 +71,12 @@ class PoolOptions(Options):
         threads: compute threads of each rank; 0: an even share of the cores.
         cores: CPU ids to pin to, dealt out evenly; empty: not pinned.
         kv_cache_bytes: size of the KV pool of each rank.
-        offload_bytes: host memory of each rank for the KV of requests that give way when blocks run out, so that
+        offload_bytes: host memory of each rank for the KV of requests that are preempted when blocks run out, so that
             they go on later without computing it again; 0: none. Taken by decode and colocated workers.
-        preemption: how requests give way: offload (to host memory, while there is room), recompute (a decode worker
-            sends them back to prefill), or auto (whichever costs less time, as measured).
+        preemption: what becomes of the KV of preempted requests: offload (to host memory, while there is room),
+            recompute (a decode worker sends them back to prefill), or auto (whichever costs less time, as measured).
         max_running: most requests in one prefill step; where answers are generated, most requests at a time that
-            hold KV blocks or have given way, and never more than max_step_tokens: each has its place in every step.
+            hold KV blocks or are preempted, and never more than max_step_tokens: each has its place in every step.
         max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
     """

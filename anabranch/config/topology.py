@@ -33,8 +33,9 @@ class Pools:
     """Either `prefill` and `decode`, or `colocated`, or all three.
 
     Attributes:
-        prefill, decode: workers that compute prompts, and workers that generate; they come together.
-        colocated: workers that do both; alone or beside the other two. May stand at the top in place of `pools`.
+        prefill: workers that compute prompts and stream the KV to decode workers; comes with `decode`.
+        decode: workers that generate; comes with `prefill`.
+        colocated: workers that do both; alone or beside the other two.
     """
 
     prefill: PoolConfig | None = None
