@@ -13,7 +13,7 @@ import pytest
 from anabranch.config.load import load_topology
 from anabranch_client import Admin, Client, Sampling
 from launch.cluster import LocalCluster
-from tests.support.waiting import wait_until
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -76,7 +76,7 @@ def test_chat(run: Run) -> None:
 def test_cancel(run: Run, cluster: LocalCluster) -> None:
     assert run("cancel").endswith("\nleft\n")
     with Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin:
-        wait_until(lambda: admin.cluster().num_requests == 0, "no request left", IDLE_TIMEOUT_S)
+        eventually(lambda: admin.cluster().num_requests == 0, "no request left", IDLE_TIMEOUT_S)
 
 
 def test_logprobs(run: Run) -> None:

@@ -6,6 +6,7 @@ What is stopped alone for longer than others wait for it still counts as dead: s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
@@ -52,7 +52,7 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
             "ack_timeout_s": EVENT_TIMEOUT_S,
             "step_stall_s": EVENT_TIMEOUT_S,
         }
-        return tuple(msgspec.structs.replace(worker, **changes) for worker in plan.plan_workers(*args))  # type: ignore[arg-type]
+        return tuple(dataclasses.replace(worker, **changes) for worker in plan.plan_workers(*args))  # type: ignore[arg-type]
 
     def impatient_orchestrator(topology: Topology, control: str, endpoints: Path) -> plan.ProcessPlan:
         patience = {
