@@ -6,17 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Annotated
 
-from anabranch.config.bounds import (
-    Between,
-    Count,
-    Line,
-    MessageSize,
-    Options,
-    Seconds,
-    Size,
-    Tokens,
-    is_port,
-)
+from anabranch.config.bounds import Between, Count, Line, MessageSize, Options, Seconds, Size, Tokens, is_port
 from anabranch.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 from anabranch.config.bounds import Between, is_port
 from anabranch.config.options import ClusterOptions, PoolOptions
@@ -50,12 +50,7 @@ class Pools:
     @property
     def by_role(self) -> dict[Role, PoolConfig]:
         """The pools that there are."""
-        pools: dict[Role, PoolConfig | None] = {
-            "prefill": self.prefill,
-            "decode": self.decode,
-            "colocated": self.colocated,
-        }
-        return {role: pool for role, pool in pools.items() if pool is not None}
+        return {role: pool for role in get_args(Role) if (pool := getattr(self, role)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
