@@ -26,7 +26,7 @@ def topologies(model: str, transport: str) -> tuple[Topology, Topology]:
     first, second = (sorted(os.sched_getaffinity(0)) * 2)[:2]
 
     def pool(core: int) -> PoolConfig:
-        return PoolConfig(threads=1, cores=(core,), kv_cache="512MiB", max_step_tokens=512)
+        return PoolConfig(threads=1, cores=(core,), kv_cache_bytes=512 << 20, max_step_tokens=512)
 
     colocated = Topology(model=model, dtype="bfloat16", pools=Pools(colocated=pool(first)))
     split = Topology(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from anabranch.config.topology import KvTransport, PoolConfig, Pools, Topology
+from anabranch.config.options import KvTransport
+from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import AnabranchError
 from anabranch.system.standard_streams import standard_streams
 from anabranch_client import ChatMessage, Client, ClientError, Sampling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anabranch.config.topology import Topology
+from anabranch.config.topology import Topology, file_key
 from anabranch.errors import ConfigError
 from anabranch.model.sources import ModelSource
 from launch.process_plan import plan_workers
@@ -15,8 +15,7 @@ def check_fit(topology: Topology, source: ModelSource) -> None:
         ConfigError: names the key, the value, what the machine or the model has, and the remedy.
         ModelError: the model's configuration cannot be read, or its weights' headers say something else.
     """
-    pools = (topology.pools.prefill, topology.pools.decode, topology.pools.colocated)
-    if all(pool is None or pool.tp * pool.cp == 1 for pool in pools):
+    if all(pool.num_ranks == 1 for pool in topology.pools.by_role.values()):
         return
     # These need torch, which a launcher of single ranks can do without.
     from anabranch.engine.fit import check_memory, check_worker
@@ -30,8 +29,6 @@ def check_fit(topology: Topology, source: ModelSource) -> None:
         try:
             check_worker(worker, model)
         except ConfigError as error:
-            key = error.key if error.key == "device" else f"pools.{worker.role}.{error.key}"
-            for name in ("kv_cache", "offload"):
-                key = key.replace(f"{name}_bytes", name)
+            key = error.key if error.key == "device" else f"pools.{worker.role}.{file_key(error.key)}"
             raise ConfigError(key, error.value, error.remedy) from None
     check_memory(workers, model)

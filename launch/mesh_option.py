@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-import msgspec
-
-from anabranch.config.topology import PoolConfig, Topology
+from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
-from anabranch.parallel.mesh import Mesh
 
 OPTION = "--mesh"
 
@@ -22,18 +20,16 @@ def with_meshes(topology: Topology, text: str) -> Topology:
     Raises:
         ConfigError: no mesh, or not one for each pool.
     """
-    pools = topology.pools
-    names = [name for name in ("prefill", "decode", "colocated") if getattr(pools, name) is not None]
+    pools = topology.pools.by_role
     parts = text.split(":")
-    if len(parts) != len(names):
-        raise ConfigError(OPTION, text, f"give TPxCP for each pool ({', '.join(names)}), with colons between")
-    changed = {name: _with_mesh(getattr(pools, name), part, text) for name, part in zip(names, parts, strict=True)}
-    return msgspec.structs.replace(topology, pools=msgspec.structs.replace(pools, **changed))
+    if len(parts) != len(pools):
+        raise ConfigError(OPTION, text, f"give TPxCP for each pool ({', '.join(pools)}), with colons between")
+    changed = {role: _with_mesh(pool, part, text) for (role, pool), part in zip(pools.items(), parts, strict=True)}
+    return replace(topology, pools=Pools(**changed))
 
 
 def _with_mesh(pool: PoolConfig, part: str, text: str) -> PoolConfig:
     degrees = re.fullmatch(r"(\d{1,6})x(\d{1,6})", part)
     if degrees is None:
         raise ConfigError(OPTION, text, f"{part!r} is no TPxCP such as 2x1")
-    mesh = Mesh(tp=int(degrees[1]), cp=int(degrees[2]))
-    return msgspec.structs.replace(pool, tp=mesh.tp, cp=mesh.cp)
+    return replace(pool, tp=int(degrees[1]), cp=int(degrees[2]))

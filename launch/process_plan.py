@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from anabranch.config.flags import to_flags
-from anabranch.config.load import parse_size, usable_cores
+from anabranch.config.load import usable_cores
+from anabranch.config.options import ClusterOptions, PoolOptions
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.config.topology import PoolConfig, Topology
+from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.protocol.workers import Role
 
@@ -79,52 +81,29 @@ def plan_workers(
         num_devices: accelerators that may be used; None: those that are visible.
     """
     usable = usable_cores() if cores is None else cores
-    pools: list[tuple[Role, PoolConfig]] = []
-    if topology.pools.prefill is not None:
-        pools.append(("prefill", topology.pools.prefill))
-    if topology.pools.decode is not None:
-        pools.append(("decode", topology.pools.decode))
-    if topology.pools.colocated is not None:
-        pools.append(("colocated", topology.pools.colocated))
-    num_ranks = sum(pool.workers * pool.tp * pool.cp for _, pool in pools)
+    pools = topology.pools.by_role
+    num_ranks = sum(pool.workers * pool.num_ranks for pool in pools.values())
     share, spare = divmod(len(usable), num_ranks)
     devices = _Devices(topology.device, num_devices)
     workers: list[WorkerConfig] = []
-    for role, pool in pools:
-        ranks = pool.tp * pool.cp
+    for role, pool in pools.items():
+        ranks = pool.num_ranks
         num_cores = len(pool.cores) // pool.workers
         for index in range(pool.workers):
             own = pool.cores[index * num_cores : (index + 1) * num_cores]
             more = 1 if spare >= ranks else 0
             spare -= more * ranks
+            options = _options(topology, ClusterOptions) | _options(pool, PoolOptions)
+            options["device"] = devices.take(ranks)
+            options["threads"] = pool.threads or max(1, len(own) // ranks if own else share + more)
+            options["cores"] = own
             workers.append(
                 WorkerConfig(
+                    **options,
                     role=role,
                     name=f"{role}-{index}",
                     orchestrator=control,
                     secret_file=str(secret_file or ""),
-                    model=topology.model,
-                    dtype=topology.dtype,
-                    device=devices.take(ranks),
-                    kv_transport=topology.kv_transport,
-                    threads=pool.threads or max(1, len(own) // ranks if own else share + more),
-                    cores=own,
-                    block_size=topology.block_size,
-                    kv_cache_bytes=parse_size(f"pools.{role}.kv_cache", pool.kv_cache),
-                    offload_bytes=parse_size(f"pools.{role}.offload", pool.offload, least_bytes=0),
-                    preemption=pool.preemption,
-                    max_context=topology.max_context,
-                    max_running=pool.max_running,
-                    max_step_tokens=pool.max_step_tokens,
-                    prefix_cache=topology.prefix_cache,
-                    native_kernels=topology.native_kernels,
-                    step_programs=topology.step_programs,
-                    schedule_ahead=topology.schedule_ahead,
-                    tp=pool.tp,
-                    cp=pool.cp,
-                    ring=pool.ring,
-                    collective_timeout_s=topology.collective_timeout_s,
-                    step_stall_s=topology.step_stall_s,
                     # What shares memory shares a process.
                     rank_processes=topology.kv_transport != "inproc" or role == "colocated",
                 )
@@ -149,6 +128,11 @@ def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tup
         if worker not in shared
     )
     return tuple(processes)
+
+
+def _options(source: object, declared: type) -> dict[str, Any]:
+    """The values of those options of a source that a class declares."""
+    return {field.name: getattr(source, field.name) for field in fields(declared)}
 
 
 class _Devices:

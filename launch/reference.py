@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import transformers
 
-from anabranch.config.worker import DtypeName
+from anabranch.config.options import DtypeName
 from anabranch.engine.device import resolve_dtype
 from anabranch.model.sources import ModelSource
 from anabranch.model.stop_ids import stop_ids

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 import typer
 
 from anabranch.config.load import load_topology
@@ -173,7 +172,7 @@ class Verifier:
             AnabranchError: the cluster could not be started.
         """
         if topology.dtype == "auto":
-            topology = msgspec.structs.replace(topology, dtype="float32")
+            topology = replace(topology, dtype="float32")
         say = self._say
         say(f"starting {topology.model} in {topology.dtype} ...")
         with LocalCluster(topology, ready_timeout_s=self._ready_timeout_s, verbose=self._verbose) as cluster:

@@ -1,6 +1,6 @@
-"""A configuration struct as command-line flags, and back: one source for names, defaults and help.
+"""A dataclass of options as command-line flags, and back: one source for names, defaults and help.
 
-The help of a flag is the line of its attribute in the struct's docstring.
+The help of a flag is the text of its attribute in the docstring of the class that declares it.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ import re
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Literal, TypeVar, get_args, get_origin
 
 import click
 import msgspec
 
+from anabranch.config.bounds import Options
 from anabranch.errors import ConfigError
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T", bound=Options)
 
 
-def _attribute_help(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The `Attributes:` section of a docstring: field -> text; `a, b: text` documents both."""
-    section = (struct.__doc__ or "").partition("Attributes:")[2]
+def attribute_help(options: type) -> dict[str, str]:
+    """The `Attributes:` sections of a dataclass and its bases: field -> text; `a, b: text` documents both."""
     found: dict[str, str] = {}
     names: list[str] = []
-    for line in section.splitlines():
+    sections = ((base.__doc__ or "").partition("Attributes:")[2] for base in reversed(options.__mro__))
+    for line in "\n".join(sections).splitlines():
         match = re.match(r"^\s{4,8}([a-z_][\w, ]*): (.*)$", line)
         if match:
             names = [name.strip() for name in match[1].split(",")]
@@ -70,42 +72,39 @@ def _click_type(hint: object) -> tuple[click.ParamType[typing.Any], bool]:
     return (click.FLOAT if hint is float else click.STRING), False
 
 
-def _options(struct: type[msgspec.Struct], defaults: dict[str, object]) -> list[click.Parameter]:
-    helps = _attribute_help(struct)
-    hints = typing.get_type_hints(struct)
-    options: list[click.Parameter] = []
-    for field in msgspec.structs.fields(struct):
+def _click_options(options: type[Options], defaults: dict[str, object]) -> list[click.Parameter]:
+    helps = attribute_help(options)
+    hints = typing.get_type_hints(options)
+    found: list[click.Parameter] = []
+    for field in fields(typing.cast(typing.Any, options)):
         kind, switch = _click_type(hints[field.name])
         flag = _flag(field.name)
         default = defaults.get(field.name, field.default)
-        required = default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
-        if default is msgspec.NODEFAULT and not required:
-            default = typing.cast(typing.Any, field.default_factory)()
         names = [f"{flag}/--no-{flag[2:]}" if switch else flag, field.name]
         text = helps.get(field.name, "")
-        if required:
-            options.append(click.Option(names, type=kind, required=True, help=text))
+        if default is MISSING:
+            found.append(click.Option(names, type=kind, required=True, help=text))
         else:
             shown = not isinstance(default, tuple) or bool(default)
-            options.append(click.Option(names, type=kind, default=default, show_default=shown, help=text))
-    return options
+            found.append(click.Option(names, type=kind, default=default, show_default=shown, help=text))
+    return found
 
 
 def parse_flags(
-    struct: type[T], argv: Sequence[str], *, prog: str, about: str, defaults: dict[str, object] | None = None
+    options: type[T], argv: Sequence[str], *, prog: str, about: str, defaults: dict[str, object] | None = None
 ) -> T:
-    """Read `argv` into `struct`; prints help or a usage error and exits as command-line programs do.
+    """Read `argv` into `options`; prints help or a usage error and exits as command-line programs do.
 
     Args:
         about: first paragraph of `--help`.
-        defaults: values that replace the struct's own defaults.
+        defaults: values that replace the options' own defaults.
     """
     command = click.Command(
-        prog, params=_options(struct, defaults or {}), help=about, context_settings={"max_content_width": 120}
+        prog, params=_click_options(options, defaults or {}), help=about, context_settings={"max_content_width": 120}
     )
     try:
         with command.make_context(prog, list(argv)) as context:
-            return msgspec.convert(context.params, struct)
+            return msgspec.convert(context.params, options)
     except click.exceptions.Exit as done:
         raise SystemExit(done.exit_code) from None
     except click.ClickException as error:
@@ -116,10 +115,10 @@ def parse_flags(
         raise SystemExit(2) from None
 
 
-def to_flags(config: msgspec.Struct) -> list[str]:
-    """The flags that `parse_flags` reads back into an equal struct."""
+def to_flags(config: Options) -> list[str]:
+    """The flags that `parse_flags` reads back into equal options."""
     argv: list[str] = []
-    for field in msgspec.structs.fields(type(config)):
+    for field in fields(typing.cast(typing.Any, config)):
         value = getattr(config, field.name)
         if value is None or value == field.default:
             continue

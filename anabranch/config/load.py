@@ -1,4 +1,4 @@
-"""A topology file -> `Topology`: strict reading, then every cross-check in one place.
+"""A topology file -> `Topology`: strict reading, then what depends on this machine.
 
 Each error is a `ConfigError` that names the dotted key, the value and the remedy.
 """
@@ -10,25 +10,20 @@ import os
 import re
 import types
 import typing
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import msgspec
 import yaml
 
-from anabranch.config.bounds import MAX_SIZE_BYTES, check_count, check_text, is_port
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import PoolConfig, Topology, file_key
 from anabranch.errors import ConfigError
-from anabranch.parallel.mesh import MAX_RANKS
 from anabranch.system.files import read_regular
-from anabranch.system.hosts import is_loopback
 
 # PyYAML reads some 20 KB in a second where everything is a number of a list.
 MAX_FILE_BYTES = 64 << 10
 MAX_DEPTH = 32
 MAX_NODES = 16_384
-MAX_WORKERS = 256
-MAX_PATH_CHARS = 4096
-MAX_DEVICE_CHARS = 100
 MAX_ERROR_CHARS = 500
 
 _UNITS = {"": 1, "B": 1}
@@ -59,7 +54,7 @@ def load_topology(path: Path) -> Topology:
 
 
 def topology_from(data: object) -> Topology:
-    """Turn a parsed mapping into a checked `Topology` whose sizes are bytes.
+    """Turn a parsed mapping into a checked `Topology`.
 
     Raises:
         ConfigError: an unknown key, a wrong type or a bad value.
@@ -72,64 +67,38 @@ def topology_from(data: object) -> Topology:
         # The short form of a single pool: `{model: ..., colocated: {...}}`.
         data = {**data, "pools": {"colocated": data["colocated"]}}
         del data["colocated"]
-    _reject_unknown_keys(data, Topology, "")
+    options = _by_field(data, Topology, "")
     try:
-        topology = msgspec.convert(data, Topology)
+        topology = msgspec.convert(options, Topology)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise _type_error(error, data) from None
+        raise _key_error(error, options) from None
     return check_topology(topology)
 
 
 def check_topology(topology: Topology) -> Topology:
-    """Cross-check a topology, also one that was built in Python; gives it back with sizes in bytes.
+    """Check a topology, also one that was built in Python, against this machine; gives it back.
 
     Raises:
-        ConfigError: what does not fit together, or does not fit this machine.
+        ConfigError: cores that this process may not use, or that do not deal out evenly.
     """
-    check_text("model", topology.model, MAX_PATH_CHARS)
-    check_text("device", topology.device, MAX_DEVICE_CHARS)
-    check_count("block_size", topology.block_size, 1)
-    check_count("max_context", topology.max_context, 0)
-    for key in ("collective_timeout_s", "step_stall_s"):
-        if not 0.0 < getattr(topology, key) < 86400.0:
-            raise ConfigError(key, getattr(topology, key), "must be above 0 and below 86400")
-    if topology.step_stall_s <= topology.collective_timeout_s:
-        least_s = topology.collective_timeout_s
-        raise ConfigError("step_stall_s", topology.step_stall_s, f"must be above collective_timeout_s ({least_s} s)")
-    if not topology.model:
-        raise ConfigError("model", topology.model, "name a model (`anabranch models`), a folder or a GGUF file")
-    _check_address("grpc", topology.grpc)
-    checked = {
-        name: _check_pool(f"pools.{name}", pool)
-        for name in ("prefill", "decode", "colocated")
-        if (pool := getattr(topology.pools, name)) is not None
-    }
-    return msgspec.structs.replace(topology, pools=Pools(**checked))
+    for role, pool in topology.pools.by_role.items():
+        _check_cores(f"pools.{role}.cores", pool)
+    return topology
 
 
-def parse_size(key: str, value: int | str, *, least_bytes: int = 1) -> int:
-    """Bytes of a size such as 1048576, "512MiB" or "1.5 GB".
+def parse_size(key: str, value: object) -> object:
+    """Bytes of a size such as "512MiB" or "1.5 GB"; what is no text is left as it is.
 
     Raises:
-        ConfigError: not a size, or less than `least_bytes`.
+        ConfigError: the text is not a size.
     """
-    remedy = 'give bytes or a size such as "512MiB" or "1GiB"'
-    if isinstance(value, bool):
-        raise ConfigError(key, value, remedy)
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", value)
-        factor = _UNIT_BY_LOWER.get(match[2].lower()) if match else None
-        if match is None or factor is None:
-            raise ConfigError(key, value, remedy)
-        num_bytes = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
-    else:
-        num_bytes = value
-    if not least_bytes <= num_bytes <= MAX_SIZE_BYTES:
-        least = "1 byte" if least_bytes == 1 else f"{least_bytes} bytes"
-        raise ConfigError(key, value, f"must be between {least} and {MAX_SIZE_BYTES >> 40} TiB; {remedy}")
-    return num_bytes
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", value)
+    factor = _UNIT_BY_LOWER.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ConfigError(key, value, 'give bytes or a size such as "512MiB" or "1GiB"')
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
 def usable_cores() -> tuple[int, ...]:
@@ -137,27 +106,6 @@ def usable_cores() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
-
-
-def _check_pool(key: str, pool: PoolConfig) -> PoolConfig:
-    for name in ("workers", "max_running", "max_step_tokens"):
-        check_count(f"{key}.{name}", getattr(pool, name), 1)
-    check_count(f"{key}.threads", pool.threads, 0)
-    if pool.workers > MAX_WORKERS:
-        raise ConfigError(f"{key}.workers", pool.workers, f"must be at most {MAX_WORKERS} on one machine")
-    for degree in ("tp", "cp"):
-        check_count(f"{key}.{degree}", getattr(pool, degree), 1)
-    if pool.tp * pool.cp > MAX_RANKS:
-        raise ConfigError(
-            f"{key}.tp x cp",
-            f"{pool.tp} x {pool.cp}",
-            f"makes {pool.tp * pool.cp} ranks; at most {MAX_RANKS} are allowed",
-        )
-    _check_cores(f"{key}.cores", pool)
-    offload = parse_size(f"{key}.offload", pool.offload, least_bytes=0)
-    if pool.preemption == "offload" and offload == 0:
-        raise ConfigError(f"{key}.preemption", pool.preemption, "needs host memory; give offload, or choose auto")
-    return msgspec.structs.replace(pool, kv_cache=parse_size(f"{key}.kv_cache", pool.kv_cache), offload=offload)
 
 
 def _check_cores(key: str, pool: PoolConfig) -> None:
@@ -179,63 +127,58 @@ def _check_cores(key: str, pool: PoolConfig) -> None:
         )
 
 
-def _check_address(key: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not is_port(port):
-        raise ConfigError(key, address, "give HOST:PORT, such as 127.0.0.1:50051 (port 0: chosen by the system)")
-    if not is_loopback(host):
-        raise ConfigError(key, address, "is reachable from other machines and there is no TLS; use 127.0.0.1")
-
-
-def _reject_unknown_keys(data: object, struct: type[msgspec.Struct], prefix: str) -> None:
+def _by_field(data: object, options: type, prefix: str) -> object:
+    """What a file says, by the names of fields instead of keys, with sizes in bytes. Unknown keys raise ConfigError."""
     if not isinstance(data, dict):
-        return
-    fields = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+        return data
+    hints = typing.get_type_hints(options)
+    names = {file_key(name): name for name in hints}
+    found: dict[str, object] = {}
     for key, value in data.items():
         dotted = f"{prefix}{key}"
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            known = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(fields)}"
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            known = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(names)}"
             raise ConfigError(dotted, value, f"unknown key; {known}")
-        inner = _struct_of(fields[key])
+        inner = _options_of(hints[names[key]])
         if inner is not None:
-            _reject_unknown_keys(value, inner, f"{dotted}.")
+            value = _by_field(value, inner, f"{dotted}.")
+        elif names[key] != key:
+            value = parse_size(dotted, value)
+        found[names[key]] = value
+    return found
 
 
-def _struct_of(hint: object) -> type[msgspec.Struct] | None:
-    """The struct inside a field's type, `X` or `X | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
+def _options_of(hint: object) -> type | None:
+    """The dataclass inside a field's type, `X` or `X | None`."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((choice for choice in choices if isinstance(choice, type) and is_dataclass(choice)), None)
 
 
-def _type_error(error: msgspec.ValidationError, data: object) -> ConfigError:
-    """msgspec's words with its `$.a.b[0]` path as a dotted key, and the value found there."""
-    text, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`")
-    steps = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path)
+def _key_error(error: msgspec.ValidationError, data: object) -> ConfigError:
+    """msgspec's words, or our own, with its `$.a.b[0]` path as a dotted key, and the value found there."""
+    cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else None
+    text, found, path = str(error).removeprefix(str(cause or "")).rpartition(" - at `$")
+    if not found:
+        text, path = path, ""
+    steps = re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", path)
+    key = "".join(f".{file_key(name)}" if name else f"[{index}]" for name, index in steps).lstrip(".")
+    if cause is not None:
+        return ConfigError(".".join(filter(None, (key, file_key(cause.key)))), cause.value, cause.remedy)
     value: object = data
+    hint: typing.Any = Topology
     for name, index in steps:
         if isinstance(value, dict):
             value = value.get(name)
         elif isinstance(value, list):
             value = value[int(index)]
-    key = path.lstrip(".") or "topology"
+        if name:
+            hint = typing.get_type_hints(_options_of(hint))[name]
     if text.startswith("Invalid enum value"):
-        leaf = _leaf_type(Topology, [name for name, _ in steps])
-        choices = [str(choice) for choice in typing.get_args(leaf)]
+        choices = [str(choice) for choice in typing.get_args(hint)]
         close = difflib.get_close_matches(str(value), choices, n=1)
         text = f"must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
-    return ConfigError(key, value, text[:1].lower() + text[1:])
-
-
-def _leaf_type(struct: type[msgspec.Struct], names: list[str]) -> object:
-    hint: object = struct
-    for name in names:
-        inner = _struct_of(hint)
-        if inner is None:
-            return None
-        hint = next(field.type for field in msgspec.structs.fields(inner) if field.encode_name == name)
-    return hint
+    return ConfigError(key or "topology", value, text[:1].lower() + text[1:])
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass
+from typing import Annotated
 
-from anabranch.config.bounds import check_count, is_port
+from anabranch.config.bounds import Between, Count, Line, MessageSize, Options, Seconds, Size, Tokens, is_port
 from anabranch.errors import ConfigError
 from anabranch.system.hosts import is_loopback
 
@@ -20,7 +21,8 @@ def check_secret_file(key: str, endpoint: str, secret_file: str) -> None:
         )
 
 
-class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, kw_only=True)
+class OrchestratorConfig(Options):
     """Configuration of the orchestrator.
 
     Attributes:
@@ -66,59 +68,43 @@ class OrchestratorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         drain_timeout_s: wait for running requests at the end of the process.
     """
 
-    model: str = "smollm2-135m"
-    grpc_bind: str = "127.0.0.1:0"
-    control_bind: str = ""
-    secret_file: str = ""
-    admin_token_file: str = ""
-    endpoints_file: str = ""
+    model: Line = "smollm2-135m"
+    grpc_bind: Line = "127.0.0.1:0"
+    control_bind: Line = ""
+    secret_file: Line = ""
+    admin_token_file: Line = ""
+    endpoints_file: Line = ""
     allow_remote: bool = False
-    max_queued: int = 256
-    max_queued_bytes: int = 256 * 1024 * 1024
-    max_calls: int = 4096
-    max_connections: int = 4096
-    max_request_bytes: int = 4 * 1024 * 1024
-    max_control_bytes: int = 8 * 1024 * 1024
-    max_unread_tokens: int = 16384
-    prefill_ahead_tokens: int = 4096
-    max_retries: int = 8
-    encoders_per_lane: int = 1
-    max_prompt_chars: int = 1024 * 1024
-    encode_timeout_s: float = 10.0
-    queue_timeout_s: float = 60.0
-    no_worker_grace_s: float = 10.0
-    reserve_timeout_s: float = 60.0
-    prefill_timeout_s: float = 120.0
-    token_timeout_s: float = 30.0
-    pause_timeout_s: float = 300.0
-    report_timeout_s: float = 2.0
-    client_stall_s: float = 10.0
-    handshake_timeout_s: float = 5.0
-    connection_idle_s: float = 300.0
-    keepalive_s: float = 30.0
-    keepalive_timeout_s: float = 20.0
-    worker_timeout_s: float = 3.0
-    heartbeat_s: float = 0.5
-    drain_timeout_s: float = 30.0
+    max_queued: Count = 256
+    max_queued_bytes: Size = 256 << 20
+    max_calls: Count = 4096
+    max_connections: Count = 4096
+    max_request_bytes: MessageSize = 4 << 20
+    max_control_bytes: MessageSize = 8 << 20
+    max_unread_tokens: Tokens = 16384
+    prefill_ahead_tokens: Tokens = 4096
+    max_retries: Annotated[int, Between(0)] = 8
+    encoders_per_lane: Annotated[int, Between(1, 64)] = 1
+    max_prompt_chars: Annotated[int, Between(1, unit="characters")] = 1 << 20
+    encode_timeout_s: Seconds = 10.0
+    queue_timeout_s: Seconds = 60.0
+    no_worker_grace_s: Seconds = 10.0
+    reserve_timeout_s: Seconds = 60.0
+    prefill_timeout_s: Seconds = 120.0
+    token_timeout_s: Seconds = 30.0
+    pause_timeout_s: Seconds = 300.0
+    report_timeout_s: Seconds = 2.0
+    client_stall_s: Seconds = 10.0
+    handshake_timeout_s: Seconds = 5.0
+    connection_idle_s: Seconds = 300.0
+    keepalive_s: Seconds = 30.0
+    keepalive_timeout_s: Seconds = 20.0
+    worker_timeout_s: Seconds = 3.0
+    heartbeat_s: Seconds = 0.5
+    drain_timeout_s: Seconds = 30.0
 
     def __post_init__(self) -> None:
-        for key in (
-            "max_queued",
-            "max_queued_bytes",
-            "max_calls",
-            "max_connections",
-            "max_request_bytes",
-            "max_control_bytes",
-            "max_unread_tokens",
-            "prefill_ahead_tokens",
-            "encoders_per_lane",
-            "max_prompt_chars",
-        ):
-            check_count(key, getattr(self, key), 1)
-        check_count("max_retries", self.max_retries, 0)
-        for key in self.__struct_fields__:
-            if key.endswith("_s") and not 0.0 < getattr(self, key) < 86400.0:
-                raise ConfigError(key, getattr(self, key), "must be above 0 and below 86400 seconds")
+        super().__post_init__()
         if self.worker_timeout_s < 2 * self.heartbeat_s:
             raise ConfigError(
                 "worker_timeout_s", self.worker_timeout_s, f"must be at least two beats ({2 * self.heartbeat_s} s)"

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from anabranch.config.worker import DtypeName
+from anabranch.config.options import DtypeName
 from anabranch.errors import ConfigError
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import psutil
 import torch
 
@@ -76,9 +76,7 @@ def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
         ConfigError: fewer accelerators than ranks.
     """
     even = max(1, len(config.cores or usable_cores()) // config.num_ranks)
-    return msgspec.structs.replace(
-        config, device=_devices(config)[rank], cores=config.cores_of(rank), threads=config.threads or even
-    )
+    return replace(config, device=_devices(config)[rank], cores=config.cores_of(rank), threads=config.threads or even)
 
 
 def check_worker(config: WorkerConfig, model: ModelConfig) -> None:

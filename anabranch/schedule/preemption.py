@@ -10,7 +10,7 @@ back queues for prefill, is computed there and streamed here again. Until someth
 
 from __future__ import annotations
 
-from anabranch.config.worker import Preemption
+from anabranch.config.options import Preemption
 
 # How much of the average stays when a token's cost is measured anew.
 _DECAY = 0.9

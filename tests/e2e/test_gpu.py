@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.config.worker import DtypeName
+from anabranch.config.options import DtypeName
 from anabranch.model.known import KNOWN_MODELS
 from tests.support.engine_alone import assert_same_tokens, engine_answers, transformers_answers
 from tests.support.families import RECIPES, VOCAB, save

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.config.worker import DtypeName, WorkerConfig
+from anabranch.config.options import DtypeName
+from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import build_engine
 from anabranch.engine.device import TORCH_DTYPES
 from anabranch.request.request import Request

@@ -139,7 +139,7 @@ def test_a_broken_model_ends_the_start(folder, tmp_path, case, roles) -> None:
 def test_processes_pass_the_reason_on(folder, case, who) -> None:
     damage, _, says = BROKEN[case]
     damage(folder)
-    pool = PoolConfig(kv_cache="8MiB", threads=1)
+    pool = PoolConfig(kv_cache_bytes=8 << 20, threads=1)
     # Kernels may have to be compiled first, which is not what is waited for here.
     topology = Topology(model=str(folder), native_kernels=False, pools=Pools(colocated=pool))
     cluster = LocalCluster(topology, ready_timeout_s=60.0)
@@ -163,7 +163,7 @@ def test_several_ranks_are_not_started(folder, case) -> None:
     """The launcher compares the headers itself, before any process."""
     damage, kind, says = BROKEN[case]
     damage(folder)
-    pool = PoolConfig(kv_cache="8MiB", threads=1, tp=2)
+    pool = PoolConfig(kv_cache_bytes=8 << 20, threads=1, tp=2)
     cluster = LocalCluster(Topology(model=str(folder), pools=Pools(colocated=pool)), ready_timeout_s=60.0)
     with pytest.raises(kind, match=says):
         cluster.start()

@@ -6,6 +6,7 @@ What is stopped alone for longer than others wait for it still counts as dead: s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
@@ -44,7 +44,7 @@ LONG_PROMPT = (tuple(number * 31 % 97 + 3 for number in range(1000)), 4)
 def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     """Prefill and decode of two ranks, in which everybody is impatient."""
 
-    def impatient_workers(*args: object) -> tuple[WorkerConfig, ...]:
+    def impatient_workers(*args: object, **files: object) -> tuple[WorkerConfig, ...]:
         changes = {
             "heartbeat_s": 0.2,
             "orchestrator_timeout_s": ORCHESTRATOR_TIMEOUT_S,
@@ -52,9 +52,9 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
             "ack_timeout_s": EVENT_TIMEOUT_S,
             "step_stall_s": EVENT_TIMEOUT_S,
         }
-        return tuple(msgspec.structs.replace(worker, **changes) for worker in process_plan.plan_workers(*args))  # type: ignore[arg-type]
+        return tuple(dataclasses.replace(worker, **changes) for worker in process_plan.plan_workers(*args, **files))  # type: ignore[arg-type]
 
-    def impatient_orchestrator(topology: Topology, control: str, endpoints: Path) -> process_plan.ProcessPlan:
+    def impatient_orchestrator(topology: Topology, control: str, **files: Path) -> process_plan.ProcessPlan:
         patience = {
             "heartbeat": 0.2,
             "worker-timeout": WORKER_TIMEOUT_S,
@@ -63,7 +63,7 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
             "reserve-timeout": EVENT_TIMEOUT_S,
             "client-stall": EVENT_TIMEOUT_S,
         }
-        planned = process_plan.plan_orchestrator(topology, control, endpoints)
+        planned = process_plan.plan_orchestrator(topology, control, **files)
         flags = tuple(part for key, value in patience.items() for part in (f"--{key}-s", str(value)))
         return process_plan.ProcessPlan(
             name=planned.name, module=planned.module, arguments=planned.arguments + flags, workers=planned.workers
@@ -72,8 +72,8 @@ def cluster(known: Known, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalClus
     monkeypatch.setattr("launch.cluster.plan_workers", impatient_workers)
     monkeypatch.setattr("launch.cluster.plan_orchestrator", impatient_orchestrator)
     pools = Pools(
-        prefill=PoolConfig(kv_cache="16MiB", threads=1, max_step_tokens=32),
-        decode=PoolConfig(kv_cache="16MiB", threads=1, tp=2),
+        prefill=PoolConfig(kv_cache_bytes=16 << 20, threads=1, max_step_tokens=32),
+        decode=PoolConfig(kv_cache_bytes=16 << 20, threads=1, tp=2),
     )
     topology = Topology(
         model=str(known.folder),

@@ -30,7 +30,7 @@ Prompt = tuple[int, ...]
 
 
 def pool(workers: int) -> PoolConfig:
-    return PoolConfig(workers=workers, kv_cache="16MiB", threads=1, max_step_tokens=64)
+    return PoolConfig(workers=workers, kv_cache_bytes=16 << 20, threads=1, max_step_tokens=64)
 
 
 @contextmanager

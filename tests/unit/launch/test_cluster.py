@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 READY_TIMEOUT_S = 120.0
 DEADLINE_S = 30.0
-COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache="32MiB", threads=1)))
+COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache_bytes=32 << 20, threads=1)))
 
 
 def gone(pid: int) -> bool:
@@ -67,7 +67,9 @@ def test_a_cluster_serves_and_leaves_nothing() -> None:
 
 
 def test_prefill_and_decode_share_a_process_in_process() -> None:
-    pools = Pools(prefill=PoolConfig(kv_cache="32MiB", threads=1), decode=PoolConfig(kv_cache="32MiB", threads=1))
+    pools = Pools(
+        prefill=PoolConfig(kv_cache_bytes=32 << 20, threads=1), decode=PoolConfig(kv_cache_bytes=32 << 20, threads=1)
+    )
     with LocalCluster(Topology(kv_transport="inproc", pools=pools), ready_timeout_s=READY_TIMEOUT_S) as cluster:
         assert [(p.name, p.role) for p in cluster.processes] == [
             ("orchestrator", "orchestrator"),
@@ -82,7 +84,7 @@ def test_prefill_and_decode_share_a_process_in_process() -> None:
 
 def test_a_killed_worker_is_named_and_its_requests_end() -> None:
     deaths: list[ProcessExit] = []
-    pools = Pools(colocated=PoolConfig(workers=2, kv_cache="64MiB", threads=1))
+    pools = Pools(colocated=PoolConfig(workers=2, kv_cache_bytes=64 << 20, threads=1))
     with LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster:
         with Client(cluster.endpoint) as client, Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin:
             stream = client.generate("Once upon a time", Sampling(max_tokens=1000, ignore_eos=True))
@@ -109,7 +111,9 @@ def test_a_killed_worker_is_named_and_its_requests_end() -> None:
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
-    cluster = LocalCluster(Topology(pools=Pools(colocated=PoolConfig(kv_cache=1000))), ready_timeout_s=READY_TIMEOUT_S)
+    cluster = LocalCluster(
+        Topology(pools=Pools(colocated=PoolConfig(kv_cache_bytes=1000))), ready_timeout_s=READY_TIMEOUT_S
+    )
     with pytest.raises(WorkerDied, match=r"^colocated-0: kv_cache_bytes: 1000: must hold one block") as caught:
         cluster.start()
     assert "\n" not in str(caught.value)

@@ -9,13 +9,13 @@ from anabranch.errors import ConfigError
 from launch.mesh_option import with_meshes
 
 pytestmark = pytest.mark.unit
-SPLIT = Topology(pools=Pools(prefill=PoolConfig(tp=4, kv_cache="1MiB"), decode=PoolConfig(cp=2)))
+SPLIT = Topology(pools=Pools(prefill=PoolConfig(tp=4, kv_cache_bytes=1 << 20), decode=PoolConfig(cp=2)))
 COLOCATED = Topology(pools=Pools(colocated=PoolConfig()))
 
 
 def test_each_pool_gets_its_mesh_and_keeps_the_rest() -> None:
     pools = with_meshes(SPLIT, "2x1:1x3").pools
-    assert pools == Pools(prefill=PoolConfig(tp=2, kv_cache="1MiB"), decode=PoolConfig(cp=3))
+    assert pools == Pools(prefill=PoolConfig(tp=2, kv_cache_bytes=1 << 20), decode=PoolConfig(cp=3))
     assert with_meshes(COLOCATED, "2x3").pools.colocated == PoolConfig(tp=2, cp=3)
 
 

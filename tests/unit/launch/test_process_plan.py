@@ -51,7 +51,7 @@ def test_a_worker_gets_what_the_topology_says() -> None:
             block_size=32,
             prefix_cache=False,
             max_context=777,
-            pools=Pools(colocated=PoolConfig(kv_cache="3MiB", max_running=5, max_step_tokens=99, threads=1)),
+            pools=Pools(colocated=PoolConfig(kv_cache_bytes=3 << 20, max_running=5, max_step_tokens=99, threads=1)),
         )
     )
     (worker,) = plan_workers(topology, CONTROL, secret_file=Path("/tmp/x/control.secret"))

@@ -60,7 +60,9 @@ def test_host_memory_holds_whole_blocks_or_none(model: ModelConfig) -> None:
     assert fit.num_host_blocks(worker(role="prefill"), layout) == 0
     with pytest.raises(ConfigError, match=rf"^offload_bytes: 7: must hold one block of {block_bytes} bytes, or be 0"):
         fit.check_worker(worker(offload_bytes=7), model)
-    with pytest.raises(msgspec.ValidationError, match=r"^preemption: 'offload': needs host memory; give offload_bytes"):
+    with pytest.raises(
+        msgspec.ValidationError, match=r"^preemption: 'offload': needs host memory: give offload above 0"
+    ):
         worker(preemption="offload", offload_bytes=0)
 
 

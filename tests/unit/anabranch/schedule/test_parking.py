@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.config.worker import Preemption
+from anabranch.config.options import Preemption
 from anabranch.request.request import Request
 from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker

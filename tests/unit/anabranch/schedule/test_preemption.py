@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from anabranch.config.worker import Preemption
+from anabranch.config.options import Preemption
 from anabranch.schedule.preemption import PreemptionRule, TokenCost
 
 pytestmark = pytest.mark.unit
