@@ -43,7 +43,7 @@ def test_a_bad_value_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        ("--block-size", "65537", "block_size: 65537: must be at most 4096"),
+        ("--block-size", "65537", "block_size: 65537: must be at most 65536"),
         ("--threads", "-1", "threads: -1: must be at least 0"),
         ("--threads", "5000", "threads: 5000: must be at most 4096"),
         ("--kv-cache-bytes", "9" * 30, "must be at most 1125899906842624"),
