@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from anabranch.errors import CheckpointError, UnsupportedArchitecture, shown
@@ -56,10 +55,9 @@ def rope_config(hf: PretrainedConfig, *, partial: bool) -> RopeConfig:
     return RopeConfig(kind=kind, inv_freq=tuple(inv_freq.tolist()), attention_scaling=float(scaling))
 
 
-def _check_factors(key: str, value: object, count: int) -> None:
-    is_list = isinstance(value, list) and len(value) == count
-    if not is_list or not all(type(factor) in (int, float) and 0 < factor < math.inf for factor in value):
+def _check_factors(key: str, factors: list[float] | None, count: int) -> None:
+    if factors is None or len(factors) != count:
         raise CheckpointError(
-            f"model configuration: rope_parameters: {key} is {shown(value)}; it must be a list of {count} numbers "
-            "above 0, one for each pair of rotary features"
+            f"model configuration: rope_parameters: {key} is {shown(factors)}; it must be a list of {count} numbers, "
+            "one for each pair of rotary features"
         )
