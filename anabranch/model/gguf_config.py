@@ -67,7 +67,7 @@ def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]
     num_heads = need("attention.head_count", "num_attention_heads")
     hidden_size = need("embedding_length", "hidden_size")
     num_layers = need("block_count", "num_hidden_layers")
-    head_dim = int(file.number(f"{architecture}.attention.key_length")) or hidden_size // num_heads
+    head_dim = file.number(f"{architecture}.attention.key_length") or hidden_size // num_heads
     fields: dict[str, object] = {
         "vocab_size": file.shape("model.embed_tokens.weight")[0],
         "hidden_size": hidden_size,
@@ -120,7 +120,7 @@ def _eos(file: GgufFile) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def _rope(file: GgufFile, architecture: str, head_dim: int) -> dict[str, object]:
+def _rope(file: GgufFile, architecture: str, head_dim: float) -> dict[str, object]:
     rope: dict[str, object] = {"rope_theta": float(file.number(f"{architecture}.rope.freq_base") or 10000.0)}
     rotary_dim = file.number(f"{architecture}.rope.dimension_count") or head_dim
     if rotary_dim != head_dim:
