@@ -38,7 +38,7 @@ class StepInputs:
         max_rows: most sequences of a step.
         max_blocks: most blocks of a sequence.
 
-    Shape suffixes: T rows of a step (its sequences), B the same, N blocks, C hidden, D head dim.
+    Shape suffixes: T rows of a step (its sequences), B the same, N blocks, C hidden, R rotary dim.
     """
 
     def __init__(self, model: Transformer, kv: PagedKv, max_rows: int, max_blocks: int) -> None:
@@ -54,7 +54,7 @@ class StepInputs:
         self._tables_BN = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._rows_T = torch.arange(max_rows, device=device)
         self.hidden_TC = torch.zeros((max_rows, config.hidden_size), dtype=stack.dtype, device=device)
-        self.cos_TD, self.sin_TD = (torch.zeros((max_rows, config.head_dim), device=device) for _ in range(2))
+        self.cos_TR, self.sin_TR = (torch.zeros((max_rows, config.rope.rotary_dim), device=device) for _ in range(2))
         # What each row of the tables was last written from.
         self._written: list[tuple[int, ...]] = [()] * max_rows
 
@@ -136,10 +136,10 @@ class StepPrograms:
         stack = model.attention
         batch = inputs.fill(plan)
         last_tokens.fill_in(plan, batch.token_ids_T)
-        hidden_TC, cos_TD, sin_TD = inputs.hidden_TC[:count], inputs.cos_TD[:count], inputs.sin_TD[:count]
+        hidden_TC, cos_TR, sin_TR = inputs.hidden_TC[:count], inputs.cos_TR[:count], inputs.sin_TR[:count]
         hidden_TC.copy_(stack.embed(batch.token_ids_T))
-        for to_TD, from_TD in zip((cos_TD, sin_TD), stack.rotary.forward(batch.positions_T), strict=True):
-            to_TD.copy_(from_TD)
+        for to_TR, from_TR in zip((cos_TR, sin_TR), stack.rotary.forward(batch.positions_T), strict=True):
+            to_TR.copy_(from_TR)
         key = self._key(plan)
         program = self._programs.get(key)
         if program is not None:
@@ -147,7 +147,7 @@ class StepPrograms:
             program.run()
             return program.output
         attention = PagedAttention(self._kernels, self._kv, batch)
-        recording = self._recorder.record(lambda: model.decode(hidden_TC, cos_TD, sin_TD, attention))
+        recording = self._recorder.record(lambda: model.decode(hidden_TC, cos_TR, sin_TR, attention))
         self._keep(key, recording.program)
         if recording.obstacle is not None and recording.obstacle not in self._told:
             self._told.add(recording.obstacle)

@@ -46,8 +46,12 @@ class Kernels(Protocol):
         """`silu(first half) * second half` over the last axis: `[T, 2F] -> [T, F]`."""
         ...
 
-    def rotary(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding, half-split convention; cos and sin are float32 `[T, D]` (both halves filled)."""
+    def rotary(self, x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of each head's first R features, half-split convention; the others stay as they are.
+
+        Args:
+            cos_TR, sin_TR: float32, both halves filled; R is even and at most D.
+        """
         ...
 
     def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:

@@ -78,7 +78,7 @@ def bind_functions(library: ctypes.CDLL, suffix: str) -> Functions:
         rms_norm=bind(f"ab_rms_norm_{suffix}", *[pointer] * 3, *[number] * 5, c_float, c_int),
         add_rms_norm=bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int),
         silu_mul=bind(f"ab_silu_mul_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
-        rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 5, c_int),
+        rotary=bind(f"ab_rotary_{suffix}", *[pointer] * 4, *[number] * 6, c_int),
         store_kv=bind("ab_store_kv", *[pointer] * 5, *[number] * 7, c_int),
         export_kv=bind("ab_export_kv", *[pointer] * 4, *[number] * 5, c_int),
         import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5),

@@ -190,23 +190,24 @@ class NativeKernels:
         )
         return out
 
-    def rotary(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    def rotary(self, x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
         """See `Kernels.rotary`; returns a new tensor."""
         stride_t, stride_h, stride_d = x_THD.stride()
-        if x_THD.dtype is not self._dtype or stride_d != 1 or not (cos_TD.is_contiguous() and sin_TD.is_contiguous()):
-            return self._plain.rotary(x_THD, cos_TD, sin_TD)
+        if x_THD.dtype is not self._dtype or stride_d != 1 or not (cos_TR.is_contiguous() and sin_TR.is_contiguous()):
+            return self._plain.rotary(x_THD, cos_TR, sin_TR)
         num_tokens, heads, head_dim = shape = x_THD.shape
         out = torch.empty(shape, dtype=self._dtype)
         self._functions.rotary.run(out.numel() >= MIN_RELEASED_ELEMENTS)(
             x_THD.data_ptr(),
-            cos_TD.data_ptr(),
-            sin_TD.data_ptr(),
+            cos_TR.data_ptr(),
+            sin_TR.data_ptr(),
             out.data_ptr(),
             stride_t,
             stride_h,
             num_tokens,
             heads,
             head_dim,
+            cos_TR.shape[-1],
             get_num_threads(),
         )
         return out

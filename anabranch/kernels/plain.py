@@ -46,12 +46,14 @@ class PlainKernels:
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    def rotary(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    def rotary(self, x_THD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
         """See `Kernels.rotary`; computed in float32, returns a new tensor of x's dtype."""
-        x_f32 = x_THD.float()
+        rotary_dim = cos_TR.shape[-1]
+        x_f32 = x_THD[..., :rotary_dim].float()
         first, second = x_f32.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
-        return (x_f32 * cos_TD.unsqueeze(1) + turned * sin_TD.unsqueeze(1)).to(x_THD.dtype)
+        out = (x_f32 * cos_TR.unsqueeze(1) + turned * sin_TR.unsqueeze(1)).to(x_THD.dtype)
+        return out if rotary_dim == x_THD.shape[-1] else torch.cat((out, x_THD[..., rotary_dim:]), dim=-1)
 
     def store_kv(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv: LayerKv, slots_T: torch.Tensor) -> None:
         """See `Kernels.store_kv`."""

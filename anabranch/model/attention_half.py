@@ -1,6 +1,6 @@
 """The first half of a decoder layer: all of it that needs the KV cache, and the gate that routes tokens.
 
-Shape suffixes: T tokens, C hidden, F features, H query heads, K KV heads, D head dim.
+Shape suffixes: T tokens, C hidden, F features, H query heads, K KV heads, D head dim, R rotary dim.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
 from anabranch.model.ffn_half import FfnInput
-from anabranch.model.linear import ColumnParallel, Part, RowParallel
+from anabranch.model.linear import ColumnParallel, Part, RowParallel, fused
 from anabranch.model.loader import WeightLoader
 from anabranch.model.moe import Gate
 from anabranch.parallel.group import Group
@@ -30,17 +30,14 @@ class AttentionHalf:
         kv_rows = range(kv_heads.start * head_dim, kv_heads.stop * head_dim)
         num_q, num_kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.input_norm_C = loader.whole(f"{prefix}.input_layernorm.weight", config.hidden_size)
-        self.qkv = ColumnParallel(
-            loader,
-            kernels,
-            [
-                Part(f"{prefix}.self_attn.q_proj", num_q, q_rows),
-                Part(f"{prefix}.self_attn.k_proj", num_kv, kv_rows),
-                Part(f"{prefix}.self_attn.v_proj", num_kv, kv_rows),
-            ],
-            config.hidden_size,
-            bias=config.qkv_bias,
-        )
+        parts = [
+            Part(f"{prefix}.self_attn.q_proj", num_q, q_rows),
+            Part(f"{prefix}.self_attn.k_proj", num_kv, kv_rows),
+            Part(f"{prefix}.self_attn.v_proj", num_kv, kv_rows),
+        ]
+        if config.fused_projections:
+            parts = fused(f"{prefix}.self_attn.qkv_proj", parts)
+        self.qkv = ColumnParallel(loader, kernels, parts, config.hidden_size, bias=config.qkv_bias)
         self.q_norm_D: torch.Tensor | None = None
         self.k_norm_D: torch.Tensor | None = None
         if config.qk_norm:
@@ -72,8 +69,8 @@ class AttentionHalf:
         self,
         hidden_TC: torch.Tensor,
         answer_TC: torch.Tensor | None,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
         attention: Attention,
     ) -> tuple[torch.Tensor, FfnInput]:
         """The whole half, with each residual and the norm after it in one pass.
@@ -90,12 +87,12 @@ class AttentionHalf:
             normed_TC = kernels.rms_norm(hidden_TC, self.input_norm_C, self._eps)
         else:
             hidden_TC, normed_TC = kernels.add_rms_norm(answer_TC, hidden_TC, self.input_norm_C, self._eps)
-        attended_TC = self._attend(normed_TC, cos_TD, sin_TD, attention)
+        attended_TC = self._attend(normed_TC, cos_TR, sin_TR, attention)
         hidden_TC, normed_TC = kernels.add_rms_norm(attended_TC, hidden_TC, self.post_norm_C, self._eps)
         return hidden_TC, self._choose(normed_TC)
 
     def _attend(
-        self, normed_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+        self, normed_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         kernels = self._kernels
         q_TF, k_TF, v_TF = self.qkv.forward(normed_TC).split_with_sizes(self._widths, dim=-1)
@@ -105,8 +102,8 @@ class AttentionHalf:
         if self.q_norm_D is not None and self.k_norm_D is not None:
             q_THD = kernels.rms_norm(q_THD, self.q_norm_D, self._eps)
             k_TKD = kernels.rms_norm(k_TKD, self.k_norm_D, self._eps)
-        q_THD = kernels.rotary(q_THD, cos_TD, sin_TD)
-        k_TKD = kernels.rotary(k_TKD, cos_TD, sin_TD)
+        q_THD = kernels.rotary(q_THD, cos_TR, sin_TR)
+        k_TKD = kernels.rotary(k_TKD, cos_TR, sin_TR)
         out_THD, _ = attention.attend(self.layer, q_THD, k_TKD, v_TKD, self._scale, self.window)
         return self.output.forward(out_THD.flatten(1))
 

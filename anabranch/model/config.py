@@ -17,14 +17,19 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Rotary embedding, its scaling already worked into the frequencies.
 
     Attributes:
-        kind: default, linear, llama3, yarn or dynamic.
-        inv_freq: head_dim / 2 inverse frequencies, exact float32 values.
+        kind: default, linear, llama3, yarn, dynamic, longrope, or factors where a GGUF file lists them.
+        inv_freq: inverse frequencies of the features that are turned, two each; exact float32 values.
         attention_scaling: factor on cos and sin.
     """
 
     kind: str
     inv_freq: tuple[float, ...]
     attention_scaling: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are turned, its first ones; the others know no position."""
+        return 2 * len(self.inv_freq)
 
 
 class MoeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         intermediate_size: features of a dense FFN.
         max_context: most tokens of prompt and answer.
         tie_embeddings: the LM head is the embedding; False where the checkpoint stores another (`tied_head`).
+        fused_projections: the checkpoint stores q, k and v as one `qkv_proj`, and gate and up as one `gate_up_proj`.
         windows: per layer, the tokens that a token sees (itself included); None: all before it.
         eos_token_ids: end-of-sequence tokens that the configuration names; `stop_ids` knows all that end an answer.
         weights_digest: hash of the weights' names, shapes and a sample of their values; empty: not read yet.
@@ -77,6 +83,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
+    fused_projections: bool = False
     moe: MoeConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -104,8 +111,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} KV heads",
         )
         check(
-            self.head_dim == 2 * len(self.rope.inv_freq),
-            f"head_dim {self.head_dim} is not twice the {len(self.rope.inv_freq)} rotary frequencies",
+            2 <= self.rope.rotary_dim <= self.head_dim,
+            f"{len(self.rope.inv_freq)} rotary frequencies turn {self.rope.rotary_dim} of {self.head_dim} features",
         )
         check(
             all(0.0 <= freq < math.inf for freq in self.rope.inv_freq) and 0.0 < self.rope.attention_scaling < math.inf,

@@ -52,6 +52,7 @@ _FLAGS = (
 _TEXTS = ("model_type", "hidden_act")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id")
 _ROPES = ("rope_parameters", "rope_scaling")
+_ROPE_FACTORS = ("short_factor", "long_factor")
 # Name -> what the list holds, and how much of it at most.
 _LISTS: dict[str, tuple[type, int]] = {
     "architectures": (str, 16),
@@ -123,14 +124,16 @@ def check_token_ids(where: str, key: str, value: object) -> object:
 
 
 def _check_rope(where: str, key: str, value: object) -> object:
-    """Any nesting of named numbers, flags and short texts; what they mean is for the scaling's own functions."""
+    """Any nesting of named numbers, flags, short texts and lists; most meanings are for the scaling's own functions."""
     if not isinstance(value, dict):
         raise _refused(where, key, value, "an object")
     left: list[tuple[str, str, object]] = [(key, key, value)]
     for count, (path, name, inner) in enumerate(left):
         if count > MAX_ROPE_VALUES:
             raise _refused(where, key, value, f"an object of at most {MAX_ROPE_VALUES} values")
-        if isinstance(inner, dict):
+        if name in _ROPE_FACTORS:
+            _check_factors(where, path, inner)
+        elif isinstance(inner, dict):
             left += [(f"{path}.{part}", str(part), part_value) for part, part_value in inner.items()]
         elif isinstance(inner, list):
             left += [(f"{path}[{part}]", "", part_value) for part, part_value in enumerate(inner)]
@@ -142,6 +145,15 @@ def _check_rope(where: str, key: str, value: object) -> object:
         elif isinstance(inner, int | float) and not abs(inner) <= MAX_NUMBER:  # so written, NaN is refused too
             raise _refused(where, path, inner, f"a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}")
     return value
+
+
+def _check_factors(where: str, key: str, value: object) -> None:
+    if not isinstance(value, list) or len(value) > MAX_ROPE_VALUES or not all(map(_is_factor, value)):
+        raise _refused(where, key, value, f"a list of numbers above 0 and at most {MAX_NUMBER:g}")
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
 
 
 def _check_list(where: str, key: str, value: object) -> object:

@@ -22,11 +22,17 @@ _STRETCHING = ("linear", "yarn")
 
 
 def context_length(hf: PretrainedConfig) -> int:
-    """Most tokens of prompt and answer, as vLLM counts them.
+    """Most tokens of prompt and answer, as vLLM counts them but for two scalings.
 
     Linear and yarn scaling stretch the original length by their factor. Dynamic scaling would too, but past the
     trained length its frequencies follow the length of each call, so that what a token's key is would depend on how
     the prompt was cut into steps; it is served up to the trained length, where it changes nothing.
+
+    Longrope has two sets of factors, and transformers goes by the length of the sequence so far: with the short ones
+    up to the original length; past it with the long ones, for which it computes all keys anew. Cached and shared keys
+    cannot follow that, so it is served up to the original length with the short factors, where every request is
+    exact. vLLM and llama.cpp serve longer contexts with the long factors for all requests, and so give others than
+    transformers' tokens to those that stay short.
 
     Raises:
         CheckpointError: a factor or an original length that no context can be computed from, by name.
@@ -34,6 +40,8 @@ def context_length(hf: PretrainedConfig) -> int:
     trained = int(hf.max_position_embeddings)
     parameters = hf.rope_parameters
     kind = parameters["rope_type"]
+    if kind == "longrope":
+        return _longrope_context(trained, check_original(parameters))
     if kind not in _SCALED:
         return trained
     factor = parameters.get("factor")
@@ -63,6 +71,18 @@ def context_length(hf: PretrainedConfig) -> int:
             trained,
         )
     return stretched
+
+
+def _longrope_context(trained: int, original: float | None) -> int:
+    served = trained if original is None else min(trained, math.floor(original))
+    if served < trained:
+        logger.warning(
+            "rope_type longrope: %d tokens of context are served, the original length that the short factors are for, "
+            "not the %d of max_position_embeddings",
+            served,
+            trained,
+        )
+    return served
 
 
 def check_original(parameters: Mapping[str, object]) -> float | None:

@@ -26,6 +26,8 @@ class _Traits:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    fused_projections: bool = False
+    partial_rotary: bool = False
     moe: MoeConfig | None = None
 
 
@@ -65,6 +67,10 @@ def _mistral(hf: PretrainedConfig) -> _Traits:
     return _Traits(windows=_one_window(hf))
 
 
+def _phi3(hf: PretrainedConfig) -> _Traits:
+    return _Traits(windows=_one_window(hf), fused_projections=True, partial_rotary=True)
+
+
 def _qwen2(hf: PretrainedConfig) -> _Traits:
     return _Traits(windows=_window_by_layer(hf), qkv_bias=True)
 
@@ -99,6 +105,7 @@ def _qwen3_moe(hf: PretrainedConfig) -> _Traits:
 _FAMILIES: dict[str, tuple[str, Callable[[PretrainedConfig], _Traits]]] = {
     "LlamaForCausalLM": ("llama", _llama),
     "MistralForCausalLM": ("mistral", _mistral),
+    "Phi3ForCausalLM": ("phi3", _phi3),
     "Qwen2ForCausalLM": ("qwen2", _qwen2),
     "Qwen3ForCausalLM": ("qwen3", _qwen3),
     "MixtralForCausalLM": ("mixtral", _mixtral),
@@ -159,7 +166,7 @@ def model_config(hf: PretrainedConfig, generation: dict[str, object] | None = No
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         intermediate_size=hf.intermediate_size,
         rms_eps=hf.rms_norm_eps,
-        rope=rope_config(hf),
+        rope=rope_config(hf, partial=traits.partial_rotary),
         max_context=max_context,
         tie_embeddings=bool(hf.tie_word_embeddings),
         qkv_bias=traits.qkv_bias,
@@ -167,6 +174,7 @@ def model_config(hf: PretrainedConfig, generation: dict[str, object] | None = No
         mlp_bias=traits.mlp_bias,
         qk_norm=traits.qk_norm,
         windows=traits.windows,
+        fused_projections=traits.fused_projections,
         moe=traits.moe,
         eos_token_ids=_token_ids(_first_given(generation.get("eos_token_id"), hf.eos_token_id)),
         bos_token_id=next(iter(_token_ids(_first_given(generation.get("bos_token_id"), hf.bos_token_id))), None),

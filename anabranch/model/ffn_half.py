@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from anabranch.kernels.base import Kernels
-from anabranch.model.linear import ColumnParallel, Part, RowParallel
+from anabranch.model.linear import ColumnParallel, Part, RowParallel, fused
 from anabranch.model.loader import WeightLoader
 from anabranch.parallel.group import Group
 from anabranch.parallel.split import split_range
@@ -40,7 +40,7 @@ class DenseFfn:
     """Gated FFN: `down(silu(gate(x)) * up(x))`.
 
     Args:
-        prefix: the checkpoint's name up to `gate_proj`, `up_proj` and `down_proj`.
+        prefix: the checkpoint's name up to `gate_proj`, `up_proj` (or `gate_up_proj`) and `down_proj`.
         reduce: whether `forward` sums over the ranks, see `RowParallel`.
     """
 
@@ -58,6 +58,8 @@ class DenseFfn:
         num_hidden = loader.config.hidden_size
         held = split_range(num_features, group.size, group.rank)
         parts = [Part(f"{prefix}.{name}", num_features, held) for name in ("gate_proj", "up_proj")]
+        if loader.config.fused_projections:
+            parts = fused(f"{prefix}.gate_up_proj", parts)
         self.gate_up = ColumnParallel(loader, kernels, parts, num_hidden, bias=bias)
         self.down = RowParallel(
             loader,

@@ -10,11 +10,12 @@ from anabranch.errors import CheckpointError, ModelError, UnsupportedArchitectur
 from anabranch.model.config import ModelConfig
 from anabranch.model.config_bounds import checked_fields, real_number, whole_number
 from anabranch.model.families import model_config
-from anabranch.model.gguf_weights import GgufFile
+from anabranch.model.gguf_weights import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GgufFile
 
 # GGUF architecture -> the family's prefix in transformers. A llama with experts is a Mixtral.
 GGUF_ARCHITECTURES = {
     "llama": "Llama",
+    "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen2moe": "Qwen2Moe",
     "qwen3": "Qwen3",
@@ -66,17 +67,18 @@ def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]
     num_heads = need("attention.head_count", "num_attention_heads")
     hidden_size = need("embedding_length", "hidden_size")
     num_layers = need("block_count", "num_hidden_layers")
+    head_dim = file.number(f"{architecture}.attention.key_length") or hidden_size // num_heads
     fields: dict[str, object] = {
         "vocab_size": file.shape("model.embed_tokens.weight")[0],
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": file.number(f"{architecture}.attention.head_count_kv") or num_heads,
-        "head_dim": file.number(f"{architecture}.attention.key_length") or hidden_size // num_heads,
+        "head_dim": head_dim,
         "intermediate_size": need("feed_forward_length", "intermediate_size"),
         "max_position_embeddings": need("context_length", "max_position_embeddings"),
         "rms_norm_eps": real_number(str(file.path), eps, file.number(eps), "rms_norm_eps"),
-        "rope_parameters": _rope(file, architecture),
+        "rope_parameters": _rope(file, architecture, head_dim),
         "tie_word_embeddings": "lm_head.weight" not in file.names(),
         "bos_token_id": file.number("tokenizer.ggml.bos_token_id", None),
         "eos_token_id": _eos(file),
@@ -86,6 +88,11 @@ def _fields(file: GgufFile, architecture: str, family: str) -> dict[str, object]
         fields["attention_bias"] = has_qkv_bias
     if family == "Llama":
         fields["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in file.names()
+    if family == "Phi3":
+        # Which transformers has beside rope_parameters, and takes for 4096 where it is not given.
+        original = file.number(f"{architecture}.rope.scaling.original_context_length")
+        fields["original_max_position_embeddings"] = original or fields["max_position_embeddings"]
+        fields["sliding_window"] = file.number(f"{architecture}.attention.sliding_window") or None
     if family == "Mixtral":
         fields["num_local_experts"] = need("expert_count", "num_experts")
     if family in ("Qwen2Moe", "Qwen3Moe"):
@@ -113,11 +120,20 @@ def _eos(file: GgufFile) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def _rope(file: GgufFile, architecture: str) -> dict[str, object]:
+def _rope(file: GgufFile, architecture: str, head_dim: float) -> dict[str, object]:
     rope: dict[str, object] = {"rope_theta": float(file.number(f"{architecture}.rope.freq_base") or 10000.0)}
+    rotary_dim = file.number(f"{architecture}.rope.dimension_count") or head_dim
+    if rotary_dim != head_dim:
+        # Of the product with head_dim, transformers takes the whole part.
+        rope["partial_rotary_factor"] = (rotary_dim + 0.5) / head_dim
     # What is not said is as llama.cpp takes it: linear, by 1, of the trained length.
     kind = file.text(f"{architecture}.rope.scaling.type") or "linear"
     factor = file.number(f"{architecture}.rope.scaling.factor") or file.number(f"{architecture}.rope.scale_linear") or 1
+    short, long = file.rope_factors(SHORT_FACTORS), file.rope_factors(LONG_FACTORS)
+    if (short or long) and (kind == "longrope" or (kind == "linear" and factor == 1)):
+        return {**rope, **_longrope(file, architecture, short, long)}
+    if short or long:
+        raise UnsupportedArchitecture(f"{file.path}: {SHORT_FACTORS} and {LONG_FACTORS} beside scaling by {kind!r}")
     if kind == "none" or (kind == "linear" and factor == 1):
         return {**rope, "rope_type": "default"}
     if kind not in ("linear", "yarn"):
@@ -129,6 +145,20 @@ def _rope(file: GgufFile, architecture: str) -> dict[str, object]:
     if kind == "yarn":
         rope |= _yarn(file, architecture, float(factor))
     return rope
+
+
+def _longrope(
+    file: GgufFile, architecture: str, short: list[float] | None, long: list[float] | None
+) -> dict[str, object]:
+    """Factors of both kinds and what goes with them, under transformers' names."""
+    original = file.number(f"{architecture}.rope.scaling.original_context_length")
+    return {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "attention_factor": float(file.number(f"{architecture}.rope.scaling.attn_factor") or 1),
+        **({"original_max_position_embeddings": int(original)} if original else {}),
+    }
 
 
 def _yarn(file: GgufFile, architecture: str, factor: float) -> dict[str, object]:
@@ -149,7 +179,7 @@ def _yarn(file: GgufFile, architecture: str, factor: float) -> dict[str, object]
 
 def _with_rope_factors(config: ModelConfig, file: GgufFile) -> ModelConfig:
     """Llama 3's scaling comes as a tensor of divisors of the frequencies."""
-    factors = file.rope_factors()
+    factors = file.rope_factors(ROPE_FACTORS)
     if factors is None:
         return config
     if len(factors) != len(config.rope.inv_freq) or not all(factor > 0 for factor in factors):

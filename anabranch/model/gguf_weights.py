@@ -32,6 +32,7 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -44,9 +45,13 @@ _BLOCK = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
+# What an architecture means otherwise by a name.
+_OWN_BLOCK = {("phi3", "ffn_up"): "mlp.gate_up_proj"}
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS = "rope_factors_short.weight"
+LONG_FACTORS = "rope_factors_long.weight"
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class GgufFile:
         name = str(tensor.name)
         # GGUF counts axes from the innermost.
         shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
-        if name == ROPE_FACTORS:
+        if name in (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS):
             return
         if name in _TOP:
             self._entries[_TOP[name]] = _Entry(tensor, shape)
@@ -102,7 +107,8 @@ class GgufFile:
         elif part in _BLOCK:
             if part == "ffn_gate_inp_shexp" and len(shape) == 1:
                 shape = (1, *shape)
-            self._entries[f"{prefix}.{_BLOCK[part]}.{kind}"] = _Entry(tensor, shape, heads=self._turned_heads(part))
+            hf_part = _OWN_BLOCK.get((self.text("general.architecture"), part), _BLOCK[part])
+            self._entries[f"{prefix}.{hf_part}.{kind}"] = _Entry(tensor, shape, heads=self._turned_heads(part))
         else:
             raise CheckpointError(f"{self.path}: tensor {name} belongs to no supported family")
 
@@ -150,10 +156,10 @@ class GgufFile:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.path}: {key} is not UTF-8: {error}") from error
 
-    def rope_factors(self) -> list[float] | None:
-        """Divisors of the rotary frequencies, head_dim / 2 of them, where the file carries any."""
+    def rope_factors(self, name: str) -> list[float] | None:
+        """Divisors of the rotary frequencies, one for each pair of features, where the file carries a tensor `name`."""
         for tensor in self._reader.tensors:
-            if tensor.name == ROPE_FACTORS:
+            if tensor.name == name:
                 return [float(value) for value in tensor.data]
         return None
 

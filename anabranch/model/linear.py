@@ -18,13 +18,28 @@ class Part:
 
     Attributes:
         name: without `.weight` or `.bias`.
-        num_outputs: of the whole projection.
+        num_outputs: of the whole tensor of that name.
         rows: outputs computed here.
     """
 
     name: str
     num_outputs: int
     rows: range
+
+
+def fused(name: str, parts: Sequence[Part]) -> list[Part]:
+    """The same outputs where the checkpoint stores these projections, one after another, as a single one.
+
+    Args:
+        name: of the single projection.
+    """
+    num_outputs = sum(part.num_outputs for part in parts)
+    found: list[Part] = []
+    start = 0
+    for part in parts:
+        found.append(Part(name, num_outputs, range(start + part.rows.start, start + part.rows.stop)))
+        start += part.num_outputs
+    return found
 
 
 class ColumnParallel:

@@ -1,4 +1,4 @@
-"""Rotary angles of a step's positions. Shape suffixes: T tokens, D head dim."""
+"""Rotary angles of a step's positions. Shape suffixes: T tokens, R features of a head that are turned."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Rotary:
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=device)
-        self._inv_freq_D = torch.cat((inv_freq, inv_freq))
+        self._inv_freq_R = torch.cat((inv_freq, inv_freq))
         self._scaling = config.attention_scaling
 
     def forward(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T] int64 -> (cos [T, D], sin [T, D])`, float32, both halves filled."""
-        angles_TD = positions_T.float().unsqueeze(-1) * self._inv_freq_D
-        cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
+        """`[T] int64 -> (cos [T, R], sin [T, R])`, float32, both halves filled."""
+        angles_TR = positions_T.float().unsqueeze(-1) * self._inv_freq_R
+        cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
         if self._scaling != 1.0:
-            return cos_TD * self._scaling, sin_TD * self._scaling
-        return cos_TD, sin_TD
+            return cos_TR * self._scaling, sin_TR * self._scaling
+        return cos_TR, sin_TR

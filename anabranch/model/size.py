@@ -22,7 +22,7 @@ def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
         count += _attention_elements(config, tp, rank)
         if config.moe is not None and config.is_sparse(layer):
             count += config.moe.num_experts * config.hidden_size  # the gate
-    return (count + config.hidden_size) * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.head_dim
+    return (count + config.hidden_size) * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.rope.rotary_dim
 
 
 def ffn_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:

@@ -1,6 +1,6 @@
 """A decoder-only transformer of one tensor-parallel rank: both stacks, joined by function calls.
 
-Shape suffixes: T new tokens of all sequences, S sampled rows, C hidden, D head dim, V vocabulary.
+Shape suffixes: T new tokens of all sequences, S sampled rows, C hidden, R rotary dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Transformer:
 
     @torch.inference_mode()
     def decode(
-        self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+        self, hidden_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         """`forward` of embedded rows that are all sampled, by calls of kernels alone: what is recorded."""
-        return self.attention.logits(*self._layers(hidden_TC, cos_TD, sin_TD, attention))
+        return self.attention.logits(*self._layers(hidden_TC, cos_TR, sin_TR, attention))
 
     def _layers(
-        self, hidden_TC: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, attention: Attention
+        self, hidden_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All layers: the hidden states, and the last FFN's answer that is still to be added."""
         answer_TC: torch.Tensor | None = None
         for first, second in zip(self.attention.layers, self.ffn.layers, strict=True):
-            hidden_TC, rows = first.step(hidden_TC, answer_TC, cos_TD, sin_TD, attention)
+            hidden_TC, rows = first.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
             answer_TC = second.forward(rows)
         assert answer_TC is not None
         return hidden_TC, answer_TC

@@ -35,6 +35,8 @@ FAMILIES = (
     "qwen2-moe-norm-window",
     "qwen3-moe-mixed",
     "qwen3-moe-sparse",
+    "phi3-window",
+    "phi3-longrope-partial",
 )
 # Name -> roles, options of every worker.
 TOPOLOGIES: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {

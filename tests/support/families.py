@@ -26,6 +26,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# Three quarters of 8 features are turned, in 3 pairs. As in Phi-3's own files, the original length lies outside.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.5],
+    "long_factor": [1.2, 3.0, 9.0],
+}
 
 
 def heads(query: int, kv: int, dim: int | None = None) -> dict[str, int | None]:
@@ -73,6 +82,17 @@ RECIPES: dict[str, tuple[str, dict[str, object]]] = {
                 "factor": 4.0,
                 "original_max_position_embeddings": 32,
             },
+        },
+    ),
+    "phi3-window": ("Phi3", {**heads(4, 2), "pad_token_id": 0, "sliding_window": 7}),
+    "phi3-longrope-partial": (
+        "Phi3",
+        {
+            **heads(6, 2),
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 512,
         },
     ),
     "mixtral": ("Mixtral", {**heads(6, 2), "num_local_experts": 5, "num_experts_per_tok": 2}),

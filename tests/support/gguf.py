@@ -9,11 +9,19 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quantize
 
-ARCHITECTURES = {"Llama": "llama", "Mixtral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Qwen2Moe": "qwen2moe"}
+ARCHITECTURES = {
+    "Llama": "llama",
+    "Mixtral": "llama",
+    "Phi3": "phi3",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Qwen2Moe": "qwen2moe",
+}
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
@@ -21,6 +29,7 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_up_proj": "",
@@ -37,6 +46,18 @@ def llama_cpp_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """The permutation of llama.cpp's converter."""
     halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def add_phi3(writer: GGUFWriter, model: torch.nn.Module) -> None:
+    """The metadata and tensors of this architecture alone."""
+    config, rope = model.config, model.config.rope_parameters
+    writer.add_rope_dimension_count(2 * len(model.model.rotary_emb.inv_freq))
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_sliding_window(config.sliding_window or 0)
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
+        for kind in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], dtype=np.float32))
 
 
 def write_gguf(
@@ -78,6 +99,8 @@ def write_gguf(
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
+    if name == "phi3":
+        add_phi3(writer, model)
     if hasattr(config, "num_experts_per_tok"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)

@@ -1,6 +1,8 @@
 // Norms, activations, rotary embedding and cache writes: one pass over memory each.
 #pragma once
 
+#include <algorithm>
+
 #include "team.h"
 #include "vec.h"
 
@@ -68,9 +70,10 @@ void silu_mul(const E* gate_up, long stride, E* out, long rows, long n, int thre
     });
 }
 
+// The first `turned` features of a head; the others are copied.
 template <class E>
-void rotary_row(const E* x, const float* cos, const float* sin, E* out, long d) {
-    const long half = d / 2;
+void rotary_row(const E* x, const float* cos, const float* sin, E* out, long d, long turned) {
+    const long half = turned / 2;
     long i = 0;
     for (; i + LANES <= half; i += LANES) {
         f32 a = load(x + i), b = load(x + half + i);
@@ -82,15 +85,17 @@ void rotary_row(const E* x, const float* cos, const float* sin, E* out, long d) 
         store1(out + i, a * cos[i] - b * sin[i]);
         store1(out + half + i, b * cos[half + i] + a * sin[half + i]);
     }
+    std::copy(x + turned, x + d, out + turned);
 }
 
 template <class E>
 void rotary(const E* x, long stride_t, long stride_h, const float* cos, const float* sin, E* out, long num_t,
-            long num_h, long d, int threads) {
+            long num_h, long d, long turned, int threads) {
     parallel(threads, num_t * num_h * d * 2, [&](int rank, int size) {
         for (long t = num_t * rank / size; t < num_t * (rank + 1) / size; t++)
             for (long h = 0; h < num_h; h++)
-                rotary_row(x + t * stride_t + h * stride_h, cos + t * d, sin + t * d, out + (t * num_h + h) * d, d);
+                rotary_row(x + t * stride_t + h * stride_h, cos + t * turned, sin + t * turned,
+                           out + (t * num_h + h) * d, d, turned);
     });
 }
 

@@ -62,8 +62,8 @@ ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t*
         ab::silu_mul(gate_up, stride, out, rows, n, threads);                                                        \
     }                                                                                                                \
     AB_API void ab_rotary_##suffix(const E* x, const float* cos, const float* sin, E* out, long stride_t,             \
-                                   long stride_h, long num_t, long num_h, long d, int threads) {                     \
-        ab::rotary(x, stride_t, stride_h, cos, sin, out, num_t, num_h, d, threads);                                  \
+                                   long stride_h, long num_t, long num_h, long d, long turned, int threads) {        \
+        ab::rotary(x, stride_t, stride_h, cos, sin, out, num_t, num_h, d, turned, threads);                          \
     }                                                                                                                \
     AB_API void ab_linear_##suffix(const E* x, const E* weight, const E* bias, E* out, long x_stride,                 \
                                    long out_stride, long rows, long features, long channels, int gated,              \

@@ -147,6 +147,15 @@ def test_rotary(native: NativeKernels, dtype: torch.dtype, rows: int, heads: int
     close(native.rotary(x, angle.cos(), angle.sin()), plain.rotary(x, angle.cos(), angle.sin()), dtype)
 
 
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 96), (80, 32), (64, 2), (8, 6), (7, 4)])
+def test_partial_rotary(native: NativeKernels, dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
+    x = torch.randn(5, 6, head_dim).to(dtype)[:, 1:-1]
+    angle = (torch.randn(5, rotary_dim // 2) * 3).repeat(1, 2)
+    found = native.rotary(x, angle.cos(), angle.sin())
+    close(found, plain.rotary(x, angle.cos(), angle.sin()), dtype)
+    assert torch.equal(found[..., rotary_dim:], x[..., rotary_dim:])
+
+
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(3, 64), (1, 80), (7, 5)])
 def test_store_kv(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase, kv_heads: int, head_dim: int) -> None:
     sizes = {"lens": [(3, 7), (1, 1), (9, 12)], "heads": kv_heads, "kv_heads": kv_heads, "head_dim": head_dim}

@@ -38,6 +38,19 @@ def test_rotary_is_transformers() -> None:
     torch.testing.assert_close(plain.rotary(k, angle.cos(), angle.sin()), want_k[0].transpose(0, 1))
 
 
+def test_partial_rotary_is_transformers() -> None:
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    q, k = torch.randn(5, 6, 16), torch.randn(5, 2, 16)
+    angle = torch.randn(5, 5).repeat(1, 2)
+    want_q, _ = apply_rotary_pos_emb(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], angle.cos()[None], angle.sin()[None]
+    )
+    found = plain.rotary(q, angle.cos(), angle.sin())
+    torch.testing.assert_close(found, want_q[0].transpose(0, 1))
+    assert torch.equal(found[..., 10:], q[..., 10:])
+
+
 def test_store_kv_writes_its_slots_alone(make_case: MakeCase) -> None:
     case = make_case(lens=[(3, 7)], heads=4, kv_heads=2, head_dim=8, block_size=4)
     before = case.kv.k.clone()

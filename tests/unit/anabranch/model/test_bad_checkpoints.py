@@ -136,16 +136,12 @@ def test_malformed_configuration(folder, load, text) -> None:
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         (
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [1.0] * 4,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            "rope_type: 'longrope' is not supported",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type: 'proportional' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor: only 1.0 is supported with model type 'llama'",
         ),
     ],
 )

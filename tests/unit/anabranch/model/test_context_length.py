@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gguf import GGUFWriter
 
 from anabranch.errors import CheckpointError, UnsupportedArchitecture
 from anabranch.model.sources import resolve_model
-from tests.support.families import LLAMA3_ROPE, VOCAB
+from tests.support.families import LLAMA3_ROPE, LONGROPE, VOCAB
 from tests.support.gguf import write_gguf
 
 pytestmark = pytest.mark.unit
@@ -19,6 +20,15 @@ pytestmark = pytest.mark.unit
 # All recipes are trained to 128 tokens.
 LONG = [(5 * i * i + 7 * i + 3) % VOCAB for i in range(300)]
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
+ORIGINAL = "original_max_position_embeddings"
+
+
+def check_long(model, reference, session, reference_tokens, prompt: list[int]) -> None:
+    """Logits of every position, and twelve greedy tokens."""
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(session(model).feed(prompt), expected, atol=3e-4, rtol=1e-4)
+    assert session(model).generate(prompt, 12) == reference_tokens(reference, prompt, 12)
 
 
 def limit(make_model, **rope: object) -> int:
@@ -71,11 +81,121 @@ def test_a_prompt_past_the_trained_length_equals_transformers(
 ) -> None:
     folder, reference = make_model(recipe, rope_parameters={**ROPE, **rope})
     assert resolve_model(str(folder)).config().max_context == 512
-    with torch.inference_mode():
-        expected = reference(torch.tensor([LONG])).logits[0]
-    model = load(folder)
-    torch.testing.assert_close(session(model).feed(LONG), expected, atol=3e-4, rtol=1e-4)
-    assert session(model).generate(LONG, 12) == reference_tokens(reference, LONG, 12)
+    check_long(load(folder), reference, session, reference_tokens, LONG)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        # Llama 3.1, 3.2 and 3.3 in small: wavelengths below, between and above both bounds.
+        {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 32},
+        {"rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 32},
+        {"rope_theta": 1e3, "factor": 2.5, "low_freq_factor": 0.5, "high_freq_factor": 8.0, ORIGINAL: 100},
+        {"rope_theta": 1e4, "factor": 16.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0, ORIGINAL: 7},
+        # No wavelength lies between the bounds; none is scaled at all.
+        {"rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 2.0, ORIGINAL: 64},
+        {"rope_theta": 1e4, "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 512},
+    ],
+)
+@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "llama-mqa-llama3"])
+def test_llama3_scaling_equals_transformers_past_the_original_length(
+    recipe, rope, make_model, load, session, reference_tokens
+) -> None:
+    folder, reference = make_model(recipe, rope_parameters={"rope_type": "llama3", **rope}, max_position_embeddings=512)
+    assert resolve_model(str(folder)).config().max_context == 512
+    check_long(load(folder), reference, session, reference_tokens, LONG)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"beta_fast": 8.0, "beta_slow": 2.0},
+        {"attention_factor": 0.7},
+        {"mscale": 0.8, "mscale_all_dim": 0.4},
+        {"truncate": False},
+        {"factor": 10.0, ORIGINAL: 48},
+    ],
+)
+def test_yarn_variants_equal_transformers_past_the_original_length(
+    rope, make_model, load, session, reference_tokens
+) -> None:
+    yarn = {**ROPE, "rope_type": "yarn", ORIGINAL: 128, **rope}
+    folder, reference = make_model("llama-gqa-tied", rope_parameters=yarn, max_position_embeddings=512)
+    check_long(load(folder), reference, session, reference_tokens, LONG)
+
+
+def longrope(make_model, original: int, **overrides: object):
+    rope = {key: value for key, value in LONGROPE.items() if key != "factor"}
+    return make_model(
+        "phi3-longrope-partial", rope_parameters=rope, original_max_position_embeddings=original, **overrides
+    )
+
+
+def test_longrope_is_served_up_to_the_original_length(make_model, load, session, reference_tokens, caplog) -> None:
+    folder, reference = longrope(make_model, 96, max_position_embeddings=512)
+    with caplog.at_level(logging.WARNING):
+        config = resolve_model(str(folder)).config()
+    assert config.max_context == 96
+    assert (config.rope.kind, config.rope.rotary_dim, config.head_dim) == ("longrope", 6, 8)
+    # The longer context that was trained for scales cos and sin of the short factors too.
+    assert config.rope.attention_scaling == pytest.approx(math.sqrt(1 + math.log(512 / 96) / math.log(96)))
+    said = [record.getMessage() for record in caplog.records if record.name == "anabranch.model.context_length"]
+    assert said == [
+        "rope_type longrope: 96 tokens of context are served, the original length that the short factors are for, "
+        "not the 512 of max_position_embeddings"
+    ]
+    # Prompt and answer fill the context to its last token.
+    check_long(load(folder), reference, session, reference_tokens, LONG[:84])
+
+
+def test_longrope_that_is_never_long_is_served_whole(make_model, caplog) -> None:
+    for original in (128, 512):
+        folder, _ = longrope(make_model, original)
+        assert resolve_model(str(folder)).config().max_context == 128
+    assert not [record for record in caplog.records if record.name.startswith("anabranch")]
+
+
+def test_other_families_scale_by_longrope_too(make_model, load, session, reference_tokens) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.2, 1.5, 2.0],
+        "long_factor": [2.0, 3.0, 5.0, 9.0],
+        ORIGINAL: 96,
+    }
+    folder, reference = make_model("llama-gqa-tied", rope_parameters=rope)
+    assert resolve_model(str(folder)).config().max_context == 96
+    check_long(load(folder), reference, session, reference_tokens, LONG[:84])
+
+
+def test_longrope_as_old_files_of_phi3_write_it(make_model) -> None:
+    folder, _ = longrope(make_model, 96)
+    expected = resolve_model(str(folder)).config()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("yarn", "longrope"):
+        rope = config["rope_parameters"]
+        config |= {
+            "rope_parameters": None,
+            "rope_theta": rope["rope_theta"],
+            "partial_rotary_factor": rope["partial_rotary_factor"],
+            "rope_scaling": {key: rope[key] for key in ("short_factor", "long_factor")} | {"type": name},
+        }
+        path.write_text(json.dumps(config))
+        assert resolve_model(str(folder)).config() == expected, name
+        config["rope_parameters"] = rope
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("value", [None, 2.0, [1.0, 1.1], [1.0] * 4, [1.0, 0, 1.0], [1.0, -1.0, 1.0], [1, "1", 1]])
+def test_factors_of_longrope_that_are_none_are_named(make_model, key, value) -> None:
+    folder, _ = longrope(make_model, 96)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"(?s)config.*\W{key}\W"):
+        resolve_model(str(folder)).config()
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic", "llama3"])

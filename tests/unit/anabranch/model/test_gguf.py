@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from anabranch.errors import CheckpointError, UnsupportedArchitecture
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.threads import run_ranks
+from tests.support.families import LONGROPE
 from tests.support.gguf import write_gguf
 
 pytestmark = pytest.mark.unit
@@ -29,6 +30,8 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96}
         ("llama-mqa-llama3", {**SHAPE, "head_dim": 24, "rope_parameters": None}),
         ("qwen2-full-dynamic", {**SHAPE, "rope_parameters": None}),
         ("qwen3-odd", {**SHAPE, **WIDE, "attention_bias": False}),
+        ("phi3-window", SHAPE),
+        ("phi3-longrope-partial", {"hidden_size": 96, "num_attention_heads": 12, "intermediate_size": 64}),
         ("mixtral", {**SHAPE, "num_attention_heads": 4}),
         (
             "qwen2-moe-norm-window",
@@ -77,6 +80,35 @@ def test_rope_factors_are_llama3_scaling(make_model, load, session, prompt, tmp_
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(session(load(path)).feed(prompt), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_longrope_of_a_gguf_is_served_up_to_the_original_length(make_model, load, session, prompt, tmp_path) -> None:
+    rope = {key: value for key, value in LONGROPE.items() if key != "factor"}
+    _, reference = make_model("phi3-longrope-partial", rope_parameters=rope, original_max_position_embeddings=40)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, reference)
+    config = resolve_model(str(path)).config()
+    assert (config.max_context, config.rope.kind, config.rope.rotary_dim) == (40, "longrope", 6)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(session(load(path)).feed(prompt), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_what_a_gguf_says_of_rotary_embedding_and_is_not_computed_is_named(make_model, tmp_path) -> None:
+    _, reference = make_model("qwen2-full-dynamic")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, reference, metadata=lambda writer: writer.add_rope_dimension_count(4))
+    with pytest.raises(UnsupportedArchitecture, match=r"partial_rotary_factor: only 1\.0 .* 'qwen2'"):
+        resolve_model(str(path)).config()
+    _, reference = make_model("phi3-longrope-partial")
+
+    def yarn(writer: GGUFWriter) -> None:
+        writer.add_string("phi3.rope.scaling.type", "yarn")
+        writer.add_float32("phi3.rope.scaling.factor", 4.0)
+
+    write_gguf(path, reference, metadata=yarn)
+    with pytest.raises(UnsupportedArchitecture, match=r"rope_factors_short\.weight .* beside scaling by 'yarn'"):
+        resolve_model(str(path)).config()
 
 
 @pytest.fixture

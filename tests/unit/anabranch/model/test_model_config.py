@@ -67,8 +67,20 @@ def test_contradictions_are_refused(make_model) -> None:
         ({"num_kv_heads": 4}, "no multiple"),
         ({"windows": (None,)}, "1 windows for 3 layers"),
         ({"windows": (None, 0, None)}, "at least 1 token"),
-        ({"rope": RopeConfig(kind="default", inv_freq=(1.0,))}, "rotary frequencies"),
+        ({"rope": RopeConfig(kind="default", inv_freq=())}, "rotary frequencies"),
+        ({"rope": RopeConfig(kind="default", inv_freq=(1.0,) * 5)}, "5 rotary frequencies turn 10 of 8 features"),
         ({"vocab_size": 0}, "vocab_size is 0"),
     ):
         with pytest.raises(CheckpointError, match=message):
             msgspec.structs.replace(config, **change)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 2), (0.5, 4), (0.4, None), (0.1, None)])
+def test_a_part_of_each_head_is_turned_in_pairs(make_model, share: float, expected: int | None) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+    folder, _ = make_model("phi3-window", hidden_size=32, rope_parameters=rope)
+    if expected is None:
+        with pytest.raises(CheckpointError, match=f"head_dim 8 times partial_rotary_factor {share} is . features"):
+            resolve_model(str(folder)).config()
+    else:
+        assert resolve_model(str(folder)).config().rope.rotary_dim == expected

@@ -46,7 +46,7 @@ class Watched:
         self._source.close()
 
 
-@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed"])
+@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "phi3-window", "mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed"])
 def test_each_stack_reads_its_own_tensors_and_both_read_all(recipe: str, make_model) -> None:
     folder, _ = make_model(recipe)
     config, weights = resolve_model(str(folder)).open()
