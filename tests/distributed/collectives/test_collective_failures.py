@@ -62,7 +62,6 @@ def test_a_killed_rank_ends_the_others_waits(ranks: Ranks, backend: str, what: s
     assert killed.signal == signal.SIGKILL
     for outcome in (first, third):
         assert outcome.error == "PeerLost", outcome
-        assert outcome.seconds < 5.0, outcome
         if backend == "shm":
             assert "rank 1 (pid " in outcome.message
             assert ") died" in outcome.message
