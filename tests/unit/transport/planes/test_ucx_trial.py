@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.transport.test_planes import Recorder, needs_ucx, payload_of
+from tests.support.planes import Recorder, needs_ucx, payload_of
 from tests.support.waiting import WAIT_S
 from transport.planes import ucx_trial
 from transport.planes.ucx import UcxPlane
