@@ -127,7 +127,10 @@ class Answer:
 
 
 def test_an_answer_goes_on(cluster: LocalCluster, good: dict[tuple[int, ...], tuple[int, ...]]) -> None:
-    with Client(cluster.endpoint, timeout_s=60.0) as client, Admin(cluster.endpoint) as admin:
+    with (
+        Client(cluster.endpoint, timeout_s=60.0) as client,
+        Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin,
+    ):
         # Everything below the launcher but the sweeper, which waits for the launcher alone.
         everybody = {
             child.name(): child.pid

@@ -51,7 +51,7 @@ TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
     "no prompt": (pb.GenerateRequest(), INVALID, "prompt: is missing; set text, token_ids or chat"),
     "empty text": (pb.GenerateRequest(text=""), INVALID, "text: is empty"),
     "empty ids": (ids(), INVALID, "token_ids: is empty"),
-    "empty chat": (chat(), INVALID, "chat: has 0 messages"),
+    "empty chat": (chat(), INVALID, "chat: is empty"),
     "no role": (chat(("", "hi")), INVALID, "chat: message 0 has no role"),
     "template refuses": (chat(("robot", "hi")), INVALID, "messages: the model's chat template refuses"),
     "negative id": (ids(1, -1), INVALID, "token_ids: -1 at position 1 is out of range; ids go from 0 to 255"),
@@ -108,7 +108,7 @@ TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
         INVALID,
         "messages: has more than the 1024 entries that are allowed",
     ),
-    "role too long": (chat(("user" * 100, "x")), INVALID, "role: has 400 characters; at most 128 are allowed"),
+    "role too long": (chat(("user" * 100, "x")), INVALID, "role: has 400 characters; at most 64 are allowed"),
     "request_id with spaces": (
         pb.GenerateRequest(request_id="a b", text="x"),
         INVALID,
@@ -188,6 +188,7 @@ def test_the_client_names_what_cannot_even_be_sent(play):
 
 def test_prompts_are_bounded_before_they_are_encoded(play):
     async def scenario(world):
+        await world.worker("both-0", "colocated")
         world.model.gate.clear()  # whatever reached the encoder would wait
         world.model.longest_token_chars = 3
         user = ChatMessage("user", "x" * 5000)
@@ -195,7 +196,7 @@ def test_prompts_are_bounded_before_they_are_encoded(play):
             ("x" * 5001, "text: has 5001 characters; max_prompt_chars allows 5000"),
             ([user], "chat: has 5004 characters; max_prompt_chars allows 5000"),
             ([ChatMessage("", "x" * 9000)], "chat: message 0 has no role"),
-            ([ChatMessage("r" * 65, "x")], "chat: the role of message 0 has 65 characters; at most 64"),
+            ([ChatMessage("r" * 65, "x")], "role: has 65 characters; at most 64 are allowed"),
         ):
             for call in (world.client.complete, world.client.tokenize):
                 with pytest.raises(InvalidRequest, match=says):

@@ -8,7 +8,7 @@ import pytest
 
 from anabranch.protocol.workers import Cancel, Generate, Paused, Register, Tokens
 from anabranch.request.token import Token
-from anabranch_client import Admin, Overloaded, Sampling
+from anabranch_client import Overloaded, Sampling
 from orchestrator import inbox
 
 pytestmark = pytest.mark.distributed
@@ -98,7 +98,7 @@ def test_a_worker_that_could_not_be_shown_is_not_taken_in(play, wait, change):
         odd = world.stranger("odd", "colocated", **change)
         await odd.send(Register(worker=odd.info))
         await wait(lambda: world.orchestrator._control.num_malformed == 1)
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             cluster = await asyncio.to_thread(admin.cluster)
         assert [worker.name for worker in cluster.workers] == ["both-0"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, Generate, Reserve
-from anabranch_client import Admin, NoWorkers, Sampling, Unavailable
+from anabranch_client import NoWorkers, Sampling, Unavailable
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +44,7 @@ def test_a_worker_that_drains_takes_nothing_new(play):
         worker = await world.worker("both-0", "colocated")
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
         request = (await worker.expect(Generate)).request
-        with Admin(world.orchestrator.grpc_endpoint) as admin:
+        with world.admin() as admin:
             await asyncio.to_thread(admin.drain, "both-0")
         await worker.expect(Drain)
         with pytest.raises(NoWorkers, match=r"nor does a colocated one \(both-0 drains\); start one"):

@@ -274,7 +274,7 @@ def test_what_has_no_text_is_what_the_worker_stops_at(play):
         ):
             answer = asyncio.create_task(world.client.complete("abc", sampling))
             request = (await worker.expect(Generate)).request
-            assert request.sampling.stop_token_ids == stop_token_ids
+            assert request.sampling.stop_token_ids == frozenset(stop_token_ids)
             await worker.tokens(request, [97, 33, 0], 0)
             await worker.ended(request, "stop")
             done = await answer

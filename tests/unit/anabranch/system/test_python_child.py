@@ -14,7 +14,7 @@ from launch.process import ChildProcess
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 ROOMS = ("anabranch", "anabranch_client", "transport", "runtime", "prefill", "decode", "orchestrator", "launch")
 # Names of ours that a user's file may have, and of the standard library.
 TAKEN = ("decode", "prefill", "runtime", "transport", "launch", "orchestrator", "anabranch", "json", "runpy")

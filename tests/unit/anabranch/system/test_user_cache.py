@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from anabranch import user_cache
 from anabranch.errors import CheckpointError, DeadlineExceeded
 from anabranch.model.known import KnownModel
+from anabranch.system import user_cache
 from anabranch.system.user_cache import cache_folder, cache_problem, cached_file, locked
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.fixture(autouse=True)
