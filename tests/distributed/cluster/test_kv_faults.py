@@ -15,6 +15,7 @@ from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Ended, PrefillEnded
 from anabranch_client import ClientError, Sampling, ServerFailed
 from tests.support.scripted import ScriptedOrchestrator, changed, play, request
+from tests.support.waiting import WAIT_S
 from transport.kv_stream import Abort, Commit, KvStreamReceiver, KvStreamSource, Slice
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.messages import encode
@@ -120,7 +121,7 @@ def spoilt_and_committed(hand: Hand) -> None:
 
 
 def half_then_gone(hand: Hand) -> None:
-    hand.slice(0).result(5)
+    hand.slice(0).result(WAIT_S)
     next(iter(hand.source._planes.values())).close()
 
 
@@ -355,7 +356,7 @@ def test_a_destination_that_refuses_in_the_middle(known, tmp_path, plane) -> Non
             ended = await orchestrator.expect(PrefillEnded)
             assert ended.error is not None
             assert "the pool is on fire" in ended.error.message
-            assert sink.ended.wait(5)
+            assert sink.ended.wait(WAIT_S)
             receiver.close(destination.stream_id)
             await check_good_stream(orchestrator, receiver, destination)
 
@@ -368,7 +369,7 @@ def test_a_destination_that_never_acknowledges(known, tmp_path, plane) -> None:
 
     class Hangs(Sink):
         def committed(self, commit) -> None:
-            go_on.wait(10)
+            go_on.wait(WAIT_S)
             super().committed(commit)
 
     async def scenario() -> None:

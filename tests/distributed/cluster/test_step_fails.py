@@ -53,7 +53,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
         throttle.open()
         with pytest.raises(ClientError, match="of this step"):
             list(first)
-        assert second.result(20).token_ids == answer
+        assert second.result(WAIT_S).token_ids == answer
     # The one behind followed what was never sampled; then the second went on alone, with what was known of it.
     assert [s.follows for s in failing[1].sequences] == [0, None]
     assert [len(plan.sequences) for plan in failing[:3]] == [1, 2, 1]

@@ -268,5 +268,5 @@ def test_ranks_of_a_killed_driver_die_with_it(folder: Path, temporary: Path) -> 
     finally:
         driver.kill()
         driver.communicate(timeout=WAIT_S)
-    wait_until(lambda: all(gone(pid) for pid in pids), "the ranks to end", 2.0)
+    wait_until(lambda: all(gone(pid) for pid in pids), "the ranks to end")
     assert list(temporary.iterdir()) == []
