@@ -15,7 +15,8 @@ from anabranch.kernels.compiler import NativeUnavailable, load_library, native_s
 from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
 
-pytestmark = pytest.mark.unit
+# Whoever comes first compiles.
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]
 plain = PlainKernels()
 MakeCase = Callable[..., Any]
 # What the compiler is told to leave out, by the machine that then remains.
