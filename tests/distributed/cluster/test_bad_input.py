@@ -27,7 +27,7 @@ from transport.planes.handshake import encode as introduce
 from transport.planes.tcp import KIND
 from transport.planes.tcp_link import MAGIC, PREFIX, VERSION
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 ERROR = WireError(code="internal", message="x")
 COLOCATED = ("colocated",)

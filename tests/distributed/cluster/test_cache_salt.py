@@ -11,7 +11,7 @@ from anabranch_client import Sampling
 from tests.support.in_process import InProcessCluster
 from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 KINDS = {"split": ("prefill", "decode"), "colocated": ("colocated",)}
 BLOCK = 16

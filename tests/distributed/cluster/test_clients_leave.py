@@ -15,7 +15,7 @@ from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.waiting import WAIT_S
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 COLOCATED = ("colocated",)
 SPLIT = ("prefill", "decode")

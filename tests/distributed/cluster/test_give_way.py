@@ -15,7 +15,7 @@ from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.known import Known, Prompt
 from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.distributed
 
 KINDS = {"split": ("prefill", "decode"), "colocated": ("colocated",)}
 NUM_TOKENS = 64

@@ -21,7 +21,7 @@ from transport.kv_stream.checksum import checksum
 from transport.kv_stream.messages import encode
 from transport.planes import create_plane, usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 SPLIT = ("prefill", "decode")
 PROMPT = tuple(range(7, 77))

@@ -19,7 +19,7 @@ from tests.support.resources import holdings
 from tests.support.waiting import WAIT_S
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 READY_TIMEOUT_S = 120.0
 LONG_ANSWER = ([tuple((number * 31 + index) % 97 + 3 for index in range(60)) for number in range(8)], 800)

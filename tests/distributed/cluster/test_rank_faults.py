@@ -22,7 +22,7 @@ from tests.support.known import Known
 from tests.support.load import Load, Prompt
 from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 READY_TIMEOUT_S = 120.0
 COLLECTIVE_TIMEOUT_S = 5.0

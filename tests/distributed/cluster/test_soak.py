@@ -25,7 +25,7 @@ from tests.support.resources import holdings
 from tests.support.waiting import WAIT_S
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SOAK_S = 8.0
 # Each of two prefill with each of two decode workers, and the colocated one.

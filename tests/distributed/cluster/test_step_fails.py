@@ -14,7 +14,7 @@ from anabranch_client import Client, ClientError, Sampling, WorkerDied
 from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 
 def flying(worker) -> list[int]:

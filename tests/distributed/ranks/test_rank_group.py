@@ -28,7 +28,7 @@ from tests.support.in_process import wait_until
 from tests.support.resources import our_threads
 from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 # Of collectives: what a stall may cost.
 LIMIT_S = 3.0

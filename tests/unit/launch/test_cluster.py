@@ -23,7 +23,7 @@ from launch.cluster import LocalCluster
 from launch.process import ProcessExit
 from tests.support.waiting import WAIT_S, eventually
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.distributed
 
 READY_TIMEOUT_S = 120.0
 COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache="32MiB", threads=1)))

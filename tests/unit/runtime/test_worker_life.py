@@ -45,7 +45,7 @@ from tests.support.resources import our_threads
 from tests.support.scripted import ScriptedOrchestrator, play, request
 from tests.support.waiting import WAIT_S, eventually, eventually_async
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 
 class Room(Worker):
