@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,12 @@ import pytest
 import torch
 
 from anabranch.model.known import KNOWN_MODELS
-from anabranch.model.sources import resolve_model
 from anabranch_client import Client, Completion, Sampling
-from launch.reference import Reference
 from tests.support.in_process import InProcessCluster
+from tests.support.known import Prompt, smollm2_answers
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 # Length of a prompt -> tokens to compare.
 WANTED = dict.fromkeys((1, 2, 3, 5, 7, 16, 31, 48, 63, 64, 65, 90, 150, 200), 8) | {17: 72, 130: 64, 3000: 8}
@@ -46,20 +44,13 @@ TOPOLOGIES = {
     ),
 }
 
-Prompt = tuple[int, ...]
-
 
 @pytest.fixture(scope="module")
 def expected() -> dict[int, tuple[Prompt, Prompt]]:
     """Length -> a prompt and transformers' greedy answer."""
     torch.set_num_threads(2)
-    reference = Reference(resolve_model("smollm2-135m"))
-    rng = random.Random(3)
-    found = {}
-    for length, num_tokens in WANTED.items():
-        prompt = tuple(rng.randrange(reference.vocab_size) for _ in range(length))
-        found[length] = (prompt, reference.generate(prompt, num_tokens, ignore_eos=True).token_ids)
-    return found
+    known = smollm2_answers()
+    return {length: known.clear(length, num_tokens) for length, num_tokens in WANTED.items()}
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

@@ -12,13 +12,14 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
+from tests.support.waiting import WAIT_S
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0x0, 0x1, 0x3, 0x4, 0x6, 0x7
 END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
 
 _INITIAL_WINDOW_SIZE = 0x4
-_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class Http2Client:
             for taken in self.frames
         )
 
-    def until_ended(self, *stream_ids: int, within_s: float = _WAIT_S) -> None:
+    def until_ended(self, *stream_ids: int, within_s: float = WAIT_S) -> None:
         """Wait until the server has ended these streams."""
         deadline = time.monotonic() + within_s
         while not all(self.ended(stream_id) for stream_id in stream_ids):
@@ -139,7 +140,7 @@ class Http2Client:
             assert left > 0.0, f"{len(missing)} streams go on after {within_s} s: {missing[:5]}"
             assert self.receive(left), f"the connection has ended, {len(missing)} streams with it"
 
-    def until_closed(self, within_s: float = _WAIT_S) -> None:
+    def until_closed(self, within_s: float = WAIT_S) -> None:
         """Wait until the server has closed the connection."""
         deadline = time.monotonic() + within_s
         while self.receive(max(deadline - time.monotonic(), 0.0)):

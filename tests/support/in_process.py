@@ -30,10 +30,7 @@ from prefill.worker import PrefillWorker
 from runtime.worker import Worker
 from tests.support.resources import our_threads
 from tests.support.thread_encoder import ThreadEncoder
-
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 20.0
-IDLE_TIMEOUT_S = 20.0
+from tests.support.waiting import WAIT_S
 
 T = TypeVar("T")
 
@@ -41,7 +38,7 @@ T = TypeVar("T")
 def wait_until(
     condition: Callable[[], bool],
     what: str,
-    timeout_s: float = IDLE_TIMEOUT_S,
+    timeout_s: float = WAIT_S,
     describe: Callable[[], object] = lambda: "",
 ) -> None:
     """Poll until `condition` holds; fails with `what` (and what `describe` says) where it does not in time."""
@@ -87,7 +84,7 @@ class Throttle:
 
     def _run(self, plan: StepPlan) -> PendingResult:
         self._num_begun += 1
-        assert self._permits.acquire(timeout=IDLE_TIMEOUT_S) or self._open
+        assert self._permits.acquire(timeout=WAIT_S) or self._open
         result = self._step(plan)
         self.plans.append(plan)
         return result
@@ -180,13 +177,13 @@ class InProcessCluster:
         self._threads_before = our_threads()
         self._thread.start()
         try:
-            assert self._ready.wait(START_TIMEOUT_S), "the event loop did not start"
+            assert self._ready.wait(WAIT_S), "the event loop did not start"
             if self._error is None:
                 with Client(self.endpoint) as client:
                     wait_until(
                         lambda: self._error is not None or self._complete(client),
                         "all workers to come",
-                        START_TIMEOUT_S,
+                        WAIT_S,
                     )
             if self._error is not None:
                 raise self._error
@@ -218,7 +215,7 @@ class InProcessCluster:
             return function()
 
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(IDLE_TIMEOUT_S)
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(WAIT_S)
 
     def wait_idle(self) -> None:
         """Wait until nothing is left of any request anywhere, then check the books."""
@@ -258,10 +255,10 @@ class InProcessCluster:
 
         def wait() -> None:
             reached.set()
-            assert go_on.wait(IDLE_TIMEOUT_S)
+            assert go_on.wait(WAIT_S)
 
         self.worker(name).submit(wait)
-        assert reached.wait(IDLE_TIMEOUT_S)
+        assert reached.wait(WAIT_S)
         try:
             yield
         finally:
@@ -283,7 +280,7 @@ class InProcessCluster:
         if self._loop is not None and self._stop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended by itself
                 self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(STOP_TIMEOUT_S)
+        self._thread.join(WAIT_S)
         assert not self._thread.is_alive(), "the cluster did not stop"
         wait_until(lambda: our_threads() == self._threads_before, "all threads to end", describe=our_threads)
 

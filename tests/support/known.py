@@ -1,22 +1,21 @@
-"""Tiny models whose greedy answers in transformers are known."""
+"""Models whose greedy answers in transformers are known: tiny random ones, and SmolLM2."""
 
 from __future__ import annotations
 
-import random
+from functools import partial
 from pathlib import Path
 
 from anabranch.model.sources import resolve_model
 from launch.reference import Reference
 from tests.support.families import VOCAB, save
+from tests.support.references import Fingerprint, KnownAnswers, Prompt, draw_prompt, fingerprint_of
 
-# Closer than this, the best two tokens might change places on another machine.
-MIN_MARGIN = 2e-3
-MAX_DRAWS = 40
+__all__ = ["SMOLLM2", "Known", "Prompt", "smollm2_answers"]
 
-Prompt = tuple[int, ...]
+SMOLLM2 = "smollm2-135m"
 
 
-class Known:
+class Known(KnownAnswers):
     """A model folder, and prompts whose greedy answers in transformers are clear.
 
     Args:
@@ -27,20 +26,30 @@ class Known:
 
     def __init__(self, recipe: str, folder: Path, context: int, **overrides: object) -> None:
         self.folder = save(recipe, folder, max_position_embeddings=context, **overrides)
-        self.reference = Reference(resolve_model(str(self.folder)))
-        self._rng = random.Random(recipe)
+        source = resolve_model(str(self.folder))
+        self._config = source.config()
+        super().__init__(
+            f"{recipe}-{context}",
+            fingerprint_of(self.folder, VOCAB),
+            VOCAB,
+            partial(Reference, source),
+            {"recipe": recipe, "context": context, "overrides": overrides},
+        )
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block in float32."""
-        config = self.reference.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(8 * config.num_hidden_layers * config.num_key_value_heads * head_dim * block_size)
+        config = self._config
+        return 8 * config.num_layers * config.num_kv_heads * config.head_dim * block_size
 
-    def clear(self, length: int, num_tokens: int, begin: Prompt = ()) -> tuple[Prompt, Prompt]:
-        """A prompt of `length` tokens, the first of them `begin`, and its answer past any end of sequence."""
-        for _ in range(MAX_DRAWS):
-            prompt = begin + tuple(self._rng.randrange(VOCAB) for _ in range(length - len(begin)))
-            answer = self.reference.generate(prompt, num_tokens, ignore_eos=True)
-            if min(answer.margins) > MIN_MARGIN:
-                return prompt, answer.token_ids
-        raise AssertionError(f"no prompt of {length} tokens has a clear answer of {num_tokens}")
+
+def smollm2_answers() -> KnownAnswers:
+    """Of SmolLM2 in float32, as this version of its package is converted by this version of the conversion."""
+    source = resolve_model(SMOLLM2)
+    vocab_size = source.config().vocab_size
+    return KnownAnswers(
+        SMOLLM2,
+        Fingerprint(config=source.path.name, prompt=draw_prompt(vocab_size, 8)),
+        vocab_size,
+        partial(Reference, source),
+        {"known": SMOLLM2},
+    )

@@ -29,10 +29,8 @@ from anabranch.request.sampling_params import SamplingParams
 from decode.worker import DecodeWorker
 from prefill.worker import PrefillWorker
 from runtime.worker import Worker
-from tests.support.waiting import eventually_async
+from tests.support.waiting import WAIT_S, eventually_async
 from transport.control import ControlServer
-
-DEADLINE_S = 10.0
 
 M = TypeVar("M")
 
@@ -96,7 +94,7 @@ class ScriptedOrchestrator:
 
     async def next(self) -> tuple[bytes, ToOrchestrator]:
         """The next message that is not a beat."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(WAIT_S):
             while True:
                 peer, message = await self._server.recv()
                 if not isinstance(message, Beat):

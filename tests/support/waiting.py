@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
 from collections.abc import Callable
 
-WAIT_S = 30.0
+# Every wait of the tests is this long, and longer in proportion where the machine is said to be slower.
+WAIT_S = 60.0 * float(os.environ.get("ANABRANCH_TEST_SCALE", "1"))
 
 
 def eventually(condition: Callable[[], object], what: str = "the condition", within_s: float = WAIT_S) -> None:

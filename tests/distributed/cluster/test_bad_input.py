@@ -18,6 +18,7 @@ from anabranch_client import ClientError, ContextExceeded, InvalidRequest, Sampl
 from tests.support.control import proven
 from tests.support.families import VOCAB
 from tests.support.in_process import wait_until
+from tests.support.waiting import WAIT_S
 from transport.control.frames import frame
 from transport.kv_stream.messages import Abort, Commit, encode
 from transport.planes import create_plane, usable_planes
@@ -26,7 +27,7 @@ from transport.planes.handshake import encode as introduce
 from transport.planes.tcp import KIND
 from transport.planes.tcp_link import MAGIC, PREFIX, VERSION
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 ERROR = WireError(code="internal", message="x")
 COLOCATED = ("colocated",)
@@ -126,7 +127,7 @@ async def say(endpoint: str, secret: bytes, *messages: bytes) -> bytes:
         for data in messages:
             writer.write(frame(data))
         writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), WAIT_S)
     except ConnectionError:
         return b""
     finally:
@@ -159,13 +160,13 @@ def test_noise_on_the_control_port(serve, still_serves, good, tmp_path) -> None:
             host, port = control.removeprefix("tcp://").split(":")
             strange = (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\xff" + b"\0" * 8 + b"\x7f")
             for data in strange:
-                with socket.create_connection((host, int(port)), timeout=5) as raw:
+                with socket.create_connection((host, int(port)), timeout=WAIT_S) as raw:
                     raw.sendall(data)
             channel = cluster.orchestrator._control
             wait_until(lambda: channel.num_malformed == len(noise()), "the noise to be read")
             wait_until(lambda: channel.num_refused == len(strange), "the strangers to be refused")
             stop.set()
-            serving.result(20)
+            serving.result(WAIT_S)
     finally:
         stop.set()
     assert len(client.model().pools) == 2
@@ -212,7 +213,7 @@ class Nobody:
 def raw(address: str) -> tuple[socket.socket, bytes]:
     """A connection to a plane's socket, and its token."""
     _, host, port, token = address.split(":")
-    return socket.create_connection((host, int(port)), timeout=5), bytes.fromhex(token)
+    return socket.create_connection((host, int(port)), timeout=WAIT_S), bytes.fromhex(token)
 
 
 def closed(connection: socket.socket) -> bool:
@@ -312,7 +313,7 @@ def test_a_peer_that_talks_nonsense_over_a_good_link(serve, still_serves, plane)
         try:
             link = own.connect(address, 5.0)
             link.send(header, memoryview(bytes(100_000)))
-            assert nobody.lost.wait(20), header[:10]
+            assert nobody.lost.wait(WAIT_S), header[:10]
         finally:
             own.close()
     still_serves(cluster, client)

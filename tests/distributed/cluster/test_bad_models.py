@@ -22,7 +22,7 @@ from orchestrator.resolved_model import CheckpointModel
 from tests.support.families import save
 from tests.support.in_process import InProcessCluster
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.distributed
 
 WEIGHTS = "model.safetensors"
 

@@ -9,8 +9,9 @@ import pytest
 
 from anabranch_client import Sampling
 from tests.support.in_process import InProcessCluster
+from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 KINDS = {"split": ("prefill", "decode"), "colocated": ("colocated",)}
 BLOCK = 16
@@ -53,7 +54,7 @@ def test_a_retried_epoch_keeps_its_salt(serve, known, still_serves, kind: str) -
     sampling = Sampling(max_tokens=64, ignore_eos=True)
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = [pool.submit(client.complete, prompt, sampling, cache_salt="alice") for prompt, _ in prompts]
-        assert [one.result(30).token_ids for one in answers] == [answer for _, answer in prompts]
+        assert [one.result(WAIT_S).token_ids for one in answers] == [answer for _, answer in prompts]
     assert cluster.workers[-1].scheduler.num_preempted > 0
     cluster.wait_idle()
     assert salts(cluster) == {"alice"}

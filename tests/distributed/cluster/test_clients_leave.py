@@ -12,9 +12,10 @@ import pytest
 from anabranch_client import CallCancelled, Client, DeadlineExceeded, Sampling, Stream, Tokens
 from anabranch_client.v1 import anabranch_pb2 as pb
 from tests.support.in_process import InProcessCluster, wait_until
+from tests.support.waiting import WAIT_S
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 COLOCATED = ("colocated",)
 SPLIT = ("prefill", "decode")
@@ -116,7 +117,7 @@ def test_a_request_id_comes_again(serve, still_serves, good, roles) -> None:
         assert (done.token_ids, done.request_id) == (answer, "x")
     with ThreadPoolExecutor(4) as pool:
         together = [pool.submit(client.complete, prompt, whole, request_id="x") for _ in range(4)]
-        assert [one.result(30).token_ids for one in together] == [answer] * 4
+        assert [one.result(WAIT_S).token_ids for one in together] == [answer] * 4
     still_serves(cluster, client)
 
 

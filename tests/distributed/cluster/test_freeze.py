@@ -26,7 +26,7 @@ from tests.support.in_process import wait_until
 from tests.support.known import Known
 from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 READY_TIMEOUT_S = 120.0
 # Whoever is silent for so long counts as dead ...

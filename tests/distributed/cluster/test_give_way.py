@@ -11,10 +11,11 @@ import pytest
 
 from anabranch.errors import WorkerDied
 from anabranch_client import Client, ClientError, Sampling, Stream, Tokens
-from tests.support.in_process import IDLE_TIMEOUT_S, InProcessCluster, wait_until
+from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.known import Known, Prompt
+from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.distributed
 
 KINDS = {"split": ("prefill", "decode"), "colocated": ("colocated",)}
 NUM_TOKENS = 64
@@ -55,7 +56,7 @@ def token_ids(stream: Stream) -> Prompt:
 def while_parked(cluster: InProcessCluster) -> Iterator[list[str]]:
     """Hold the engine while somebody is parked; what their clients call them."""
     worker = cluster.workers[-1]
-    deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+    deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
         wait_until(lambda: worker.stats().num_parked > 0, "somebody who is parked")
         with cluster.held(worker.config.name):
@@ -84,7 +85,7 @@ def test_cancelled_while_parked(crowded, answers, still_serves, kind: str) -> No
             wait_until(lambda: not set(parked) & set(cluster.names().values()), "the cancels")
         stay = {name: pool.submit(token_ids, streams[names.index(name)]) for name in names if name not in parked}
         for name, tokens in stay.items():
-            assert tokens.result(IDLE_TIMEOUT_S) == list(answers.values())[names.index(name)]
+            assert tokens.result(WAIT_S) == list(answers.values())[names.index(name)]
     still_serves(cluster, client)
 
 

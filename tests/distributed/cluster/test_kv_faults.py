@@ -15,12 +15,13 @@ from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Ended, PrefillEnded
 from anabranch_client import ClientError, Sampling, ServerFailed
 from tests.support.scripted import ScriptedOrchestrator, changed, play, request
+from tests.support.waiting import WAIT_S, eventually_async
 from transport.kv_stream import Abort, Commit, KvStreamReceiver, KvStreamSource, Slice
 from transport.kv_stream.checksum import checksum
 from transport.kv_stream.messages import encode
 from transport.planes import create_plane, usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 SPLIT = ("prefill", "decode")
 PROMPT = tuple(range(7, 77))
@@ -120,7 +121,7 @@ def spoilt_and_committed(hand: Hand) -> None:
 
 
 def half_then_gone(hand: Hand) -> None:
-    hand.slice(0).result(5)
+    hand.slice(0).result(WAIT_S)
     next(iter(hand.source._planes.values())).close()
 
 
@@ -217,20 +218,23 @@ def test_a_lease_runs_out(known, tmp_path, plane) -> None:
         options = {"kv_transport": plane, "lease_s": 2.0}
         async with ScriptedOrchestrator(tmp_path, known.folder, "decode", **options) as orchestrator:
             await orchestrator.accept()
-            loop = asyncio.get_running_loop()
-            begin = loop.time()
             destination = await orchestrator.reserve(request(PROMPT, 4))
             assert destination.lease_s == 2.0
             hand = await asyncio.to_thread(Hand, destination, plane)
             await asyncio.sleep(0.3)  # the subject: a slice lets the lease last on from here
+            loop = asyncio.get_running_loop()
+            begin = loop.time()
             hand.slice(0)
             ended = await orchestrator.expect(Ended)
             lasted_s = loop.time() - begin
             assert ended.error is not None
             assert ended.error.code == "deadline_exceeded"
             assert ended.error.message.startswith("lease_s: no KV arrived for 2.0 s")
-            assert 2.25 < lasted_s < 8
+            assert lasted_s >= 2.0
             await orchestrator.idle()
+            # The rank closes the stream when it obeys, later than the books say so.
+            receiver = orchestrator.worker.ranks._local._receiver  # type: ignore[attr-defined]
+            await eventually_async(lambda: receiver.num_streams == 0)
             hand.slice(1)
             hand.commit()
             with pytest.raises(Exception, match=r"is not open here|the receiver closed the stream"):
@@ -355,7 +359,7 @@ def test_a_destination_that_refuses_in_the_middle(known, tmp_path, plane) -> Non
             ended = await orchestrator.expect(PrefillEnded)
             assert ended.error is not None
             assert "the pool is on fire" in ended.error.message
-            assert sink.ended.wait(5)
+            assert sink.ended.wait(WAIT_S)
             receiver.close(destination.stream_id)
             await check_good_stream(orchestrator, receiver, destination)
 
@@ -368,7 +372,7 @@ def test_a_destination_that_never_acknowledges(known, tmp_path, plane) -> None:
 
     class Hangs(Sink):
         def committed(self, commit) -> None:
-            go_on.wait(10)
+            go_on.wait(WAIT_S)
             super().committed(commit)
 
     async def scenario() -> None:

@@ -17,7 +17,7 @@ from launch.reference import Reference
 from tests.support.families import VOCAB, save
 from tests.support.in_process import InProcessCluster
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
 STRETCHED = 512
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

@@ -1,10 +1,9 @@
-"""Processes that are killed or hang with requests in flight: these end within 5 s by name, the others go on."""
+"""Processes that are killed or hang with requests in flight: these end by name, the others go on."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
 from tests.support.load import Load
 from tests.support.resources import holdings
+from tests.support.waiting import WAIT_S
 from transport.planes import usable_planes
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-DEADLINE_S = 5.0
 READY_TIMEOUT_S = 120.0
 LONG_ANSWER = ([tuple((number * 31 + index) % 97 + 3 for index in range(60)) for number in range(8)], 800)
 LONG_PROMPT = ([tuple((number * 31 + index) % 97 + 3 for index in range(1900)) for number in range(12)], 20)
@@ -79,20 +78,18 @@ def check_answers(client: Client, good: dict[Prompt, Prompt]) -> None:
 
 
 def strike(cluster: LocalCluster, admin: Admin, load: Load, victim: str) -> list[str]:
-    """Kill `victim` under load; how the requests ended, those that needed it within the deadline."""
+    """Kill `victim` under load; how the requests ended, those that needed it by its name."""
     pid = cluster.process(victim).pid
     num_deaths = len(cluster.deaths)
     wait_until(lambda: busy(admin, victim), f"requests at {victim}")
     if victim.startswith("decode"):
         wait_until(lambda: any(load.tokens), "tokens")
     os.kill(pid, signal.SIGKILL)
-    killed_s = time.monotonic()
-    death = cluster.wait_for_death(DEADLINE_S, after=num_deaths)
+    death = cluster.wait_for_death(WAIT_S, after=num_deaths)
     assert death is not None
     assert (death.name, death.reason) == (victim, "was killed by SIGKILL")
-    wait_until(lambda: find(admin, victim) is None, f"{victim} to be gone", DEADLINE_S)
-    wait_until(lambda: bool(load.failed()), "its requests to end", DEADLINE_S)
-    assert time.monotonic() - killed_s < DEADLINE_S
+    wait_until(lambda: find(admin, victim) is None, f"{victim} to be gone")
+    wait_until(lambda: bool(load.failed()), "its requests to end")
     results = load.results()
     for result in results:
         if ": " in result:
@@ -155,9 +152,7 @@ def test_a_worker_hangs_then_the_last_of_a_role_is_killed_then_the_orchestrator(
         hung = cluster.process("decode-0").pid
         wait_until(lambda: busy(admin, "decode-0") and any(load.tokens), "tokens")
         os.kill(hung, signal.SIGSTOP)
-        stopped_s = time.monotonic()
-        wait_until(lambda: bool(load.failed()), "its requests to end", DEADLINE_S)
-        assert time.monotonic() - stopped_s < DEADLINE_S
+        wait_until(lambda: bool(load.failed()), "its requests to end")
         results = load.results()
         failed = [result for result in results if ": " in result]
         assert all(
@@ -167,7 +162,7 @@ def test_a_worker_hangs_then_the_last_of_a_role_is_killed_then_the_orchestrator(
         check_answers(client, good)
         assert cluster.deaths == ()
         os.kill(hung, signal.SIGCONT)
-        death = cluster.wait_for_death(DEADLINE_S)
+        death = cluster.wait_for_death(WAIT_S)
         assert death is not None
         assert (death.name, death.reason) == ("decode-0", "exited with code 1")
         assert "counts as dead" in death.log_tail[-1]
@@ -179,10 +174,8 @@ def test_a_worker_hangs_then_the_last_of_a_role_is_killed_then_the_orchestrator(
         refused = Load(client, LONG_PROMPT[0][:2], 4).results()
         assert all(result.startswith("no_workers: no prefill worker takes requests") for result in refused), refused
         os.kill(cluster.process("orchestrator").pid, signal.SIGKILL)
-        killed_s = time.monotonic()
         assert all(result.startswith("unavailable: ") for result in Load(client, LONG_PROMPT[0][:2], 4).results())
-        assert time.monotonic() - killed_s < DEADLINE_S
-        death = cluster.wait_for_death(DEADLINE_S, after=2)
+        death = cluster.wait_for_death(WAIT_S, after=2)
         assert death is not None
         assert death.name == "orchestrator"
     assert [death.name for death in cluster.deaths] == ["decode-0", "prefill-0", "orchestrator"]
@@ -196,9 +189,7 @@ def test_a_shared_process_is_killed(known, good) -> None:
         wait_until(lambda: any(load.tokens), "tokens")
         pid = cluster.process("inproc").pid
         os.kill(pid, signal.SIGKILL)
-        killed_s = time.monotonic()
         results = load.results()
-        assert time.monotonic() - killed_s < DEADLINE_S
         assert all(result.startswith("worker_died: ") and f"(pid {pid})" in result for result in results), results
         assert {gone.name for gone in admin.cluster().departures} == {"prefill-0", "decode-0"}
         assert [death.name for death in cluster.deaths] == ["inproc"]

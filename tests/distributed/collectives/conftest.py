@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.waiting import WAIT_S
 from transport.collectives import CollectiveGroup, create_group
 
 Body = Callable[[CollectiveGroup], object]
@@ -28,7 +29,6 @@ class Outcome:
     error: str = ""
     message: str = ""
     signal: int = 0
-    seconds: float = 0.0
 
 
 class Ranks:
@@ -46,7 +46,7 @@ class Ranks:
         body: Body,
         *,
         backend: str = "shm",
-        timeout_s: float | Sequence[float] = 20.0,
+        timeout_s: float | Sequence[float] = WAIT_S,
         ranks: range | None = None,
     ) -> list[int]:
         """Fork the ranks, with one timeout or one for each; gives their process ids."""
@@ -72,11 +72,11 @@ class Ranks:
         """Fork one more rank of the group that `start` began."""
         return self._start_one(rank)
 
-    def wait(self, deadline_s: float = 60.0) -> list[Outcome]:
+    def wait(self, deadline_s: float = WAIT_S) -> list[Outcome]:
         """The outcomes of all ranks that are left, in rank order."""
         return [self.wait_for(rank, deadline_s) for rank in sorted(self._pids.values())]
 
-    def wait_for(self, rank: int, deadline_s: float = 60.0) -> Outcome:
+    def wait_for(self, rank: int, deadline_s: float = WAIT_S) -> Outcome:
         """One rank's outcome; fails the test if it is still there at the deadline."""
         (pid,) = (pid for pid, other in self._pids.items() if other == rank)
         end = time.monotonic() + deadline_s
@@ -88,7 +88,7 @@ class Ranks:
             time.sleep(0.002)
         raise AssertionError(f"rank {rank} hangs")
 
-    def run(self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = 20.0) -> list[object]:
+    def run(self, size: int, body: Body, *, backend: str = "shm", timeout_s: float = WAIT_S) -> list[object]:
         """Start, wait, and give the values; a rank's error fails the test."""
         self.start(size, body, backend=backend, timeout_s=timeout_s)
         outcomes = self.wait()
@@ -104,7 +104,6 @@ class Ranks:
         self._pids.clear()
 
     def _run(self, rank: int, size: int, body: Body, backend: str, timeouts_s: list[float]) -> None:
-        start = time.monotonic()
         outcome: dict[str, object]
         try:
             torch.set_num_threads(1)
@@ -116,16 +115,13 @@ class Ranks:
                 collective_timeout_s=timeouts_s[rank],
                 start_timeout_s=max(timeouts_s),
             )
-            start = time.monotonic()
             try:
                 outcome = {"value": body(group)}
             finally:
-                outcome_seconds = time.monotonic() - start
                 group.close()
-            outcome["seconds"] = outcome_seconds
         except BaseException as error:
             text = str(error) if type(error) is not AssertionError else traceback.format_exc()
-            outcome = {"error": type(error).__name__, "message": text, "seconds": time.monotonic() - start}
+            outcome = {"error": type(error).__name__, "message": text}
         (self.meeting / f"outcome-{rank}").write_text(json.dumps(outcome))
         os._exit(0)
 

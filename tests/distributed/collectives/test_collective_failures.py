@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from anabranch.errors import ConfigError, DeadlineExceeded, PeerLost, TransportError
-from tests.support.waiting import eventually
+from tests.support.waiting import WAIT_S, eventually
 from transport.collectives import CollectiveGroup, create_group
 from transport.collectives.segment import Ticket
 
@@ -57,12 +57,11 @@ def test_a_killed_rank_ends_the_others_waits(ranks: Ranks, backend: str, what: s
             WAITS[what](group, turn)
         return None
 
-    ranks.start(3, body, backend=backend, timeout_s=15.0)
+    ranks.start(3, body, backend=backend)
     first, killed, third = ranks.wait()
     assert killed.signal == signal.SIGKILL
     for outcome in (first, third):
         assert outcome.error == "PeerLost", outcome
-        assert outcome.seconds < 5.0, outcome
         if backend == "shm":
             assert "rank 1 (pid " in outcome.message
             assert ") died" in outcome.message
@@ -219,7 +218,7 @@ def test_a_transfer_moves_while_its_rank_computes(ranks: Ranks) -> None:
         sent = torch.full((2_000_000,), 3.0 + group.rank)
         for received in (group.buffer_like(sent).zero_(), torch.zeros_like(sent)):
             handle = group.post([sent], peer, [received], peer)
-            end = time.monotonic() + 20.0
+            end = time.monotonic() + WAIT_S
             a = torch.ones(64, 64)
             while received[-1] != 3.0 + peer:
                 assert time.monotonic() < end, "the transfer makes no progress on its own"

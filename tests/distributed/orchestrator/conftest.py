@@ -43,10 +43,9 @@ from anabranch_client import Admin, AsyncClient
 from orchestrator.served_model import Prompt
 from orchestrator.service import Orchestrator
 from tests.support.thread_encoder import ThreadEncoder
-from tests.support.waiting import eventually_async
+from tests.support.waiting import WAIT_S, eventually_async
 from transport.control import ControlClient
 
-DEADLINE_S = 10.0
 CONTEXT = 1024
 VOCAB = 256
 EOS = 0
@@ -95,7 +94,7 @@ class ByteModel:
         return self.encode(prompt) if isinstance(prompt, str) else self.encode_chat(prompt)
 
     def encode(self, text: str) -> list[int]:
-        assert self.gate.wait(DEADLINE_S)
+        assert self.gate.wait(WAIT_S)
         return list(text.encode())
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -178,7 +177,7 @@ class ScriptedWorker:
 
     async def expect(self, kind: type[M]) -> M:
         """The next message, which must be of this kind."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(WAIT_S):
             while not self.received:
                 self._news.clear()
                 await self._news.wait()

@@ -14,6 +14,7 @@ from anabranch.errors import ConfigError
 from anabranch.system.private_files import read_secret, write_secret
 from anabranch_client import AccessDenied, Admin, InvalidRequest
 from anabranch_client.v1 import anabranch_pb2 as pb
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +34,7 @@ async def status(endpoint: str, method: str, metadata: list[tuple[str, str]]) ->
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
-        answer = call(request, metadata=metadata, timeout=5)
+        answer = call(request, metadata=metadata, timeout=WAIT_S)
         code = await answer.code()
         assert code is grpc.StatusCode.OK or "token_file" in await answer.details()
         return code

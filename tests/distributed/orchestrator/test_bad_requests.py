@@ -19,6 +19,7 @@ from anabranch_client import (
 )
 from anabranch_client.client import Client
 from anabranch_client.v1 import anabranch_pb2 as pb
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -131,7 +132,7 @@ async def refused(channel: grpc.aio.Channel, method: str, message: pb.GenerateRe
     """Send a message that must be refused."""
     data = message if isinstance(message, bytes) else message.SerializeToString()
     multi = channel.unary_stream if method == GENERATE else channel.unary_unary
-    call = multi(method, request_serializer=bytes, response_deserializer=bytes)(data, timeout=10)
+    call = multi(method, request_serializer=bytes, response_deserializer=bytes)(data, timeout=WAIT_S)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (anext(aiter(call)) if method == GENERATE else call)
     return caught.value

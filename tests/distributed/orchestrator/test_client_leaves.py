@@ -13,6 +13,7 @@ from anabranch.protocol.workers import Cancel, Generate, Reserve
 from anabranch.request.token import TokenLogprob
 from anabranch_client import CallCancelled, Client, DeadlineExceeded, Sampling, Tokens
 from anabranch_client.v1 import anabranch_pb2 as pb
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -87,7 +88,7 @@ def test_a_stream_that_is_not_read_to_its_end_is_cancelled(play, how):
                 if how == "leave":
                     with client.generate("abc") as stream:
                         next(stream)
-                    left.wait(10)
+                    left.wait(WAIT_S)
                     return
                 stream = client.generate("abc")
                 next(stream)
@@ -97,7 +98,7 @@ def test_a_stream_that_is_not_read_to_its_end_is_cancelled(play, how):
                         list(stream)
                 del stream
                 gc.collect()
-                left.wait(10)
+                left.wait(WAIT_S)
 
         async def read_one_async() -> None:
             stream = world.client.generate("abc")

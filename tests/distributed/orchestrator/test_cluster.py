@@ -16,6 +16,7 @@ from anabranch.system.private_files import write_secret
 from anabranch_client import InvalidRequest, Sampling
 from tests.distributed.orchestrator.conftest import ScriptedWorker, worker_info
 from tests.support.control import proven
+from tests.support.waiting import WAIT_S
 from transport.control import ControlClient
 from transport.control.frames import frame
 
@@ -213,7 +214,7 @@ def test_workers_hear_beats(play):
         client = ControlClient(world.orchestrator.control_endpoint, ToWorker)
         await client.send(Register(worker=worker.info))
         assert await client.recv() == Registered()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             for _ in range(3):
                 assert await client.recv() == Beat()
                 await client.send(Beat())
@@ -250,7 +251,7 @@ def test_noise_on_the_control_port_changes_nothing(play):
         for _ in range(100):
             writer.write(frame(encode({"type": "tokens", "tokens": [stray]})))
         # It is told off once, and not heard.
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             said = await reader.read()
         assert msgspec.msgpack.decode(said[4:])["error"]["code"] == "worker_died"
         writer.transport.abort()

@@ -115,7 +115,7 @@ def test_it_serves_and_drains(model_folder, tmp_path, scripted, wait):
                 done = await answer
                 assert (done.text, done.token_ids) == ("world again", (2, 3))
             await worker.expect(Shutdown)
-            assert await asyncio.wait_for(process.wait(), 10) == 0
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
             assert os.path.basename(private) not in os.listdir(os.path.dirname(private))
             await worker.close()
         finally:
@@ -142,7 +142,7 @@ def test_a_second_signal_ends_at_once(model_folder, tmp_path, scripted, wait):
                 process.send_signal(signal.SIGINT)
                 with pytest.raises(Draining):
                     await answer
-            assert await asyncio.wait_for(process.wait(), 10) == 0
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
             await worker.close()
         finally:
             if process.returncode is None:
@@ -261,7 +261,7 @@ def test_no_chat_template_holds_up_or_ends_the_process(model_folder, tmp_path, w
                 assert not wedged[-1].done()
                 encoders += psutil.Process(process.pid).children(recursive=True)
                 process.send_signal(signal.SIGTERM)
-                await asyncio.wait_for(process.wait(), 20)
+                await asyncio.wait_for(process.wait(), WAIT_S)
                 assert process.returncode == 0
                 await asyncio.gather(*wedged, return_exceptions=True)
         finally:

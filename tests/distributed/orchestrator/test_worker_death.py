@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -51,11 +50,9 @@ def test_a_worker_dies_at_each_stage(play, to_prefilling, stage, victim, how):
         if stage == "decoding":
             await decode.tokens(request, "a", 0)
         dead, living = (prefill, decode) if victim == "prefill" else (decode, prefill)
-        began = time.monotonic()
         await die(world, dead, how)
         with pytest.raises(WorkerDied, match=f"worker {dead.info.name} .pid {dead.info.pid}. died.*{REASONS[how]}"):
             await answer
-        assert time.monotonic() - began < 3.0
         if stage != "reserving":
             assert (await living.expect(Cancel)).request_id == request.request_id
         await world.quiet()

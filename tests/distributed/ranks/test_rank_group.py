@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,10 +26,10 @@ from tests.distributed.ranks.room import ROOM, Command, Event, Fail, Said, Say, 
 from tests.support.families import save
 from tests.support.in_process import wait_until
 from tests.support.resources import our_threads
+from tests.support.waiting import WAIT_S
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.distributed
 
-TIMEOUT_S = 20.0
 # Of collectives: what a stall may cost.
 LIMIT_S = 3.0
 
@@ -54,13 +53,10 @@ class Group:
 
     def heard(self, num_events: int) -> list[tuple[int, Event]]:
         """The next events, by rank; those of one rank as they came."""
-        return sorted((self.events.get(timeout=TIMEOUT_S) for _ in range(num_events)), key=lambda item: item[0])
+        return sorted((self.events.get(timeout=WAIT_S) for _ in range(num_events)), key=lambda item: item[0])
 
-    def failure(self, within_s: float) -> str:
-        start_s = time.monotonic()
-        error = self.failures.get(timeout=TIMEOUT_S)
-        assert time.monotonic() - start_s < within_s, error
-        return str(error)
+    def failure(self) -> str:
+        return str(self.failures.get(timeout=WAIT_S))
 
 
 Start = Callable[..., Group]
@@ -95,7 +91,7 @@ def make(folder: Path, temporary: Path) -> Iterator[Start]:
                 "kv_cache_bytes": 1 << 20,
                 "dtype": "float32",
                 "native_kernels": False,
-                "collective_timeout_s": LIMIT_S,
+                "collective_timeout_s": WAIT_S,
             }
             config = WorkerConfig(
                 role="decode", name="talk-0", orchestrator="", model=str(folder), **{**defaults, **options}
@@ -145,10 +141,8 @@ def test_ranks_obey_in_order_and_compute_together(processes: bool, start: Start,
     assert pids[0] == os.getpid()
     assert len(set(pids.values())) == (3 if processes else 1)
     assert group.pids == ({1: pids[1], 2: pids[2]} if processes else {})
-    start_s = time.monotonic()
     group.ranks.close()
     group.ranks.close()
-    assert time.monotonic() - start_s < 2.0
     assert all(gone(pid) for pid in pids.values() if pid != os.getpid())
     assert group.failures.empty()
 
@@ -181,21 +175,19 @@ def test_a_killed_rank_ends_the_others(backend: str, start: Start) -> None:
     os.kill(pid, signal.SIGKILL)
     group.ranks.send(Sum())
     # The others are torn out of their sums, and what they say of it does not come first.
-    failure = group.failure(within_s=2.0)
+    failure = group.failure()
     assert failure == f"rank 2 of talk-0 (pid {pid}) was killed by SIGKILL"
     (plan, *_) = warm_up_plans(group.ranks._local.engine, "decode")  # type: ignore[union-attr]
     with pytest.raises(WorkerDied, match=re.escape(failure)):
         group.ranks.step(plan)
-    start_s = time.monotonic()
     group.ranks.close()
-    assert time.monotonic() - start_s < 2.0
 
 
 def test_an_idle_rank_that_is_killed_is_noticed(start: Start) -> None:
     group = start()
     pid = group.pids[1]
     os.kill(pid, signal.SIGKILL)
-    assert group.failure(within_s=1.0) == f"rank 1 of talk-0 (pid {pid}) was killed by SIGKILL"
+    assert group.failure() == f"rank 1 of talk-0 (pid {pid}) was killed by SIGKILL"
 
 
 @pytest.mark.parametrize("processes", [True, False])
@@ -204,7 +196,7 @@ def test_a_rank_that_raises_says_why(processes: bool, start: Start) -> None:
     group.ranks.send(Fail(rank=1))
     group.ranks.send(Sum())
     # The other rank is torn out of its sum, and what it says of it does not come first.
-    assert group.failure(within_s=5.0) == "rank 1 of talk-0 failed: InvalidRequest: order: was told to fail"
+    assert group.failure() == "rank 1 of talk-0 failed: InvalidRequest: order: was told to fail"
 
 
 def test_a_driver_that_fails_in_a_step_ends_all(start: Start) -> None:
@@ -218,26 +210,23 @@ def test_a_driver_that_fails_in_a_step_ends_all(start: Start) -> None:
     # The other rank waits in the step's first sum.
     with pytest.raises(WorkerDied, match="the ranks of talk-0 cannot go on: ZeroDivisionError: of the driver"):
         group.ranks.step(plan)
-    assert "ZeroDivisionError" in group.failure(within_s=1.0)
+    assert "ZeroDivisionError" in group.failure()
 
 
 def test_a_stalled_rank_is_missed_in_a_collective(start: Start) -> None:
-    group = start()
+    group = start(collective_timeout_s=LIMIT_S)
     os.kill(group.pids[1], signal.SIGSTOP)
-    start_s = time.monotonic()
     group.ranks.send(Sum())
-    failure = group.failure(within_s=LIMIT_S + 2.0)
-    assert time.monotonic() - start_s > LIMIT_S * 0.8
+    failure = group.failure()
     assert "talk-0" in failure
     assert "rank 1" in failure
+    assert "collective_timeout_s" in failure
 
 
 def test_a_stalled_rank_is_missed_when_idle(start: Start) -> None:
-    group = start()
+    group = start(collective_timeout_s=LIMIT_S)
     os.kill(group.pids[1], signal.SIGSTOP)
-    assert group.failure(within_s=LIMIT_S + 3.0) == (
-        f"rank 1 of talk-0 was silent for collective_timeout_s = {LIMIT_S} s"
-    )
+    assert group.failure() == (f"rank 1 of talk-0 was silent for collective_timeout_s = {LIMIT_S} s")
 
 
 def test_a_rank_that_is_late_is_waited_for(start: Start) -> None:
@@ -277,6 +266,6 @@ def test_ranks_of_a_killed_driver_die_with_it(folder: Path, temporary: Path) -> 
         assert not any(gone(pid) for pid in pids)
     finally:
         driver.kill()
-        driver.communicate(timeout=TIMEOUT_S)
-    wait_until(lambda: all(gone(pid) for pid in pids), "the ranks to end", 2.0)
+        driver.communicate(timeout=WAIT_S)
+    wait_until(lambda: all(gone(pid) for pid in pids), "the ranks to end")
     assert list(temporary.iterdir()) == []

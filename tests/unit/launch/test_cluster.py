@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +21,11 @@ from anabranch_client import WorkerDied as RequestLost
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.process import ProcessExit
-from tests.support.waiting import eventually
+from tests.support.waiting import WAIT_S, eventually
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.distributed
 
 READY_TIMEOUT_S = 120.0
-DEADLINE_S = 30.0
 COLOCATED = Topology(pools=Pools(colocated=PoolConfig(kv_cache_bytes=32 << 20, threads=1)))
 
 
@@ -90,16 +88,13 @@ def test_a_killed_worker_is_named_and_its_requests_end() -> None:
             stream = client.generate("Once upon a time", Sampling(max_tokens=1000, ignore_eos=True))
             assert any(isinstance(event, Tokens) for event in stream)
             holder = next(worker for worker in admin.cluster().workers if worker.num_requests)
-            killed = time.monotonic()
             os.kill(holder.pid, signal.SIGKILL)
-            death = cluster.wait_for_death(DEADLINE_S)
+            death = cluster.wait_for_death(WAIT_S)
             assert death is not None
-            assert time.monotonic() - killed < 1.0
             assert death.name == holder.name
             assert death.reason == "was killed by SIGKILL"
             with pytest.raises(RequestLost, match=holder.name):
                 list(stream)
-            assert time.monotonic() - killed < 5.0
             eventually(lambda: deaths == [death])
             departures = admin.cluster().departures
             assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]
@@ -154,7 +149,7 @@ def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=DEADLINE_S)
+        process.communicate(timeout=WAIT_S)
 
 
 def children_of(up: subprocess.Popen[str]) -> list[int]:
@@ -173,7 +168,7 @@ def test_up_generate_and_ctrl_c(tmp_path: Path, environment: dict[str, str], up:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=DEADLINE_S,
+            timeout=WAIT_S,
             check=False,
         )
 
@@ -198,7 +193,7 @@ def test_up_generate_and_ctrl_c(tmp_path: Path, environment: dict[str, str], up:
     assert refused.stderr.count("\n") == 1
 
     up.send_signal(signal.SIGINT)
-    out, err = up.communicate(timeout=DEADLINE_S)
+    out, err = up.communicate(timeout=WAIT_S)
     assert up.returncode == 0, err
     assert "colocated-0" in out
     assert ready["grpc"] in out
@@ -212,7 +207,7 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path, up: subprocess.Popen[s
     children = children_of(up)
     assert len(children) >= 3
     up.kill()
-    up.wait(DEADLINE_S)
+    up.wait(WAIT_S)
     eventually(lambda: all(gone(pid) for pid in children))
     assert not (tmp_path / "ready.json").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -224,7 +219,7 @@ def test_up_says_what_died(up: subprocess.Popen[str], tmp_path: Path) -> None:
     worker = next(process for process in ready["processes"] if process["name"] == "colocated-0")
     os.kill(worker["pid"], signal.SIGKILL)
     # Nobody has to stop it: with its only worker gone there is nothing that it could do.
-    _, err = up.communicate(timeout=DEADLINE_S)
+    _, err = up.communicate(timeout=WAIT_S)
     assert up.returncode == 1
     said = " ".join(err.split())
     assert f"died: colocated-0 (pid {worker['pid']}) was killed by SIGKILL" in said
@@ -238,7 +233,7 @@ def test_the_demo_answers_and_leaves_nothing(tmp_path: Path, environment: dict[s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=READY_TIMEOUT_S + DEADLINE_S,
+        timeout=READY_TIMEOUT_S + WAIT_S,
         check=False,
     )
     assert demo.returncode == 0, demo.stderr

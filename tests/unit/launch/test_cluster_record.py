@@ -17,6 +17,7 @@ from launch.cluster_record import (
     running_clusters,
     write_record,
 )
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -51,7 +52,7 @@ def test_the_latest_comes_first() -> None:
 def test_records_of_the_dead_are_removed() -> None:
     record_folder().mkdir(parents=True)
     ended = subprocess.Popen(["true"])
-    ended.wait(10)
+    ended.wait(WAIT_S)
     dead = record_path(ended.pid)
     dead.write_bytes(msgspec.json.encode(ClusterRecord(grpc="a:1", pid=ended.pid, started_s=0.0, model="m")))
     reused = record_path(os.getppid())

@@ -16,11 +16,9 @@ import pytest
 
 from launch import sweeper
 from launch.process import ChildProcess, ProcessExit, stop_all
-from tests.support.waiting import eventually
+from tests.support.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.unit
-
-DEADLINE_S = 20.0
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def wait_ready(child: ChildProcess) -> None:
 def test_exit_code_log_and_callback(child: Callable[..., ChildProcess]) -> None:
     ends: list[ProcessExit] = []
     process = child("import sys; print(sys.argv[1:], __name__); sys.exit(3)", on_exit=ends.append)
-    end = process.wait(DEADLINE_S)
+    end = process.wait(WAIT_S)
     assert end is not None
     assert end.code == 3
     assert end.reason == "exited with code 3"
@@ -69,12 +67,12 @@ def test_exit_code_log_and_callback(child: Callable[..., ChildProcess]) -> None:
     assert not process.alive
 
 
-def test_a_killed_child_is_noticed_at_once(child: Callable[..., ChildProcess]) -> None:
+def test_a_killed_child_is_noticed(child: Callable[..., ChildProcess]) -> None:
     noticed = threading.Event()
     process = child(READY_THEN_SLEEP, on_exit=lambda _: noticed.set())
     wait_ready(process)
     os.kill(process.pid, signal.SIGKILL)
-    assert noticed.wait(1.0)
+    assert noticed.wait(WAIT_S)
     assert process.exit is not None
     assert str(process.exit) == f"one (pid {process.pid}) was killed by SIGKILL"
 
@@ -84,7 +82,7 @@ def test_a_child_is_named(child: Callable[..., ChildProcess]) -> None:
     wait_ready(process)
     assert Path(f"/proc/{process.pid}/comm").read_text().strip() == "prefill-7"
     process.kill()
-    assert process.wait(DEADLINE_S) is not None
+    assert process.wait(WAIT_S) is not None
 
 
 def test_stop_asks_before_it_kills(child: Callable[..., ChildProcess]) -> None:
@@ -108,7 +106,7 @@ def test_stop_asks_before_it_kills(child: Callable[..., ChildProcess]) -> None:
     )
     wait_ready(gentle)
     wait_ready(deaf)
-    killed = stop_all([gentle, deaf], drain_timeout_s=0.2, term_timeout_s=0.2, kill_timeout_s=DEADLINE_S)
+    killed = stop_all([gentle, deaf], drain_timeout_s=0.2, term_timeout_s=0.2, kill_timeout_s=WAIT_S)
     assert killed == ["deaf"]
     assert gentle.exit is not None
     assert gentle.exit.code == 0
@@ -118,7 +116,7 @@ def test_stop_asks_before_it_kills(child: Callable[..., ChildProcess]) -> None:
 
 def test_signals_after_the_end_hit_nobody(child: Callable[..., ChildProcess]) -> None:
     process = child("pass")
-    assert process.wait(DEADLINE_S) is not None
+    assert process.wait(WAIT_S) is not None
     process.terminate()
     process.kill()
 
@@ -147,7 +145,7 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     pid = int(parent.stdout.readline())
     eventually(lambda: (tmp_path / "x.log").exists() and "ready" in (tmp_path / "x.log").read_text())
     parent.kill()
-    parent.wait(DEADLINE_S)
+    parent.wait(WAIT_S)
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     parent.stdout.close()
 
@@ -172,13 +170,13 @@ def test_the_sweeper_removes_what_a_killed_launcher_left(tmp_path: Path) -> None
     stranger = subprocess.Popen(["sleep", "600"], env={**os.environ, sweeper.MARK: mark + "-other"})
     process, lifeline = start_sweeper(mark, folder, record, tmp_path / "never-written")
     os.close(lifeline)
-    assert left.wait(DEADLINE_S) == -signal.SIGKILL
-    assert process.wait(DEADLINE_S) == 0
+    assert left.wait(WAIT_S) == -signal.SIGKILL
+    assert process.wait(WAIT_S) == 0
     assert not folder.exists()
     assert not record.exists()
     assert stranger.poll() is None
     stranger.kill()
-    stranger.wait(DEADLINE_S)
+    stranger.wait(WAIT_S)
 
 
 def test_the_sweeper_leaves_all_alone_after_a_clean_end(tmp_path: Path) -> None:
@@ -187,5 +185,5 @@ def test_the_sweeper_leaves_all_alone_after_a_clean_end(tmp_path: Path) -> None:
     process, lifeline = start_sweeper(str(folder), folder)
     os.write(lifeline, b".")
     os.close(lifeline)
-    assert process.wait(DEADLINE_S) == 0
+    assert process.wait(WAIT_S) == 0
     assert folder.exists()

@@ -3,11 +3,8 @@
 import pytest
 
 from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.request.request import Request
-from anabranch.request.sampling_params import SamplingParams
-from anabranch.schedule.sequence import Sequence
-from anabranch.step.plan import SampledToken, StepPlan, StepResult
 from prefill.scheduler import PrefillScheduler
+from tests.support.schedules import answer, sequence
 
 pytestmark = pytest.mark.unit
 
@@ -17,26 +14,9 @@ def make(num_blocks: int = 8, max_step_tokens: int = 8, max_running: int = 4) ->
     return PrefillScheduler(cache, max_step_tokens=max_step_tokens, max_running=max_running)
 
 
-def prompt(name: str, length: int, first: int = 0) -> Sequence:
-    ids = tuple(range(first, first + length))
-    return Sequence(Request(request_id=name, epoch=0, prompt_ids=ids, sampling=SamplingParams(max_tokens=4)))
-
-
-def answer(plan: StepPlan, token_id: int = 7) -> StepResult:
-    """What a runner says: one token for each sequence that samples."""
-    return StepResult(
-        step=plan.step,
-        tokens=tuple(
-            SampledToken(request_id=s.request_id, epoch=s.epoch, index=s.sample.index, token_id=token_id)
-            for s in plan.sequences
-            if s.sample is not None
-        ),
-    )
-
-
 def test_a_long_prompt_takes_several_steps_and_samples_in_the_last() -> None:
     scheduler = make()
-    scheduler.add(prompt("a", 18))
+    scheduler.add(sequence("a", 18))
     spans = []
     while (plan := scheduler.schedule()) is not None:
         spans.append([(s.start, s.num_new_tokens, s.sample is not None) for s in plan.sequences])
@@ -50,7 +30,7 @@ def test_a_long_prompt_takes_several_steps_and_samples_in_the_last() -> None:
 def test_short_prompts_share_a_step_up_to_its_tokens() -> None:
     scheduler = make()
     for name, length, first in (("a", 3, 0), ("b", 4, 10), ("c", 5, 20)):
-        scheduler.add(prompt(name, length, first))
+        scheduler.add(sequence(name, length, first=first))
     plan = scheduler.schedule()
     assert plan is not None
     assert [(s.request_id, s.num_new_tokens) for s in plan.sequences] == [("a", 3), ("b", 4), ("c", 1)]
@@ -59,9 +39,9 @@ def test_short_prompts_share_a_step_up_to_its_tokens() -> None:
 
 def test_no_prompt_overtakes_one_that_waits_for_blocks() -> None:
     scheduler = make(num_blocks=4)
-    scheduler.add(prompt("big", 12))
-    scheduler.add(prompt("bigger", 16, 100))
-    scheduler.add(prompt("small", 2, 200))
+    scheduler.add(sequence("big", 12))
+    scheduler.add(sequence("bigger", 16, first=100))
+    scheduler.add(sequence("small", 2, first=200))
     plan = scheduler.schedule()
     assert plan is not None
     assert [s.request_id for s in plan.sequences] == ["big"]
@@ -77,11 +57,11 @@ def test_no_prompt_overtakes_one_that_waits_for_blocks() -> None:
 
 def test_a_second_prompt_that_begins_alike_computes_only_the_rest() -> None:
     scheduler = make(max_step_tokens=32)
-    scheduler.add(prompt("a", 10))
+    scheduler.add(sequence("a", 10))
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.update(plan, answer(plan))
-    scheduler.add(prompt("b", 11))
+    scheduler.add(sequence("b", 11))
     plan = scheduler.schedule()
     assert plan is not None
     assert [(s.start, s.num_new_tokens) for s in plan.sequences] == [(8, 3)]
@@ -90,7 +70,7 @@ def test_a_second_prompt_that_begins_alike_computes_only_the_rest() -> None:
 @pytest.mark.parametrize("steps_before", [0, 1, 2])
 def test_removal_at_every_stage_frees_the_blocks(steps_before: int) -> None:
     scheduler = make()
-    scheduler.add(prompt("a", 30))
+    scheduler.add(sequence("a", 30))
     for _ in range(steps_before):
         plan = scheduler.schedule()
         assert plan is not None
@@ -104,7 +84,7 @@ def test_removal_at_every_stage_frees_the_blocks(steps_before: int) -> None:
 
 def test_a_step_result_for_a_removed_sequence_is_dropped() -> None:
     scheduler = make()
-    scheduler.add(prompt("a", 4))
+    scheduler.add(sequence("a", 4))
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.remove(("a", 0))

@@ -13,10 +13,9 @@ from anabranch.engine.pending import PendingResult
 from anabranch.errors import DeadlineExceeded, InvalidRequest, WorkerDied
 from anabranch.step.plan import StepPlan
 from runtime.compute import ComputeThread
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
-
-DEADLINE_S = 10.0
 
 
 class Say(msgspec.Struct, frozen=True):
@@ -37,7 +36,7 @@ class Listed:
         self.done.append(command.text)
 
     def step(self, plan: StepPlan) -> PendingResult:
-        assert self.go_on.wait(DEADLINE_S)
+        assert self.go_on.wait(WAIT_S)
         self.num_threads.add(torch.get_num_threads())
         if plan.step == 13:
             raise ZeroDivisionError("thirteen")
@@ -64,7 +63,7 @@ def world() -> Iterator[World]:
     found = World()
     yield found
     found.rank.go_on.set()
-    assert found.thread.stop(DEADLINE_S)
+    assert found.thread.stop(WAIT_S)
 
 
 def plan(step: int) -> StepPlan:
@@ -82,9 +81,9 @@ def test_commands_and_steps_are_done_in_the_order_of_sending(world: World) -> No
     with pytest.raises(DeadlineExceeded, match="step_timeout_s: step 1"):
         first.result(0.01)
     world.rank.go_on.set()
-    assert second.result(DEADLINE_S).step == 2
+    assert second.result(WAIT_S).step == 2
     assert first.done
-    assert ended.wait(DEADLINE_S)
+    assert ended.wait(WAIT_S)
     assert first.result(0.0).step == 1
     assert world.rank.done == ["one", "step 1", "two", "step 2"]
     assert world.rank.num_threads == {1}
@@ -94,9 +93,9 @@ def test_a_step_that_fails_raises_where_it_is_waited_for_and_ends_nothing(world:
     world.rank.go_on.set()
     failing = world.thread.launch(plan(13))
     with pytest.raises(ZeroDivisionError, match="thirteen"):
-        failing.result(DEADLINE_S)
+        failing.result(WAIT_S)
     world.thread.send(Say("fail"))
-    assert world.thread.launch(plan(2)).result(DEADLINE_S).step == 2
+    assert world.thread.launch(plan(2)).result(WAIT_S).step == 2
     assert [type(error) for error in world.errors] == [ZeroDivisionError, InvalidRequest]
 
 
@@ -105,9 +104,9 @@ def test_an_error_is_what_it_means_to_the_ranks() -> None:
     world = World(died)
     world.rank.go_on.set()
     with pytest.raises(WorkerDied) as caught:
-        world.thread.launch(plan(13)).result(DEADLINE_S)
+        world.thread.launch(plan(13)).result(WAIT_S)
     assert caught.value is died
-    assert world.thread.stop(DEADLINE_S)
+    assert world.thread.stop(WAIT_S)
 
 
 def test_an_error_that_a_device_reports_late_counts_as_well() -> None:
@@ -119,14 +118,14 @@ def test_an_error_that_a_device_reports_late_counts_as_well() -> None:
     world.rank.step = lambda plan: Late(plan.step)  # type: ignore[method-assign]
     launched = world.thread.launch(plan(1))
     with pytest.raises(WorkerDied):
-        launched.result(DEADLINE_S)
+        launched.result(WAIT_S)
     assert str(world.errors[0]) == "device-side"
-    assert world.thread.stop(DEADLINE_S)
+    assert world.thread.stop(WAIT_S)
 
 
 def test_stop_ends_after_what_was_sent_and_waits_no_longer_than_it_may(world: World) -> None:
     launched = world.thread.launch(plan(1))
     assert not world.thread.stop(0.01)
     world.rank.go_on.set()
-    assert launched.result(DEADLINE_S).step == 1
-    assert world.thread.stop(DEADLINE_S)
+    assert launched.result(WAIT_S).step == 1
+    assert world.thread.stop(WAIT_S)

@@ -42,10 +42,10 @@ from anabranch.system.private_files import write_secret
 from runtime.outbox import MAX_MESSAGES
 from runtime.worker import Worker, unexpected
 from tests.support.resources import our_threads
-from tests.support.scripted import DEADLINE_S, ScriptedOrchestrator, play, request
-from tests.support.waiting import eventually, eventually_async
+from tests.support.scripted import ScriptedOrchestrator, play, request
+from tests.support.waiting import WAIT_S, eventually, eventually_async
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 
 class Room(Worker):
@@ -155,7 +155,7 @@ def with_room(tmp_path: Path) -> Callable[..., None]:
 
 async def ended(orchestrator: ScriptedOrchestrator) -> None:
     """Wait for the worker's end, and pass on what it raised."""
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(WAIT_S):
         await orchestrator.run
 
 
@@ -342,7 +342,7 @@ def test_an_engine_that_hangs_ends_the_worker_by_name(with_room) -> None:
         await orchestrator.accept()
         await orchestrator.send(Generate(request=request((1,), 2)))
         await eventually_async(lambda: room.held)
-        room.submit(lambda: go_on.wait(DEADLINE_S))  # type: ignore[arg-type,return-value]
+        room.submit(lambda: go_on.wait(WAIT_S))  # type: ignore[arg-type,return-value]
         reason = "step_stall_s: the engine's thread has been at one thing for "
         last = await orchestrator.expect(Failing)
         assert last.error.message.startswith(reason)
@@ -360,7 +360,7 @@ def test_an_event_loop_that_hangs_ends_the_process(with_room, monkeypatch: pytes
     async def act(orchestrator: ScriptedOrchestrator, room: Room) -> None:
         await orchestrator.accept()
         await eventually_async(lambda: room.num_ticks)
-        eventually(lambda: codes, "the end of the process", DEADLINE_S)  # this holds the loop up
+        eventually(lambda: codes, "the end of the process")  # this holds the loop up
         assert codes == [1]
         assert "step_stall_s: the event loop has been at one thing for " in caplog.text
 
@@ -445,7 +445,7 @@ def test_what_piles_up_ends_the_worker_by_name(with_room, monkeypatch: pytest.Mo
                 room.post(Ended(request_id="a", epoch=0, reason="stop"))
             error = f"{MAX_MESSAGES} messages of \\d+ bytes wait to be sent"
         else:
-            room.submit(lambda: go_on.wait(DEADLINE_S))  # type: ignore[arg-type,return-value]
+            room.submit(lambda: go_on.wait(WAIT_S))  # type: ignore[arg-type,return-value]
             for _ in range(22):
                 room.submit(lambda: None)
             error = "the engine has not come to 20 commands that wait for it"
@@ -497,7 +497,7 @@ def test_one_that_is_cancelled_while_it_builds_leaves_nothing(tmp_path: Path) ->
     class SlowRoom(Room):
         def build(self) -> WorkerInfo:
             begun.set()
-            assert go_on.wait(DEADLINE_S)
+            assert go_on.wait(WAIT_S)
             return super().build()
 
     async def scenario() -> None:

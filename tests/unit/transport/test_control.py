@@ -18,7 +18,7 @@ from anabranch.errors import ConfigError, FrameTooLarge, MalformedMessage, Overl
 from anabranch.protocol.workers import Beat, Cancel, Drain, ToOrchestrator, ToWorker, WorkerStats
 from tests.support.control import SECRET, dial, proven
 from tests.support.resources import num_descriptors
-from tests.support.waiting import eventually_async
+from tests.support.waiting import WAIT_S, eventually_async
 from transport.control import ControlClient, ControlServer
 from transport.control import client as control_client
 from transport.control import frames as control_frames
@@ -33,7 +33,7 @@ BEAT = msgspec.msgpack.encode(Beat())
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
 
 
 async def open_server(bind: str = "tcp://127.0.0.1:0", max_message_bytes: int = 8 << 20) -> ControlServer:
@@ -318,7 +318,7 @@ def test_a_peer_that_sends_nothing_but_garbage_is_ended() -> None:
 
 async def ended(reader: asyncio.StreamReader) -> bool:
     """Whether the other end hangs up."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         try:
             while await reader.read(4096):
                 pass
@@ -419,7 +419,7 @@ def test_a_dismissed_peer_reads_its_last_message_and_is_not_heard_again() -> Non
         await server.dismiss(peer, Drain())
         receiving = asyncio.create_task(server.recv())
         writer.write(frame(BEAT) * 50)
-        got = await asyncio.wait_for(reader.read(), 5)
+        got = await asyncio.wait_for(reader.read(), WAIT_S)
         assert got == frame(msgspec.msgpack.encode(Drain()))
         assert not receiving.done()
         with pytest.raises(PeerLost):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from anabranch.errors import AccessDenied, ConfigError
 from anabranch.protocol.workers import Beat, Drain, ToOrchestrator, ToWorker
 from tests.support.control import SECRET, dial, proven
-from tests.support.waiting import eventually_async
+from tests.support.waiting import WAIT_S, eventually_async
 from transport.control import ControlClient, ControlServer
 from transport.control import server as control_server
 from transport.control.frames import frame, read_frame
@@ -44,7 +44,7 @@ def run(scenario: Callable[[ControlServer], Awaitable[None]], bind: str = "tcp:/
         await client.close()
         await server.close()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), WAIT_S))
 
 
 async def answer(endpoint: str, make: Callable[[Challenge], bytes]) -> bytes:
@@ -52,7 +52,7 @@ async def answer(endpoint: str, make: Callable[[Challenge], bytes]) -> bytes:
     reader, writer = await dial(endpoint)
     challenge = msgspec.msgpack.decode(await read_frame(reader, 1024), type=Challenge)
     writer.write(make(challenge))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         try:
             said = await reader.read()
         except ConnectionError:
@@ -163,7 +163,7 @@ def test_those_who_say_too_little_keep_nobody_out_and_are_ended_in_time(
         assert len(server._pending) <= control_server.MAX_PENDING
         _, writer = await proven(server.endpoint)  # while they are there
         writer.transport.abort()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(WAIT_S):
             for reader, writer in connections:
                 with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                     await reader.readexactly(1 << 16)
@@ -215,7 +215,7 @@ def test_a_server_that_does_not_know_the_secret_hears_nothing(secret: bytes, tmp
         await client.close()
         server.close()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), WAIT_S))
 
 
 def test_a_file_mode_may_take_the_secrets_place_on_one_machine(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_file_mode_may_take_the_secrets_place_on_one_machine(tmp_path: Path) -
         writer.transport.abort()
         await server.close()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), WAIT_S))
 
 
 def test_tcp_without_a_secret_is_refused_on_both_sides() -> None:

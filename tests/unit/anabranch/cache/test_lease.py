@@ -8,6 +8,7 @@ from anabranch.cache.block_pool import BlockPool
 from anabranch.cache.block_table import BlockTable
 from anabranch.cache.lease import LeaseBook
 from anabranch.errors import InvalidRequest, StaleLease
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -123,12 +124,12 @@ def test_of_many_that_close_a_lease_at_once_one_gets_it(book: LeaseBook) -> None
         won: list[object] = []
 
         def close(stream_id: int = lease.stream_id, gate: threading.Barrier = gate, won: list[object] = won) -> None:
-            gate.wait(timeout=10.0)
+            gate.wait(timeout=WAIT_S)
             won.append(book.abort(stream_id))
 
         threads = [threading.Thread(target=close) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=10.0)
+            thread.join(timeout=WAIT_S)
         assert sorted(entry is lease for entry in won) == [False, False, False, True]

@@ -213,7 +213,6 @@ def test_whatever_a_file_says_is_answered_at_once_by_name(tmp_path: Path, text: 
     assert len(str(caught.value)) < 4000
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [
@@ -241,7 +240,6 @@ def test_what_is_no_small_regular_file(tmp_path: Path, kind: str, remedy: str) -
 DOUBLING = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [

@@ -9,11 +9,9 @@ import pytest
 
 from anabranch.engine.faults import MAX_IN_A_ROW
 from anabranch.engine.loop import EngineLoop
-from tests.support.waiting import eventually
+from tests.support.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.unit
-
-DEADLINE_S = 10.0
 
 
 class Engine:
@@ -54,7 +52,7 @@ def start() -> Iterator[Start]:
 
     yield run
     for loop in loops:
-        assert loop.stop(DEADLINE_S)
+        assert loop.stop(WAIT_S)
 
 
 def do(loop: EngineLoop, action: Callable[[], object] = lambda: None) -> None:
@@ -68,7 +66,7 @@ def do(loop: EngineLoop, action: Callable[[], object] = lambda: None) -> None:
             done.set()
 
     loop.submit(run)
-    assert done.wait(DEADLINE_S)
+    assert done.wait(WAIT_S)
 
 
 def test_commands_that_wait_run_before_the_next_step(start: Start) -> None:
@@ -78,23 +76,23 @@ def test_commands_that_wait_run_before_the_next_step(start: Start) -> None:
     for name in "abc":
         loop.submit(lambda name=name: engine.events.append(name))
     loop.start()
-    assert engine.idle.wait(DEADLINE_S)
+    assert engine.idle.wait(WAIT_S)
     assert engine.events == ["a", "b", "c", "step", "step", "step"]
     assert engine.threads == {"engine-under-test"}
-    assert loop.stop(DEADLINE_S)
+    assert loop.stop(WAIT_S)
 
 
 def test_an_idle_engine_sleeps_until_a_command_comes(start: Start) -> None:
     engine = Engine()
     loop = start(engine)
-    assert engine.idle.wait(DEADLINE_S)
+    assert engine.idle.wait(WAIT_S)
 
     def bring_work() -> None:
         engine.idle.clear()
         engine.work = 2
 
     do(loop, bring_work)
-    assert engine.idle.wait(DEADLINE_S)
+    assert engine.idle.wait(WAIT_S)
     assert engine.events == ["step", "step"]
 
 
@@ -110,7 +108,7 @@ def test_what_fails_is_logged_and_ends_nothing(start: Start, caplog: pytest.LogC
     do(loop)
     engine.idle.clear()
     do(loop)
-    assert engine.idle.wait(DEADLINE_S)
+    assert engine.idle.wait(WAIT_S)
     assert engine.events == ["step"]
     assert "the command is wrong" in caplog.text
 
@@ -128,11 +126,11 @@ def test_a_step_that_fails_is_tried_again_after_the_commands(start: Start, caplo
 
     loop = EngineLoop("engine-under-test", step, unexpected)
     loop.start()
-    assert engine.idle.wait(DEADLINE_S)
+    assert engine.idle.wait(WAIT_S)
     assert [record.getMessage() for record in caplog.records] == [
         "a step of the engine: RuntimeError: the step is wrong"
     ]
-    assert loop.stop(DEADLINE_S)
+    assert loop.stop(WAIT_S)
 
 
 def test_stop_waits_for_the_step_in_progress_and_no_longer_than_it_may() -> None:
@@ -140,15 +138,15 @@ def test_stop_waits_for_the_step_in_progress_and_no_longer_than_it_may() -> None
 
     def step() -> bool:
         begun.set()
-        assert go_on.wait(DEADLINE_S)
+        assert go_on.wait(WAIT_S)
         return False
 
     loop = EngineLoop("engine-under-test", step, unexpected)
     loop.start()
-    assert begun.wait(DEADLINE_S)
+    assert begun.wait(WAIT_S)
     assert not loop.stop(0.05)
     go_on.set()
-    assert loop.stop(DEADLINE_S)
+    assert loop.stop(WAIT_S)
 
 
 def test_steps_that_do_nothing_but_raise_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,7 +163,7 @@ def test_steps_that_do_nothing_but_raise_are_given_up(caplog: pytest.LogCaptureF
     eventually(lambda: broken, "the end of steps")
     for _ in range(50):  # commands are still run, as the worker's end needs
         do(loop)
-    assert loop.stop(DEADLINE_S)
+    assert loop.stop(WAIT_S)
     assert num_steps == MAX_IN_A_ROW
     assert [str(error) for error in broken] == ["the step is wrong"]
     assert [record.getMessage() for record in caplog.records] == [
@@ -187,5 +185,5 @@ def test_steps_that_now_and_then_succeed_are_not(caplog: pytest.LogCaptureFixtur
     loop = EngineLoop("engine-under-test", step, unexpected)
     loop.start()
     eventually(lambda: num_steps >= 5 * MAX_IN_A_ROW, "steps")
-    assert loop.stop(DEADLINE_S)
+    assert loop.stop(WAIT_S)
     assert len(caplog.records) == 2 * 2  # each error once, and once more at the tenth

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.system.native_code import NativeUnavailable
 
-pytestmark = pytest.mark.unit
+# Whoever comes first compiles.
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]
 plain = PlainKernels()
 MakeCase = Callable[..., Any]
 # What the compiler is told to leave out, by the machine that then remains.
@@ -22,6 +26,8 @@ MACHINES = {
     "avx512_bf16": ("-mno-amx-bf16",),
     "avx2": ("-mno-avx512f", "-mno-amx-bf16"),
 }
+# What the first thing left out is called in /proc/cpuinfo.
+LEFT_OUT = {"avx512_bf16": "amx_bf16", "avx2": "avx512f"}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -30,7 +36,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 def machine(request: pytest.FixtureRequest) -> str:
     if not native_status().usable:
         pytest.skip(native_status().reason)
+    if request.param in LEFT_OUT and LEFT_OUT[request.param] not in cpu_flags():
+        pytest.skip(f"this machine has no {LEFT_OUT[request.param]}: without it, the code is the same as native")
     return str(request.param)
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return frozenset(found.group(1).split() if found else ())
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])

@@ -14,7 +14,7 @@ from anabranch.model.config_bounds import MAX_LAYERS, checked_fields
 from anabranch.model.json_files import read_json_object
 from anabranch.model.sources import resolve_model
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 LLAMA: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],

@@ -14,7 +14,7 @@ from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.sources import resolve_model
 from anabranch.model.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 UINT32, TEXT, ARRAY = 4, 8, 9
 HUGE = 1 << 60

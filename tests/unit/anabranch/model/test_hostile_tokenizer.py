@@ -15,7 +15,7 @@ from anabranch.model.tokenizer import Tokenizer
 from anabranch.model.tokenizer_files import MAX_SPECIAL_TOKENS
 from tests.support.families import VOCAB, save_tokenizer
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 

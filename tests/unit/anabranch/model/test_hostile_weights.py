@@ -17,7 +17,7 @@ from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
 from anabranch.model.weights import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.unit
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

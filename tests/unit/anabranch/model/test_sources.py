@@ -13,6 +13,7 @@ from anabranch.errors import CheckpointError, DeadlineExceeded, UnknownModel
 from anabranch.model import known
 from anabranch.model.known import KnownModel, known_models
 from anabranch.model.sources import resolve_model
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +41,7 @@ def test_a_known_model_is_converted_once_for_all(packaged, monkeypatch, tmp_path
     def convert(gguf: Path, folder: Path) -> None:
         calls.append(gguf)
         started.set()
-        assert go_on.wait(20)
+        assert go_on.wait(WAIT_S)
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
@@ -49,11 +50,11 @@ def test_a_known_model_is_converted_once_for_all(packaged, monkeypatch, tmp_path
     threads = [threading.Thread(target=lambda: found.append(resolve_model("tiny").path)) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert started.wait(20)
+    assert started.wait(WAIT_S)
     assert not list((tmp_path / "cache").glob("tiny-1.5-v?"))
     go_on.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(WAIT_S)
     folder = tmp_path / "cache" / f"tiny-1.5-v{known.CONVERSION_VERSION}"
     assert found == [folder] * 3
     assert len(calls) == 1
@@ -83,18 +84,18 @@ def test_waiting_for_another_conversion_ends(packaged, monkeypatch) -> None:
 
     def convert(gguf: Path, folder: Path) -> None:
         inside.set()
-        assert leave.wait(20)
+        assert leave.wait(WAIT_S)
         folder.mkdir()
 
     monkeypatch.setattr(known, "_convert", convert)
     holder = threading.Thread(target=packaged.folder)
     holder.start()
-    assert inside.wait(20)
+    assert inside.wait(WAIT_S)
     monkeypatch.setattr(known, "CONVERT_TIMEOUT_S", 0.2)
     with pytest.raises(DeadlineExceeded, match="another process has held it"):
         packaged.folder()
     leave.set()
-    holder.join(20)
+    holder.join(WAIT_S)
 
 
 def test_missing_package_says_how_to_get_it(monkeypatch) -> None:

@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
-from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.request.request import Request
-from anabranch.request.sampling_params import SamplingParams
-from anabranch.sampling.stop import StopChecker
 from anabranch.schedule.generation import GenerationScheduler, StepOutcome
-from anabranch.schedule.sequence import Sequence
 from anabranch.step.plan import SampledToken, StepPlan, StepResult
+from tests.support.schedules import EOS, answer, join, scheduler, sequence
 
 pytestmark = pytest.mark.unit
 
-EOS = 99
 NUM_BLOCKS = 16
-BLOCK = 4
 
-
-def make(
-    num_blocks: int = NUM_BLOCKS, *, computes_prompts: bool = False, prefix_cache: bool = False
-) -> GenerationScheduler:
-    return GenerationScheduler(
-        KvCacheManager(num_blocks=num_blocks, block_size=BLOCK, prefix_cache=prefix_cache),
-        StopChecker(max_context=64),
-        computes_prompts=computes_prompts,
-        max_running=8,
-        max_step_tokens=16,
-    )
-
-
-def sequence(name: str, length: int = 5, arrival_s: float = 0.0, max_tokens: int = 20, **sampling: float) -> Sequence:
-    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=(EOS,), **sampling)  # type: ignore[arg-type]
-    return Sequence(Request(request_id=name, epoch=0, prompt_ids=tuple(range(length)), sampling=params), arrival_s)
-
-
-def join(scheduler: GenerationScheduler, item: Sequence, token_id: int = 7) -> None:
-    item.hold(scheduler.cache.admit(item.key, item.tokens, item.num_tokens + 1))
-    scheduler.join(item, SampledToken(request_id=item.request.request_id, epoch=0, index=0, token_id=token_id))
-
-
-def answer(plan: StepPlan, token_id: int = 7, **by_name: int) -> StepResult:
-    return StepResult(
-        step=plan.step,
-        tokens=tuple(
-            SampledToken(
-                request_id=s.request_id,
-                epoch=s.epoch,
-                index=s.sample.index,
-                token_id=by_name.get(s.request_id, token_id),
-            )
-            for s in plan.sequences
-            if s.sample is not None
-        ),
-    )
+make = partial(scheduler, computes_prompts=False)
 
 
 def launch(scheduler: GenerationScheduler) -> StepPlan:

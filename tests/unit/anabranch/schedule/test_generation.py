@@ -1,55 +1,16 @@
 """Sequences join, grow, finish, and give way when blocks run out."""
 
+from functools import partial
+
 import pytest
 
-from anabranch.cache.kv_manager import KvCacheManager
-from anabranch.request.request import Request
-from anabranch.request.sampling_params import SamplingParams
-from anabranch.sampling.stop import StopChecker
-from anabranch.schedule.generation import GenerationScheduler
-from anabranch.schedule.sequence import Sequence
-from anabranch.step.plan import SampledToken, StepPlan, StepResult
+from tests.support.schedules import EOS, answer, join, scheduler
+from tests.support.schedules import sequence as any_sequence
 
 pytestmark = pytest.mark.unit
 
-EOS = 99
-
-
-def make(num_blocks: int = 16, *, computes_prompts: bool = True, max_step_tokens: int = 16) -> GenerationScheduler:
-    return GenerationScheduler(
-        KvCacheManager(num_blocks=num_blocks, block_size=4, prefix_cache=False),
-        StopChecker(max_context=64),
-        computes_prompts=computes_prompts,
-        max_running=8,
-        max_step_tokens=max_step_tokens,
-    )
-
-
-def sequence(name: str, length: int, arrival_s: float, max_tokens: int = 8) -> Sequence:
-    request = Request(
-        request_id=name,
-        epoch=0,
-        prompt_ids=tuple(range(length)),
-        sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(EOS,)),
-    )
-    return Sequence(request, arrival_s)
-
-
-def answer(plan: StepPlan, token_id: int = 7) -> StepResult:
-    return StepResult(
-        step=plan.step,
-        tokens=tuple(
-            SampledToken(request_id=s.request_id, epoch=s.epoch, index=s.sample.index, token_id=token_id)
-            for s in plan.sequences
-            if s.sample is not None
-        ),
-    )
-
-
-def join(scheduler: GenerationScheduler, item: Sequence, token_id: int = 7) -> None:
-    """Import a sequence as the KV stream does: blocks for the prompt and one token, then its first token."""
-    item.hold(scheduler.cache.admit(item.key, item.tokens, item.num_tokens + 1))
-    scheduler.join(item, SampledToken(request_id=item.request.request_id, epoch=0, index=0, token_id=token_id))
+make = partial(scheduler, computes_prompts=True)
+sequence = partial(any_sequence, max_tokens=8)
 
 
 def test_a_prompt_is_computed_then_decoded_to_its_length() -> None:

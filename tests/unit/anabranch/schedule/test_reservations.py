@@ -6,10 +6,8 @@ import pytest
 
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.cache.lease import LeaseBook
-from anabranch.request.request import Request
-from anabranch.request.sampling_params import SamplingParams
 from anabranch.schedule.reservations import Reservations
-from anabranch.schedule.sequence import Sequence
+from tests.support.schedules import sequence
 
 pytestmark = pytest.mark.unit
 
@@ -25,17 +23,6 @@ def make(num_blocks: int = 6) -> tuple[Reservations, Clock]:
     clock = Clock()
     cache = KvCacheManager(num_blocks=num_blocks, block_size=4, prefix_cache=False)
     return Reservations(cache, LeaseBook(clock=clock), lease_s=5.0), clock
-
-
-def sequence(name: str, length: int, output: tuple[int, ...] = (), epoch: int = 0) -> Sequence:
-    request = Request(
-        request_id=name,
-        epoch=epoch,
-        prompt_ids=tuple(range(length)),
-        output_ids=output,
-        sampling=SamplingParams(max_tokens=8),
-    )
-    return Sequence(request, 0.0)
 
 
 def names(reservations: Reservations) -> list[str]:

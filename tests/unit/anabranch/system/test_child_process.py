@@ -11,6 +11,7 @@ import pytest
 
 from anabranch.system.child_process import python_environment, python_module
 from launch.process import ChildProcess
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +48,7 @@ def test_a_child_runs_nothing_of_the_current_folder(
         on_exit=lambda _: None,
     )
     child.start()
-    end = child.wait(60.0)
+    end = child.wait(WAIT_S)
     assert end is not None
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
     assert end.code == 2, child.log_tail()

@@ -16,10 +16,9 @@ import pytest
 import uvloop
 
 from anabranch.system.clock import MAX_GAP_S, AwakeClock, awake_s, loop_clock, result_of, timeout, timeout_at, wait_for
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
-
-DEADLINE_S = 10.0
 
 
 class Hands:
@@ -107,7 +106,7 @@ def test_a_cancellation_is_no_timeout() -> None:
         inside = asyncio.Event()
 
         async def wait() -> None:
-            async with timeout(DEADLINE_S):
+            async with timeout(WAIT_S):
                 inside.set()
                 await asyncio.Event().wait()
 
@@ -131,7 +130,7 @@ def test_threads_wait_as_long_as_they_may() -> None:
     assert awake_s() - begun >= 0.04
     future.set_exception(TimeoutError("its own"))
     with pytest.raises(TimeoutError, match="its own"):
-        result_of(future, DEADLINE_S)
+        result_of(future, WAIT_S)
     with changed:
         assert wait_for(changed, lambda: True, 0.0)
 
@@ -141,7 +140,7 @@ def test_a_process_that_was_forked_has_a_clock_of_its_own() -> None:
     pid = os.fork()
     if pid == 0:
         # Waits as long as it may, and then no more.
-        end_s = time.monotonic() + DEADLINE_S
+        end_s = time.monotonic() + WAIT_S
         begun = awake_s()
         while awake_s() - begun < 2 * MAX_GAP_S and time.monotonic() < end_s:
             time.sleep(0.01)
@@ -181,7 +180,7 @@ def test_a_process_that_was_stopped_counts_none_of_it() -> None:
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(2.5)  # the subject
             os.kill(process.pid, signal.SIGCONT)
-            out, err = process.communicate(timeout=DEADLINE_S)
+            out, err = process.communicate(timeout=WAIT_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

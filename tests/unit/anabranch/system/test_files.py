@@ -10,7 +10,7 @@ import pytest
 
 from anabranch.system.files import open_regular, read_regular
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(20)]
+pytestmark = pytest.mark.unit
 
 
 def test_a_file_and_a_link_to_it_are_read(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from anabranch.system.standard_streams import OutputLost, _Error, _Output
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +29,7 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
     reader.start()
     with io.BufferedWriter(_Output(write_end, "w")) as file:
         file.write(DATA)
-    reader.join(30.0)
+    reader.join(WAIT_S)
     os.close(read_end)
     assert bytes(got) == DATA
 

@@ -14,6 +14,7 @@ from anabranch.errors import CheckpointError, DeadlineExceeded
 from anabranch.model.known import KnownModel
 from anabranch.system import user_cache
 from anabranch.system.user_cache import cache_folder, cache_problem, cached_file, locked
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.unit
 
@@ -116,7 +117,7 @@ def test_one_builds_and_the_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with locked(tmp_path / "x.lock", 1.0), pytest.raises(DeadlineExceeded, match=r"x.lock: another process has held"):
         cached_file("x.so", Path.touch, timeout_s=0.05)
     built: list[Path] = []
-    inside = threading.Barrier(2, timeout=30.0)
+    inside = threading.Barrier(2, timeout=WAIT_S)
 
     def ask() -> None:
         inside.wait()
@@ -126,7 +127,7 @@ def test_one_builds_and_the_others_wait(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30.0)
+        thread.join(WAIT_S)
     assert built == [tmp_path / "x.so"]
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.transport.test_planes import Recorder, needs_ucx, payload_of
+from tests.support.planes import Recorder, needs_ucx, payload_of
+from tests.support.waiting import WAIT_S
 from transport.planes import ucx_trial
 from transport.planes.ucx import UcxPlane
 from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS
@@ -19,7 +20,6 @@ from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS
 pytestmark = [pytest.mark.unit, needs_ucx]
 
 ROOT = Path(__file__).parents[3]
-WAIT_S = 10.0
 
 ASK = """
 import json, logging, sys
