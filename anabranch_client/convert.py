@@ -256,7 +256,7 @@ def _from_worker(worker: pb.Worker) -> Worker:
         last_heard_s=worker.last_heard_s,
         block_size=worker.block_size,
         max_context=worker.max_context,
-        num_parked=worker.num_parked,
+        num_offloaded=worker.num_offloaded,
         num_free_host_blocks=worker.num_free_host_blocks,
         num_total_host_blocks=worker.num_total_host_blocks,
     )

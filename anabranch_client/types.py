@@ -194,7 +194,7 @@ class Worker:
     Attributes:
         state: ready or draining.
         num_requests: that the orchestrator has given it and that have not ended.
-        num_parked: of these, the ones that have given way to others, with their KV in host memory.
+        num_offloaded: of these, the ones that were preempted, with their KV in host memory.
     """
 
     name: str
@@ -217,7 +217,7 @@ class Worker:
     last_heard_s: float
     block_size: int
     max_context: int
-    num_parked: int = 0
+    num_offloaded: int = 0
     num_free_host_blocks: int = 0
     num_total_host_blocks: int = 0
 

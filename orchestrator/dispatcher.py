@@ -7,7 +7,7 @@ import logging
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError
-from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved, Tokens
+from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved, Tokens
 from anabranch.request.request import Request
 from anabranch.request.token import Token
 from orchestrator.lifecycle import Lifecycle
@@ -92,7 +92,7 @@ class Dispatcher:
 
     # What workers say -------------------------------------------------------------------------------------
 
-    def deliver(self, member: Member, message: Reserved | Tokens | Paused | PrefillEnded | Ended) -> None:
+    def deliver(self, member: Member, message: Reserved | Tokens | Preempted | PrefillEnded | Ended) -> None:
         """Hand a worker's message to the requests that it is about; unknown ones have ended and are dropped."""
         if not isinstance(message, Tokens):
             lifecycle = self._requests.get(message.request_id)

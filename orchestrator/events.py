@@ -102,7 +102,7 @@ def worker_message(member: Member, now: float) -> pb.Worker:
         last_heard_s=max(0.0, now - member.heard_at),
         block_size=info.block_size,
         max_context=info.max_context,
-        num_parked=stats.num_parked if stats else 0,
+        num_offloaded=stats.num_offloaded if stats else 0,
         num_free_host_blocks=stats.num_free_host_blocks if stats else 0,
         num_total_host_blocks=stats.num_total_host_blocks if stats else 0,
     )

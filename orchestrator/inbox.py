@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 from anabranch.errors import AnabranchError, DeadlineExceeded, Overloaded
-from anabranch.protocol.workers import Ended, Paused, PrefillEnded, Reserved
+from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved
 from anabranch.request.token import Token
 from anabranch.system.clock import loop_clock, timeout_at
 from orchestrator.attempt import Attempt
@@ -19,7 +19,7 @@ from orchestrator.membership import Member
 # Seconds' worth of one request's tokens at any speed, should this process be held up.
 MAX_WAITING = 16384
 
-FromWorker = Reserved | Paused | PrefillEnded | Ended | tuple[Token, ...]
+FromWorker = Reserved | Preempted | PrefillEnded | Ended | tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)

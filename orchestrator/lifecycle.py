@@ -4,7 +4,7 @@
     reserving    the decode worker looks for KV blocks              reserve_timeout_s
     prefilling   the prompt is computed and its KV streams          prefill_timeout_s
     decoding     tokens come                                        token_timeout_s (from token to token)
-    paused       the worker has no KV blocks for it just now        pause_timeout_s (until the next token)
+    preempted       the worker has no KV blocks for it just now        preempted_timeout_s (until the next token)
     finishing    the answer is whole, what prefill cost is not in   report_timeout_s
     ended
 
@@ -29,7 +29,7 @@ from anabranch.protocol.workers import (
     Cancel,
     Ended,
     Generate,
-    Paused,
+    Preempted,
     Prefill,
     PrefillEnded,
     Reserve,
@@ -48,7 +48,7 @@ from orchestrator.waiting_room import Place
 
 logger = logging.getLogger(__name__)
 
-State = Literal["queued", "reserving", "prefilling", "decoding", "paused", "finishing", "ended"]
+State = Literal["queued", "reserving", "prefilling", "decoding", "preempted", "finishing", "ended"]
 Outcome = Literal["stop", "length", "again"]
 
 
@@ -213,10 +213,10 @@ class Lifecycle:
             if member is attempt.route.decode:
                 await self._on_reserved(attempt, message)
             return None
-        if isinstance(message, Paused):
+        if isinstance(message, Preempted):
             # Said once, however often it is heard: the deadline stays where it is.
             if member is attempt.route.decode and self.state == "decoding":
-                self._enter("paused", "pause_timeout_s", self._config.pause_timeout_s)
+                self._enter("preempted", "preempted_timeout_s", self._config.preempted_timeout_s)
             return None
         if isinstance(message, PrefillEnded):
             return self._on_prefill_ended(attempt, message) if member is attempt.route.prefill else None

@@ -28,7 +28,7 @@ from anabranch.protocol.workers import (
     Beat,
     Ended,
     Failing,
-    Paused,
+    Preempted,
     PrefillEnded,
     Register,
     Reserved,
@@ -202,7 +202,7 @@ class Orchestrator:
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self.membership.lose(member, message.error.message)
-            elif isinstance(message, Reserved | Tokens | Paused | PrefillEnded | Ended):
+            elif isinstance(message, Reserved | Tokens | Preempted | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self._dispatcher.deliver(member, message)

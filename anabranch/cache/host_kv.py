@@ -1,4 +1,4 @@
-"""Blocks of a rank's KV pool in host memory, where they wait while their sequence has given way to others."""
+"""Blocks of a rank's KV pool in host memory, where they wait while their sequence is preempted."""
 
 from __future__ import annotations
 

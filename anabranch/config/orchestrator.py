@@ -56,7 +56,7 @@ class OrchestratorConfig(Options):
         reserve_timeout_s: wait for a decode worker's KV blocks.
         prefill_timeout_s: wait from prefill's order to the first token.
         token_timeout_s: wait for the next token, or for the end after the last.
-        pause_timeout_s: wait for the next token of a request that has given way to others at its worker.
+        preempted_timeout_s: wait for the next token of a request that was preempted at its worker.
         report_timeout_s: wait for prefill's report (timings, KV bytes) once the answer is complete.
         client_stall_s: wait for a client to read, or to send what its call begins with.
         handshake_timeout_s: wait for a new connection's first frames.
@@ -92,7 +92,7 @@ class OrchestratorConfig(Options):
     reserve_timeout_s: Seconds = 60.0
     prefill_timeout_s: Seconds = 120.0
     token_timeout_s: Seconds = 30.0
-    pause_timeout_s: Seconds = 300.0
+    preempted_timeout_s: Seconds = 300.0
     report_timeout_s: Seconds = 2.0
     client_stall_s: Seconds = 10.0
     handshake_timeout_s: Seconds = 5.0

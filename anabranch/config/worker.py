@@ -63,7 +63,7 @@ class WorkerConfig(PoolOptions, ClusterOptions):
 
     @property
     def host_kv_bytes(self) -> int:
-        """Host memory that each rank sets apart for KV: none where nothing is ever parked."""
+        """Host memory that each rank sets apart for KV: none where nothing is ever offloaded."""
         return 0 if self.role == "prefill" or self.preemption == "recompute" else self.offload_bytes
 
     def cores_of(self, rank: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ class Engine:
         layout: how the worker spreads KV over its ranks.
         cache: block management of all ranks: a block here is one block of every CP rank.
         max_context: most tokens of one request: the least of model, pool and configuration.
-        host: blocks in host memory; None where requests that give way are always recomputed.
+        host: blocks in host memory; None where requests that are preempted are always recomputed.
     """
 
     model_config: ModelConfig

@@ -120,12 +120,12 @@ def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
         weights = weight_bytes(model, kv_layout(config, model).dtype, config.tp)
         for device in _devices(config):
             process = PROCESS_BYTES if device == "cpu" else 0
-            parked = config.host_kv_bytes if device == "cpu" else 0
+            offloaded = config.host_kv_bytes if device == "cpu" else 0
             needs[device][config.name].append(
-                _Need(weights=weights, kv=config.kv_cache_bytes, parked=parked, process=process)
+                _Need(weights=weights, kv=config.kv_cache_bytes, offloaded=offloaded, process=process)
             )
             if device != "cpu" and config.host_kv_bytes:
-                in_host = _Need(weights=0, kv=0, parked=config.host_kv_bytes, process=0)
+                in_host = _Need(weights=0, kv=0, offloaded=config.host_kv_bytes, process=0)
                 needs["cpu"][config.name].append(in_host)
     for device, by_name in needs.items():
         needed = sum(sum(need) for ranks in by_name.values() for need in ranks)
@@ -167,14 +167,14 @@ class _Need(NamedTuple):
 
     weights: int
     kv: int
-    parked: int
+    offloaded: int
     process: int
 
     def __str__(self) -> str:
         named = {
             "weights": self.weights,
             "KV": self.kv,
-            "offloaded KV": self.parked,
+            "offloaded KV": self.offloaded,
             "process": self.process,
         }
         return " + ".join(f"{what} {_text(num_bytes)}" for what, num_bytes in named.items() if num_bytes)

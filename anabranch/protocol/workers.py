@@ -1,7 +1,7 @@
 """Messages between workers and the orchestrator.
 
 Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Drain, Shutdown, Beat.
-Worker -> orchestrator: Register, Beat, Reserved, Tokens, Paused, PrefillEnded, Ended, Failing.
+Worker -> orchestrator: Register, Beat, Reserved, Tokens, Preempted, PrefillEnded, Ended, Failing.
 
 A request's life on a split pair: Reserve -> Reserved (or Ended: failed), Prefill -> PrefillEnded, Tokens...,
 Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exactly once for each
@@ -79,7 +79,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         num_free_blocks: neither held nor cached, or cached and unused.
         num_leases: reservations that have neither committed nor aborted.
         queued_tokens: prompt tokens that wait to be computed.
-        num_parked: requests that have given way with their KV in host memory.
+        num_offloaded: requests that were preempted with their KV in host memory.
         num_free_host_blocks, num_total_host_blocks: room for more of them.
         num_done: commands and steps that the worker's threads have ended.
         work_age_s: how long the one in hand has lasted; a thread that hangs shows here, though beats go on.
@@ -91,7 +91,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_waiting: Count
     num_leases: Count
     queued_tokens: Count
-    num_parked: Count = 0
+    num_offloaded: Count = 0
     num_free_host_blocks: Count = 0
     num_total_host_blocks: Count = 0
     num_done: Count = 0
@@ -154,8 +154,8 @@ class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
     tokens: Annotated[tuple[Token, ...], Meta(max_length=MAX_STEP_SEQUENCES)]
 
 
-class Paused(Message, frozen=True, kw_only=True, tag="paused"):
-    """The attempt has given way for lack of blocks and goes on by itself; until then no token comes."""
+class Preempted(Message, frozen=True, kw_only=True, tag="preempted"):
+    """The attempt was preempted for lack of blocks and goes on by itself; until then no token comes."""
 
     request_id: Name
     epoch: Count
@@ -211,4 +211,4 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Drain | Shutdown | Beat
-ToOrchestrator = Register | Reserved | Tokens | Paused | PrefillEnded | Ended | Failing | Beat
+ToOrchestrator = Register | Reserved | Tokens | Preempted | PrefillEnded | Ended | Failing | Beat

@@ -3,14 +3,14 @@
 imported (KV came from a prefill worker) --+
                                            +--> running --> finished
 prompt (colocated) --> chunks -------------+     |  ^
-        ^                                        |  +--- blocks are free again --- parked (KV in host memory)
+        ^                                        |  +--- blocks are free again --- offloaded (KV in host memory)
         |                        blocks ran out  v                                    ^
         +--- computed again (colocated) --- preempted --------------------------------+
                                                  +---> back to the orchestrator (split)
 
-First come, first served: the youngest gives way, the oldest that was parked comes back first, and nobody new is let
-in before it. At most `max_running` run, compute their prompts, are parked or hold a lease at a time, and no more than
-a step has tokens: so every running sequence has its place in every step.
+First come, first served: the youngest is preempted, the oldest that was offloaded comes back first, and nobody new is
+let in before it. At most `max_running` run, compute their prompts, are offloaded or hold a lease at a time, and no more
+than a step has tokens: so every running sequence has its place in every step.
 
 One step is scheduled ahead: while a step is in flight, the next one is planned, and goes on with tokens that are not
 known here yet (`SequencePlan.follows`). It is not where that would be wrong or of no use:
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.request.request import EndReason
 from anabranch.sampling.stop import StopChecker
-from anabranch.schedule.parking import Parking
+from anabranch.schedule.host_offload import HostOffload
 from anabranch.schedule.prompts import PromptQueue
 from anabranch.schedule.sequence import Sequence
 from anabranch.step.plan import SampledToken, SequencePlan, StepPlan, StepResult
@@ -81,16 +81,16 @@ class GenerationScheduler:
     Args:
         stop: says when a sequence is over.
         computes_prompts: a colocated worker computes prompts, and preempted sequences again, itself;
-            otherwise preempted sequences that are not parked end here as `preempted`.
-        max_running: most sequences that hold blocks or are parked; never more than a step has tokens.
+            otherwise preempted sequences that are not offloaded end here as `preempted`.
+        max_running: most sequences that hold blocks or are offloaded; never more than a step has tokens.
         max_step_tokens: most new tokens in one step.
-        parking: where sequences that give way are kept with their KV; None: nowhere.
+        offload: where sequences that are preempted are kept with their KV; None: nowhere.
         ahead: plan a step while one is in flight.
         clock: gives seconds; only differences matter.
 
     Attributes:
-        num_preempted: sequences that gave way since the start.
-        num_parked: of these, the ones whose KV was kept.
+        num_preempted: sequences that were preempted since the start.
+        num_offloaded: of these, the ones whose KV was kept.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GenerationScheduler:
         computes_prompts: bool,
         max_running: int,
         max_step_tokens: int,
-        parking: Parking | None = None,
+        offload: HostOffload | None = None,
         ahead: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -113,9 +113,9 @@ class GenerationScheduler:
         self.max_in_flight = 2 if ahead else 1
         self.prompts = PromptQueue(cache)
         self.running: list[Sequence] = []
-        self.parking = parking
+        self.offload = offload
         self.num_preempted = 0
-        self.num_parked = 0
+        self.num_offloaded = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._in_flight: deque[_Flight] = deque()
         self._step = 0
@@ -126,12 +126,12 @@ class GenerationScheduler:
 
     @property
     def num_places(self) -> int:
-        """How many may be let in beside those that run, compute their prompts or are parked; 0 while any is parked.
+        """How many may be let in beside those that run or compute their prompts; 0 while any is offloaded.
 
         Blocks are the other limit: a block id means a block of every rank, so what is left of them on the fullest
         rank is what is left in the one pool that is counted.
         """
-        if self.parking:
+        if self.offload:
             return 0
         return max(0, self.max_running - len(self.running) - len(self.prompts.computing))
 
@@ -153,10 +153,10 @@ class GenerationScheduler:
         assert sequence.table is not None
         self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
         self.running.append(sequence)
-        if self.parking is not None:
+        if self.offload is not None:
             # What it costs to send a sequence back: it would queue, be computed and be streamed again.
             seconds = self._clock() - sequence.arrival_s
-            self.parking.rule.cost.measured(sequence.num_tokens, max(0.0, seconds))
+            self.offload.rule.cost.measured(sequence.num_tokens, max(0.0, seconds))
         outcome = StepOutcome()
         self._take(sequence, first, outcome)
         return outcome
@@ -165,10 +165,10 @@ class GenerationScheduler:
         """The attempts that are here."""
         return tuple(self._sequences)
 
-    def paused(self) -> list[Sequence]:
-        """Those that have given way in the middle of their answer and go on here by themselves."""
-        parked = [] if self.parking is None else self.parking.sequences
-        return [s for s in (*parked, *self.prompts.waiting, *self.prompts.computing) if s.num_output > 0]
+    def preempted(self) -> list[Sequence]:
+        """Those that were preempted in the middle of their answer and go on here by themselves."""
+        offloaded = [] if self.offload is None else self.offload.sequences
+        return [s for s in (*offloaded, *self.prompts.waiting, *self.prompts.computing) if s.num_output > 0]
 
     def remove(self, key: tuple[str, int]) -> Sequence | None:
         """Forget an attempt and free its blocks; None if it is not here."""
@@ -207,9 +207,9 @@ class GenerationScheduler:
             rows.append(sequence.plan(1) if place is None else sequence.follow(place))
             sequences.append(sequence)
             budget -= 1
-        # Not in the step that took blocks away: what was parked just now would come back at once, to no end.
+        # Not in the step that took blocks away: what was offloaded just now would come back at once, to no end.
         if self.num_preempted == num_preempted or not rows:
-            for sequence in self._bring_back():
+            for sequence in self._restore():
                 rows.append(sequence.plan(1))
                 sequences.append(sequence)
                 budget -= 1
@@ -240,8 +240,8 @@ class GenerationScheduler:
             elif sequence.table is not None:
                 sequence.num_computed += planned.num_new_tokens
                 self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
-            elif self.parking is not None and sequence in self.parking:
-                # It was parked after this step had been planned, with what the step computed.
+            elif self.offload is not None and sequence in self.offload:
+                # It was offloaded after this step had been planned, with what the step computed.
                 sequence.num_computed += planned.num_new_tokens
             if sequence.key in sampled:
                 self._take(sequence, sampled[sequence.key], outcome)
@@ -288,10 +288,10 @@ class GenerationScheduler:
 
     def _preempt(self, sequence: Sequence, sent_away: list[Sequence]) -> None:
         self.num_preempted += 1
-        if self.parking is not None and self.parking.takes(sequence):
-            self.num_parked += 1
+        if self.offload is not None and self.offload.takes(sequence):
+            self.num_offloaded += 1
             self._take_out(sequence)
-            self.cache.release(self.parking.park(sequence))
+            self.cache.release(self.offload.offload(sequence))
             return
         if not self.computes_prompts:
             self._drop(sequence)
@@ -301,18 +301,18 @@ class GenerationScheduler:
         self._release(sequence)
         self.prompts.put_back(sequence)
 
-    def _bring_back(self) -> list[Sequence]:
-        """Let parked sequences go on, oldest first, while their blocks and one to grow fit; those that decode."""
+    def _restore(self) -> list[Sequence]:
+        """Let offloaded sequences go on, oldest first, while their blocks and one to grow fit; those that decode."""
         decoding: list[Sequence] = []
         pool = self.cache.pool
-        while self.parking is not None and (sequence := self.parking.oldest) is not None:
+        while self.offload is not None and (sequence := self.offload.oldest) is not None:
             # Alone it needs none to grow: a request that fills the whole pool comes back too.
             spare = 1 if pool.num_free < pool.num_blocks else 0
             salt = sequence.request.cache_salt
             if not self.cache.can_admit(sequence.tokens, sequence.num_tokens, spare, cache_salt=salt):
                 break
             table = self.cache.admit(sequence.key, sequence.tokens, sequence.num_tokens, cache_salt=salt)
-            self.parking.bring_back(sequence, table)
+            self.offload.restore(sequence, table)
             if sequence.num_remaining > 1:
                 self.prompts.resume(sequence)
             else:
@@ -325,14 +325,14 @@ class GenerationScheduler:
         planned_s, self._ended_s = self._ended_s, self._clock()
         planned_s = max(planned_s, self._planned_s.get(plan.step, planned_s))
         self._planned_s = {step: at_s for step, at_s in self._planned_s.items() if step > plan.step}
-        if self.parking is not None and any(planned.num_new_tokens > 1 for planned in plan.sequences):
-            self.parking.rule.cost.measured(plan.num_tokens, max(0.0, self._ended_s - planned_s))
+        if self.offload is not None and any(planned.num_new_tokens > 1 for planned in plan.sequences):
+            self.offload.rule.cost.measured(plan.num_tokens, max(0.0, self._ended_s - planned_s))
 
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.key]
         self._take_out(sequence)
-        if self.parking is not None:
-            self.parking.forget(sequence)
+        if self.offload is not None:
+            self.offload.forget(sequence)
         self._release(sequence)
 
     def _take_out(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""How a sequence gives way: its KV is kept in host memory, or computed again. Whichever takes less time.
+"""How a sequence is preempted: its KV is kept in host memory, or computed again. Whichever takes less time.
 
     offload:    its bytes go out and come back         2 x bytes / copy rate
     recompute:  its tokens are computed again           tokens x seconds per token

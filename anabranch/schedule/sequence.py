@@ -76,7 +76,7 @@ class Sequence:
         self.num_computed = 0
         return table
 
-    def park(self) -> BlockTable:
+    def offload(self) -> BlockTable:
         """Give the blocks up while their KV is kept elsewhere: what is computed stays so."""
         assert self.table is not None
         table, self.table = self.table, None

@@ -258,7 +258,7 @@ class Cluster(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[Departure, _Mapping]]] = ..., num_requests: _Optional[int] = ..., num_queued: _Optional[int] = ..., serving: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("name", "role", "state", "pid", "host", "device", "tp", "cp", "num_threads", "planes", "num_requests", "num_running", "num_waiting", "num_leases", "num_queued_tokens", "num_free_blocks", "num_total_blocks", "last_heard_s", "block_size", "max_context", "num_parked", "num_free_host_blocks", "num_total_host_blocks")
+    __slots__ = ("name", "role", "state", "pid", "host", "device", "tp", "cp", "num_threads", "planes", "num_requests", "num_running", "num_waiting", "num_leases", "num_queued_tokens", "num_free_blocks", "num_total_blocks", "last_heard_s", "block_size", "max_context", "num_offloaded", "num_free_host_blocks", "num_total_host_blocks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -279,7 +279,7 @@ class Worker(_message.Message):
     LAST_HEARD_S_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
-    NUM_PARKED_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFLOADED_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOTAL_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     name: str
@@ -302,10 +302,10 @@ class Worker(_message.Message):
     last_heard_s: float
     block_size: int
     max_context: int
-    num_parked: int
+    num_offloaded: int
     num_free_host_blocks: int
     num_total_host_blocks: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., tp: _Optional[int] = ..., cp: _Optional[int] = ..., num_threads: _Optional[int] = ..., planes: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_heard_s: _Optional[float] = ..., block_size: _Optional[int] = ..., max_context: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_free_host_blocks: _Optional[int] = ..., num_total_host_blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., tp: _Optional[int] = ..., cp: _Optional[int] = ..., num_threads: _Optional[int] = ..., planes: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_heard_s: _Optional[float] = ..., block_size: _Optional[int] = ..., max_context: _Optional[int] = ..., num_offloaded: _Optional[int] = ..., num_free_host_blocks: _Optional[int] = ..., num_total_host_blocks: _Optional[int] = ...) -> None: ...
 
 class Departure(_message.Message):
     __slots__ = ("name", "pid", "reason", "expected")

@@ -3,7 +3,7 @@
     Reserve -> waiting for blocks -> leased (Reserved sent; slices arrive) -> committed -> running -> Ended
     Generate (colocated) -> prompt chunks -> running -> Ended
                                              ^     |
-                                             +-- parked: blocks ran out, the KV waits in host memory
+                                             +-- offloaded: blocks ran out, the KV waits in host memory
 
 Steps are launched and their results taken in when they come; the ranks compute one while the next one is scheduled.
 
@@ -30,7 +30,7 @@ from anabranch.protocol.workers import (
     Ended,
     Generate,
     Message,
-    Paused,
+    Preempted,
     Reserve,
     Reserved,
     Tokens,
@@ -41,8 +41,8 @@ from anabranch.request.request import EndReason, Request
 from anabranch.request.token import Token
 from anabranch.sampling.stop import StopChecker
 from anabranch.schedule.generation import GenerationScheduler, StepOutcome
+from anabranch.schedule.host_offload import HostOffload
 from anabranch.schedule.intake import check_request
-from anabranch.schedule.parking import Parking
 from anabranch.schedule.preemption import PreemptionRule
 from anabranch.schedule.reservations import Reservation, Reservations
 from anabranch.schedule.sequence import Sequence
@@ -82,7 +82,7 @@ class GenerationWorker(Worker):
         super().__init__(config)
         self.colocated = config.role == "colocated"
         self.ranks = GenerationRanks(config, room, self._on_stream, self.fail)
-        self._paused: set[tuple[str, int, int]] = set()
+        self._preempted: set[tuple[str, int, int]] = set()
         self._in_flight: deque[Launched] = deque()
         # A step has failed, and those that were launched behind it are not over.
         self._recovering = False
@@ -97,7 +97,7 @@ class GenerationWorker(Worker):
             computes_prompts=self.colocated,
             max_running=self.config.max_running,
             max_step_tokens=self.config.max_step_tokens,
-            parking=self._parking(),
+            offload=self._host_offload(),
             ahead=self.config.schedule_ahead,
         )
         self.leases = LeaseBook()
@@ -119,7 +119,7 @@ class GenerationWorker(Worker):
                 raise unexpected(message, self.config.role)
 
     def stats(self) -> WorkerStats:
-        parking = self.scheduler.parking
+        offload = self.scheduler.offload
         return WorkerStats(
             num_free_blocks=self.engine.cache.pool.num_free,
             num_total_blocks=self.engine.kv.num_blocks,
@@ -127,9 +127,9 @@ class GenerationWorker(Worker):
             num_waiting=len(self.scheduler.prompts.waiting) + len(self.reservations.waiting),
             num_leases=self.reservations.num_leases,
             queued_tokens=self.scheduler.prompts.queued_tokens,
-            num_parked=0 if parking is None else len(parking),
-            num_free_host_blocks=0 if parking is None else parking.pool.num_free,
-            num_total_host_blocks=0 if parking is None else parking.pool.num_blocks,
+            num_offloaded=0 if offload is None else len(offload),
+            num_free_host_blocks=0 if offload is None else offload.pool.num_free,
+            num_total_host_blocks=0 if offload is None else offload.pool.num_blocks,
         )
 
     def is_idle(self) -> bool:
@@ -139,7 +139,7 @@ class GenerationWorker(Worker):
         if self.reservations.num_leases:
             self.submit(self._expire)
         if len(self.scheduler):
-            self.submit(self._say_paused)
+            self.submit(self._say_preempted)
 
     def close(self) -> None:
         self.stop_engine()
@@ -210,14 +210,14 @@ class GenerationWorker(Worker):
         launched.future.add_done_callback(lambda _: self.submit(_wake))
         return True
 
-    def _parking(self) -> Parking | None:
+    def _host_offload(self) -> HostOffload | None:
         host = self.engine.host
         if host is None:
             return None
         rule = PreemptionRule(
             self.config.preemption, block_bytes=host.block_bytes, copy_bytes_per_s=self.ranks.copy_bytes_per_s
         )
-        return Parking(
+        return HostOffload(
             num_blocks=host.num_blocks,
             rule=rule,
             copy_out=lambda pairs: self.ranks.send(Offload(pairs=pairs)),
@@ -306,12 +306,12 @@ class GenerationWorker(Worker):
             )
             self._abort(lease.stream_id, "failed", error)
 
-    def _say_paused(self) -> None:
+    def _say_preempted(self) -> None:
         """Tell of those that wait in the middle of their answer, once for each token that they wait for."""
-        waits = {(*sequence.key, sequence.num_output) for sequence in self.scheduler.paused()}
-        for request_id, epoch, _ in waits - self._paused:
-            self.post(Paused(request_id=request_id, epoch=epoch))
-        self._paused = waits
+        waits = {(*sequence.key, sequence.num_output) for sequence in self.scheduler.preempted()}
+        for request_id, epoch, _ in waits - self._preempted:
+            self.post(Preempted(request_id=request_id, epoch=epoch))
+        self._preempted = waits
 
     def _publish(self, outcome: StepOutcome) -> None:
         if outcome.tokens:

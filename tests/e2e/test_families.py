@@ -1,7 +1,7 @@
 """Every family, tiny and random: each topology gives transformers' greedy tokens.
 
 Prompts of 1 to 400 tokens (3,000 once), alone and sixteen at a time, in chunks, from the prefix cache, and in
-pools so small that requests give way to each other.
+pools so small that requests preempt each other.
 """
 
 from __future__ import annotations

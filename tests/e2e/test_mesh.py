@@ -272,12 +272,12 @@ def test_those_that_give_way_go_on_where_they_were(
         cluster.wait_idle()
         epochs = {epoch for _, _, epoch in cluster.minutes[holder.config.name].given}
         if preemption == "offload":
-            assert scheduler.num_parked > 0
+            assert scheduler.num_offloaded > 0
             assert holder.stats().num_free_host_blocks == 4 * num_blocks
-            # Nobody was sent away: whoever gave way went on in its place.
+            # Nobody was sent away: whoever was preempted went on in its place.
             assert epochs == {0}
         else:
-            assert scheduler.num_parked == 0
+            assert scheduler.num_offloaded == 0
             assert holder.stats().num_total_host_blocks == 0
             assert (len(epochs) > 1) == (len(roles) == 2)
 

@@ -222,8 +222,8 @@ class InProcessCluster:
         wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
-            if worker.config.role != "prefill" and worker.scheduler.parking is not None:  # type: ignore[attr-defined]
-                worker.scheduler.parking.check_integrity()  # type: ignore[attr-defined]
+            if worker.config.role != "prefill" and worker.scheduler.offload is not None:  # type: ignore[attr-defined]
+                worker.scheduler.offload.check_integrity()  # type: ignore[attr-defined]
             minutes = self.minutes[worker.config.name]
             wait_until(lambda minutes=minutes: minutes.given == minutes.ended, "an end for everything given")
             minutes.check()

@@ -47,7 +47,7 @@ def test_the_count_speaks_of_ones_own_salt(serve, still_serves, kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_retried_epoch_keeps_its_salt(serve, known, still_serves, kind: str) -> None:
-    """Requests that gave way are computed again, and what they publish then is their salt's too."""
+    """Requests that were preempted are computed again, and what they publish then is their salt's too."""
     small = {"kv_cache_bytes": 16 * known.block_bytes(8), "block_size": 8, "preemption": "recompute"}
     cluster, client = serve(*KINDS[kind], block_size=8, by_role={"decode": small, "colocated": small})
     prompts = [known.clear(length, 64) for length in (21, 24, 27, 30)]

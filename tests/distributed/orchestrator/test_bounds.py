@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from anabranch.protocol.workers import Cancel, Generate, Paused, Register, Tokens
+from anabranch.protocol.workers import Cancel, Generate, Preempted, Register, Tokens
 from anabranch.request.token import Token
 from anabranch_client import Overloaded, Sampling
 from orchestrator import inbox
@@ -72,12 +72,12 @@ def test_a_worker_that_floods_a_request_ends_that_request(play, monkeypatch, wit
         # All at once, as if this process had been held up.
         if with_what == "messages":
             for _ in range(101):
-                lifecycle.inbox.said(member, Paused(request_id=request.request_id, epoch=0))
+                lifecycle.inbox.said(member, Preempted(request_id=request.request_id, epoch=0))
         else:
             token = Token(request_id=request.request_id, epoch=-1, index=0, token_id=1)
             world.orchestrator._dispatcher.deliver(member, Tokens(tokens=(token,) * 101))
         for _ in range(1000):
-            lifecycle.inbox.said(member, Paused(request_id=request.request_id, epoch=0))
+            lifecycle.inbox.said(member, Preempted(request_id=request.request_id, epoch=0))
         assert lifecycle.inbox._events.qsize() <= 101
         with pytest.raises(
             Overloaded, match="worker both-0 sends faster than can be taken in: 101 tokens and messages"

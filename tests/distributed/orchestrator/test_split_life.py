@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from anabranch.protocol.wire_error import WireError
-from anabranch.protocol.workers import Cancel, Generate, Paused, Prefill, Reserve, Tokens
+from anabranch.protocol.workers import Cancel, Generate, Preempted, Prefill, Reserve, Tokens
 from anabranch.request.token import Token, TokenLogprob
 from anabranch_client import ChatMessage, DeadlineExceeded, Finished, Overloaded, Sampling, ServerFailed
 from anabranch_client import Tokens as ClientTokens
@@ -330,7 +330,7 @@ def test_many_requests_share_a_step(play):
         ("reserve_timeout_s", "reserving"),
         ("prefill_timeout_s", "prefilling"),
         ("token_timeout_s", "decoding"),
-        ("pause_timeout_s", "paused"),
+        ("preempted_timeout_s", "preempted"),
     ],
 )
 def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
@@ -342,13 +342,13 @@ def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=9)))
         if stage == "reserving":
             await decode.expect(Reserve)
-        elif stage in ("prefilling", "decoding", "paused"):
+        elif stage in ("prefilling", "decoding", "preempted"):
             request = await to_prefilling(world, prefill, decode)
-        if stage in ("decoding", "paused"):
+        if stage in ("decoding", "preempted"):
             await decode.tokens(request, "a", 0)
             await prefill.prefill_ended(request)
-        if stage == "paused":
-            await decode.send(Paused(request_id=request.request_id, epoch=request.epoch))
+        if stage == "preempted":
+            await decode.send(Preempted(request_id=request.request_id, epoch=request.epoch))
         with pytest.raises(DeadlineExceeded, match=f"{setting}: nothing for 0.3 s while {stage}"):
             await answer
         if stage == "queued":

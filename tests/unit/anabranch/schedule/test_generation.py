@@ -1,4 +1,4 @@
-"""Sequences join, grow, finish, and give way when blocks run out."""
+"""Sequences join, grow, finish, and are preempted when blocks run out."""
 
 from functools import partial
 

@@ -89,7 +89,7 @@ def test_a_connection_that_gives_way_while_it_says_something_leaves_no_trace_in_
     acceptor = network_pair.b._acceptor
     silent = [socket.create_connection((host, port), timeout=WAIT_S) for _ in range(handshake.MAX_PENDING_HELLOS)]
     eventually(lambda: len(acceptor._pending) == handshake.MAX_PENDING_HELLOS)
-    # The loop finds all of it in one turn: a newcomer, for whom the oldest gives way, and words of the oldest.
+    # The loop finds all of it in one turn: a newcomer, for whom the oldest is preempted, and words of the oldest.
     go_on = threading.Event()
     network_pair.b.loop.call_soon(lambda: go_on.wait(WAIT_S) and None)
     silent.append(socket.create_connection((host, port), timeout=WAIT_S))

@@ -1,4 +1,4 @@
-"""Sequences that give way with their KV kept: what ranks are told, that it is enough, and that all blocks return.
+"""Sequences that are preempted with their KV kept: what ranks are told, that it is enough, and that all blocks return.
 
 `Rank` obeys commands late, in their order, on a pool whose slots hold token ids; each step checks that all that
 its sequences have computed is in their blocks.
@@ -18,7 +18,7 @@ from anabranch.request.request import Request
 from anabranch.request.sampling_params import SamplingParams
 from anabranch.sampling.stop import StopChecker
 from anabranch.schedule.generation import GenerationScheduler
-from anabranch.schedule.parking import Parking
+from anabranch.schedule.host_offload import HostOffload
 from anabranch.schedule.preemption import PreemptionRule
 from anabranch.schedule.sequence import Sequence
 from anabranch.step.plan import SampledToken, StepPlan, StepResult
@@ -100,7 +100,7 @@ class World:
     ) -> None:
         self.rank = Rank(num_blocks, max(1, num_host))
         rule = PreemptionRule(choice, block_bytes=100, copy_bytes_per_s=1e6)
-        self.parking = Parking(
+        self.offload = HostOffload(
             num_blocks=num_host,
             rule=rule,
             copy_out=lambda pairs: self.rank.send(Offload(pairs=pairs)),
@@ -112,7 +112,7 @@ class World:
             computes_prompts=colocated,
             max_running=max_running,
             max_step_tokens=16,
-            parking=self.parking,
+            offload=self.offload,
         )
         self.ended: dict[str, str] = {}
         self.sent_away: list[str] = []
@@ -156,13 +156,13 @@ class World:
                 break
         assert len(self.scheduler) == 0
         assert self.scheduler.cache.pool.num_free == self.scheduler.cache.pool.num_blocks
-        assert self.parking.pool.num_free == self.parking.pool.num_blocks
+        assert self.offload.pool.num_free == self.offload.pool.num_blocks
         for name, indexes in self.indexes.items():
             assert indexes == list(range(len(indexes))), name
 
     def check(self) -> None:
         self.scheduler.cache.check_integrity()
-        self.parking.check_integrity()
+        self.offload.check_integrity()
 
     def _obey_copies(self) -> None:
         self.rank._queue.append(Step(plan=StepPlan(step=0, sequences=())))
@@ -175,22 +175,22 @@ class World:
             self.ended[item.request.request_id] = reason
 
 
-def test_the_youngest_is_parked_and_goes_on_where_it_was() -> None:
+def test_the_youngest_is_offloaded_and_goes_on_where_it_was() -> None:
     world = World(num_blocks=5)
     world.join("old", 6, 0.0, max_tokens=8)
     young = world.join("young", 6, 1.0, max_tokens=8)
-    while not len(world.parking):
+    while not len(world.offload):
         world.step()
-    assert world.parking.sequences == [young]
+    assert world.offload.sequences == [young]
     assert young.table is None
     (offload,) = [c for c in world.rank.told if isinstance(c, Offload)]
     assert len(offload.pairs) == 2
-    assert world.parking.pool.num_free == 10
+    assert world.offload.pool.num_free == 10
     world.run()
     assert world.ended == {"old": "length", "young": "length"}
     assert [len(world.indexes[name]) for name in ("old", "young")] == [8, 8]
     assert world.sent_away == []
-    assert (world.scheduler.num_parked, world.scheduler.num_preempted) == (1, 1)
+    assert (world.scheduler.num_offloaded, world.scheduler.num_preempted) == (1, 1)
     assert sum(isinstance(c, Restore) for c in world.rank.told) == 1
 
 
@@ -201,28 +201,28 @@ def test_without_room_in_host_memory_a_sequence_is_sent_back() -> None:
     while not world.sent_away:
         world.step()
     assert world.sent_away == ["young"]
-    assert (world.scheduler.num_parked, world.scheduler.num_preempted) == (0, 1)
+    assert (world.scheduler.num_offloaded, world.scheduler.num_preempted) == (0, 1)
     world.run()
 
 
 def test_the_rule_decides() -> None:
     world = World(num_blocks=5, choice="auto", colocated=True)
-    cost = world.parking.rule.cost
+    cost = world.offload.rule.cost
     cost.measured(10_000, 1e-3)  # a token costs next to nothing
     for number in range(2):
         world.scheduler.add_prompt(world.sequence("ab"[number] * (number + 1), 6, number, 8))
     while world.scheduler.num_preempted == 0:
         world.step()
-    assert world.scheduler.num_parked == 0
+    assert world.scheduler.num_offloaded == 0
     world.run()
     assert {len(indexes) for indexes in world.indexes.values()} == {8}
 
 
-def test_parked_sequences_come_back_oldest_first_and_before_anybody_new() -> None:
+def test_offloaded_sequences_come_back_oldest_first_and_before_anybody_new() -> None:
     world = World(num_blocks=9, colocated=True)
     for number in range(3):
         world.scheduler.add_prompt(world.sequence("x" * (number + 1), 9, number, 16))
-    while len(world.parking) < 2:
+    while len(world.offload) < 2:
         world.step()
     # A small one would fit at once.
     world.scheduler.add_prompt(world.sequence("new", 1, 9.0, 2))
@@ -232,66 +232,66 @@ def test_parked_sequences_come_back_oldest_first_and_before_anybody_new() -> Non
         plan = world.step()
         assert plan is not None
         order += [s.request_id for s in plan.sequences if s.request_id not in order]
-    assert len(world.parking) == 0
+    assert len(world.offload) == 0
     assert order == ["x", "xx", "xxx", "new"]
     world.run()
 
 
-def test_places_count_those_that_are_parked_too() -> None:
+def test_places_count_those_that_are_offloaded_too() -> None:
     world = World(num_blocks=5, max_running=3)
     world.join("old", 6, 0.0)
     assert world.scheduler.num_places == 2
     world.join("young", 6, 1.0)
     assert world.scheduler.num_places == 1
-    while not len(world.parking):
+    while not len(world.offload):
         world.step()
     assert world.scheduler.num_places == 0
     world.run()
     assert world.scheduler.num_places == 3
 
 
-def test_a_sequence_that_is_removed_while_parked_frees_its_host_blocks() -> None:
+def test_a_sequence_that_is_removed_while_offloaded_frees_its_host_blocks() -> None:
     world = World(num_blocks=5)
     world.join("old", 6, 0.0)
     young = world.join("young", 6, 1.0)
-    while not len(world.parking):
+    while not len(world.offload):
         world.step()
     assert world.scheduler.remove(("young", 0)) is young
-    assert world.parking.pool.num_free == 12
+    assert world.offload.pool.num_free == 12
     assert len(world.scheduler) == 1
     world.run()
     assert "young" not in world.ended
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_sequence_that_is_parked_while_its_step_is_computed_keeps_what_the_step_gave(ends: bool) -> None:
+def test_a_sequence_that_is_offloaded_while_its_step_is_computed_keeps_what_the_step_gave(ends: bool) -> None:
     world = World(num_blocks=8)
     old = world.join("old", 6, 0.0)
     young = world.join("young", 6, 1.0, max_tokens=2 if ends else 9)
     plan, _ = world.scheduler.schedule()
     assert plan is not None
     world.rank.send(Step(plan=plan))
-    # Before the result is in, the next step is planned and somebody has to give way.
+    # Before the result is in, the next step is planned and somebody has to are preempted.
     world.scheduler._preempt(young, [])
-    assert world.parking.sequences == [young]
+    assert world.offload.sequences == [young]
     world._note(world.scheduler.update(plan, world.rank.result()))
     assert young.num_computed == (0 if ends else 7)
     assert young.tokens == world.rank.texts["young"]
-    assert (len(world.parking) == 0) == ends
+    assert (len(world.offload) == 0) == ends
     world.check()
     world.run()
     assert len(world.indexes["young"]) == (2 if ends else 9)
     assert old.num_output == 12
 
 
-def test_a_prompt_that_is_parked_half_way_is_computed_on() -> None:
+def test_a_prompt_that_is_offloaded_half_way_is_computed_on() -> None:
     world = World(num_blocks=9, colocated=True)
     world.scheduler.add_prompt(world.sequence("prompt", 30, 1.0, 3))
     world.step()
     (item,) = world.scheduler.prompts.computing
     assert item.num_computed == 16
     world.scheduler._preempt(item, [])
-    assert (world.scheduler.prompts.computing, len(world.parking)) == ([], 1)
+    assert (world.scheduler.prompts.computing, len(world.offload)) == ([], 1)
     plan = world.step()
     assert plan is not None
     assert [(s.start, s.num_new_tokens) for s in plan.sequences] == [(16, 14)]
@@ -352,6 +352,6 @@ def test_any_mix_gives_the_right_tokens_and_all_blocks_back(seed: int) -> None:
         if plan is not None:
             decoding = {s.request.request_id for s in scheduler.running}
             assert len(plan.sequences) <= scheduler.max_running
-            assert len(decoding) + len(world.parking) + len(scheduler.prompts.computing) <= scheduler.max_running
+            assert len(decoding) + len(world.offload) + len(scheduler.prompts.computing) <= scheduler.max_running
     world.run()
     assert set(world.ended.values()) <= {"length"}

@@ -1,4 +1,4 @@
-"""Requests whose KV is parked in host memory are cancelled or fail there: nothing is left, others go on."""
+"""Requests whose KV is offloaded to host memory are cancelled or fail there: nothing is left, others go on."""
 
 from __future__ import annotations
 
@@ -53,51 +53,51 @@ def token_ids(stream: Stream) -> Prompt:
 
 
 @contextmanager
-def while_parked(cluster: InProcessCluster) -> Iterator[list[str]]:
-    """Hold the engine while somebody is parked; what their clients call them."""
+def while_offloaded(cluster: InProcessCluster) -> Iterator[list[str]]:
+    """Hold the engine while somebody is offloaded; what their clients call them."""
     worker = cluster.workers[-1]
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        wait_until(lambda: worker.stats().num_parked > 0, "somebody who is parked")
+        wait_until(lambda: worker.stats().num_offloaded > 0, "somebody who is offloaded")
         with cluster.held(worker.config.name):
             names = cluster.names()
-            parked = [names[sequence.request.request_id] for sequence in worker.scheduler.parking.sequences]
-            if parked:
-                yield parked
+            offloaded = [names[sequence.request.request_id] for sequence in worker.scheduler.offload.sequences]
+            if offloaded:
+                yield offloaded
                 return
-    raise AssertionError("whoever was parked came back before the engine could be held")
+    raise AssertionError("whoever was offloaded came back before the engine could be held")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cancelled_while_parked(crowded, answers, still_serves, kind: str) -> None:
+def test_cancelled_while_offloaded(crowded, answers, still_serves, kind: str) -> None:
     cluster, client = crowded(kind)
     streams = start_all(client, answers)
     names = [f"r{len(prompt)}" for prompt in answers]
     worker = cluster.workers[-1]
     with ThreadPoolExecutor(len(streams)) as pool:
-        with while_parked(cluster) as parked:
+        with while_offloaded(cluster) as offloaded:
             stats = worker.stats()
-            assert (stats.num_parked, stats.num_total_host_blocks) == (len(parked), 64)
+            assert (stats.num_offloaded, stats.num_total_host_blocks) == (len(offloaded), 64)
             assert stats.num_free_host_blocks < 64
             assert not worker.is_idle()
-            for name in parked:
+            for name in offloaded:
                 streams[names.index(name)].close()
-            wait_until(lambda: not set(parked) & set(cluster.names().values()), "the cancels")
-        stay = {name: pool.submit(token_ids, streams[names.index(name)]) for name in names if name not in parked}
+            wait_until(lambda: not set(offloaded) & set(cluster.names().values()), "the cancels")
+        stay = {name: pool.submit(token_ids, streams[names.index(name)]) for name in names if name not in offloaded}
         for name, tokens in stay.items():
             assert tokens.result(WAIT_S) == list(answers.values())[names.index(name)]
     still_serves(cluster, client)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_that_gives_up_ends_those_that_are_parked(crowded, answers, still_serves, kind: str) -> None:
+def test_a_worker_that_gives_up_ends_those_that_are_offloaded(crowded, answers, still_serves, kind: str) -> None:
     cluster, client = crowded(kind)
     streams = start_all(client, answers)
     worker = cluster.workers[-1]
-    with while_parked(cluster) as parked:
+    with while_offloaded(cluster) as offloaded:
         worker.submit(lambda: worker.abandon(WorkerDied("it gives up")))
     for name, stream in zip((f"r{len(prompt)}" for prompt in answers), streams, strict=True):
-        if name in parked:
+        if name in offloaded:
             with pytest.raises(ClientError, match="it gives up"):
                 token_ids(stream)
         else:
@@ -106,15 +106,17 @@ def test_a_worker_that_gives_up_ends_those_that_are_parked(crowded, answers, sti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_orchestrator_knows_of_a_pause(crowded, answers, still_serves, kind: str) -> None:
+def test_the_orchestrator_knows_of_a_preemption(crowded, answers, still_serves, kind: str) -> None:
     cluster, client = crowded(kind)
     streams = start_all(client, answers)
     worker = cluster.workers[-1]
-    with while_parked(cluster) as parked:
-        worker._say_paused()
+    with while_offloaded(cluster) as offloaded:
+        worker._say_preempted()
         ids = {name: request_id for request_id, name in cluster.names().items()}
         lifecycles = cluster.orchestrator._dispatcher._requests
-        wait_until(lambda: all(lifecycles[ids[name]].state == "paused" for name in parked), "the news of the pause")
+        wait_until(
+            lambda: all(lifecycles[ids[name]].state == "preempted" for name in offloaded), "the news of the preemption"
+        )
     with ThreadPoolExecutor(len(streams)) as pool:
         assert list(pool.map(token_ids, streams)) == list(answers.values())
     still_serves(cluster, client)

@@ -1,6 +1,6 @@
-"""Sequences that gave way with their KV kept in host memory, until they come back.
+"""Sequences that were preempted with their KV kept in host memory, until they come back.
 
-    running --park--> parked (blocks free, host blocks held) --bring_back--> running, where it stopped
+    running --offload--> offloaded (blocks free, host blocks held) --restore--> running, where it stopped
                                                              --forget------> gone: cancelled, failed
 
 A host block's id means the same block on every rank, as a block's does in the pool. Ranks obey commands in the
@@ -23,12 +23,12 @@ OrderCopies = Callable[[tuple[tuple[int, int], ...]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parked:
+class _Offloaded:
     sequence: Sequence
     host_ids: tuple[int, ...]
 
 
-class Parking:
+class HostOffload:
     """The host blocks of a worker and the sequences that hold them.
 
     Args:
@@ -43,17 +43,17 @@ class Parking:
         self.rule = rule
         self._copy_out = copy_out
         self._copy_in = copy_in
-        self._parked: dict[tuple[str, int], _Parked] = {}
+        self._offloaded: dict[tuple[str, int], _Offloaded] = {}
 
     def __len__(self) -> int:
-        return len(self._parked)
+        return len(self._offloaded)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.key in self._parked
+        return sequence.key in self._offloaded
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [parked.sequence for parked in self._parked.values()]
+        return [offloaded.sequence for offloaded in self._offloaded.values()]
 
     @property
     def oldest(self) -> Sequence | None:
@@ -68,17 +68,17 @@ class Parking:
             num_blocks=num_blocks, num_computed=sequence.num_computed
         )
 
-    def park(self, sequence: Sequence) -> BlockTable:
+    def offload(self, sequence: Sequence) -> BlockTable:
         """Copy out all blocks of a sequence, also those that an unfinished step writes; its table is given up."""
-        table = sequence.park()
+        table = sequence.offload()
         host_ids = tuple(self.pool.allocate(len(table)))
-        self._parked[sequence.key] = _Parked(sequence=sequence, host_ids=host_ids)
+        self._offloaded[sequence.key] = _Offloaded(sequence=sequence, host_ids=host_ids)
         self._copy_out(tuple(zip(table.block_ids, host_ids, strict=True)))
         return table
 
-    def bring_back(self, sequence: Sequence, table: BlockTable) -> None:
+    def restore(self, sequence: Sequence, table: BlockTable) -> None:
         """Let a sequence go on with a new table; blocks of it that the prefix cache gave are not copied."""
-        host_ids = self._parked.pop(sequence.key).host_ids
+        host_ids = self._offloaded.pop(sequence.key).host_ids
         sequence.resume(table)
         begin = table.num_cached_tokens // table.block_size
         end = -(-sequence.num_computed // table.block_size)
@@ -89,10 +89,10 @@ class Parking:
 
     def forget(self, sequence: Sequence) -> None:
         """Free the host blocks of a sequence, if it is here."""
-        parked = self._parked.pop(sequence.key, None)
-        if parked is not None:
-            self.pool.free(parked.host_ids)
+        offloaded = self._offloaded.pop(sequence.key, None)
+        if offloaded is not None:
+            self.pool.free(offloaded.host_ids)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every host block is free or held by one parked sequence."""
-        self.pool.check_integrity([parked.host_ids for parked in self._parked.values()])
+        """Raise AssertionError unless every host block is free or held by one offloaded sequence."""
+        self.pool.check_integrity([offloaded.host_ids for offloaded in self._offloaded.values()])
