@@ -19,7 +19,7 @@ from anabranch.errors import ConfigError
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-def _attribute_help(struct: type[msgspec.Struct]) -> dict[str, str]:
+def attribute_help(struct: type[msgspec.Struct]) -> dict[str, str]:
     """The `Attributes:` section of a docstring: field -> text; `a, b: text` documents both."""
     section = (struct.__doc__ or "").partition("Attributes:")[2]
     found: dict[str, str] = {}
@@ -71,7 +71,7 @@ def _click_type(hint: object) -> tuple[click.ParamType[typing.Any], bool]:
 
 
 def _options(struct: type[msgspec.Struct], defaults: dict[str, object]) -> list[click.Parameter]:
-    helps = _attribute_help(struct)
+    helps = attribute_help(struct)
     hints = typing.get_type_hints(struct)
     options: list[click.Parameter] = []
     for field in msgspec.structs.fields(struct):
