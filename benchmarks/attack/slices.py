@@ -46,6 +46,7 @@ NAME = "prefill-hostile"
 NUM_PER_ORDER = 50
 NUM_VICTIMS = 6
 CONNECT_TIMEOUT_S = 5.0
+BEAT_S = 0.5
 CLOSE_TIMEOUT_S = 15.0
 REGISTER_TIMEOUT_S = 10.0
 VICTIM_TIMEOUT_S = 60.0
@@ -178,7 +179,7 @@ class HostilePrefill:
         self._plane = create_plane(SCHEME, self._ear)
         self._link: Link | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hostile")
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.destination: KvDestination | None = None
         self.num_sent = 0
 
@@ -190,24 +191,35 @@ class HostilePrefill:
                 pass
         if answer.error is not None:
             raise answer.error.to_error()
-        self._task = asyncio.create_task(self._obey())
+        self._tasks = [asyncio.create_task(self._obey()), asyncio.create_task(self._beat())]
+
+    def check(self) -> None:
+        """Raise what has ended it, if it has ended."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._control.close()
         self._pool.shutdown()
         self._plane.close()
         for end, number in self._ear.ends.items():
             self._tally.count("slices", end, number)
 
+    async def _beat(self) -> None:
+        while True:
+            await self._control.send(Beat(stats=_NO_LOAD))
+            await asyncio.sleep(BEAT_S)
+
     async def _obey(self) -> None:
         while True:
             message: Message = await self._control.recv()
-            if isinstance(message, Beat):
-                await self._control.send(Beat(stats=_NO_LOAD))
-            elif isinstance(message, Prefill):
+            if isinstance(message, Registered) and message.error is not None:
+                raise message.error.to_error()
+            if isinstance(message, Prefill):
                 self.destination = message.destination
                 await asyncio.get_running_loop().run_in_executor(self._pool, self._spoil, message.destination)
                 error = WireError(code="kv_stream", message="a hostile worker took this request")
@@ -252,6 +264,7 @@ async def attack(
         await hostile.start()
         async with AsyncClient(endpoint) as client, asyncio.timeout(VICTIM_TIMEOUT_S * 10):
             while hostile.num_sent < num_messages - num_strange:
+                hostile.check()
                 await asyncio.gather(*(_victim(client, probe, tally) for _ in range(NUM_VICTIMS)))
         assert hostile.destination is not None
         await _strangers(hostile.destination.addresses[0][SCHEME], seed, num_strange, tally)
