@@ -49,14 +49,22 @@ def _addresses(pid: int, folder: Path) -> Iterator[str]:
     for connection in psutil.Process(pid).net_connections("inet"):
         is_tcp = connection.type.name == "SOCK_STREAM"
         if not is_tcp or connection.status == psutil.CONN_LISTEN:
-            yield f"{'tcp' if is_tcp else 'udp'} {connection.laddr.ip}:PORT"
+            # gRPC binds IPv4 addresses with IPv6 sockets where there are any.
+            yield f"{'tcp' if is_tcp else 'udp'} {connection.laddr.ip.removeprefix('::ffff:')}:PORT"
     inodes = _socket_inodes(pid)
     for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
         _, _, _, flags, _, _, inode, *path = line.split(maxsplit=7)
         if int(flags, 16) & _ACCEPTS and inode in inodes:
-            name = path[0] if path else "(without a name)"
-            mode = f", mode {os.stat(name).st_mode & 0o777:04o}" if os.path.exists(name) else ""
-            yield f"unix {name.replace(str(folder), 'FOLDER')}{mode}"
+            yield _unix_address(path[0] if path else "", folder)
+
+
+def _unix_address(path: str, folder: Path) -> str:
+    if not path:
+        return "unix (without a name)"
+    mode = f"mode {os.stat(path).st_mode & 0o777:04o}" if os.path.exists(path) else "path removed"
+    # What is different in each run.
+    named = re.sub(r"ranks-[^/]+", "ranks-*", path.replace(str(folder), "FOLDER"))
+    return f"unix {named}, {mode}"
 
 
 def _socket_inodes(pid: int) -> set[str]:
