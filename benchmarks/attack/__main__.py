@@ -87,6 +87,7 @@ class Attack:
         )
         num_calls = num_inputs - num_control - num_slices - num_cancels
         stalled = Stalled(endpoint, f"{self._cluster.folder}/control.sock", num_stalled)
+        watching = asyncio.create_task(stalled.watch(tally))
         try:
             async with probe.asking("probe"):
                 with self._timed("calls"):
@@ -99,7 +100,7 @@ class Attack:
             with self._timed("slices"):
                 await slices.attack(endpoint, self._control, self._secret, seed, self._info, num_slices, probe, tally)
             with self._timed("connections"):
-                await stalled.finish(tally)
+                await watching
         finally:
             stalled.close()
         await probe.ask_all()
