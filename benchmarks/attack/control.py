@@ -113,10 +113,11 @@ class Strangers:
         return data
 
     def burst(self) -> list[bytes]:
-        """What one proven stranger says until it leaves."""
+        """What one proven stranger says; at the end something that is answered, unless it has been sent away."""
         rng = self._rng
         said = [self.nonsense() for _ in range(rng.choice((0, 3, 20, MAX_MESSAGES)))]
         said.append(self.register() if rng.random() < 0.6 else msgspec.msgpack.encode(self.message()))
+        said.append(msgspec.msgpack.encode(Beat()))
         return said
 
 
@@ -135,7 +136,7 @@ async def attack(
                 left -= 1
                 tally.count("control", "unproven." + await _unproven(endpoint, strangers.unproven()))
             else:
-                said = strangers.burst()[:left]
+                said = strangers.burst()
                 left -= len(said)
                 tally.count("control", "messages", len(said))
                 tally.count("control", await _proven(endpoint, secret, said))
@@ -161,27 +162,29 @@ async def _unproven(endpoint: str, data: bytes) -> str:
 
 
 async def _proven(endpoint: str, secret: bytes, said: list[bytes]) -> str:
-    """How the last answer of the orchestrator reads, once it or the stranger has hung up."""
+    """What the orchestrator answers first, once it has hung up."""
     try:
         reader, writer = await proven(endpoint, secret, "stranger")
     except TransportError:
         return "proven.lost"
-    answer = b""
+    ends: list[str] = []
     try:
         for data in said:
             writer.write(frame(data))
-        writer.write_eof()
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            while True:
-                answer = await read_frame(reader, _MAX_ANSWER_BYTES)
+            while ACCEPTED not in ends:
+                ends.append(_end_of(await read_frame(reader, _MAX_ANSWER_BYTES)))
     except (OSError, TransportError):
         pass
     except TimeoutError:
         return HUNG
     finally:
         writer.transport.abort()
-    if not answer:
-        return "proven.closed"
+    return ACCEPTED if ACCEPTED in ends else next(iter(ends), "proven.closed")
+
+
+def _end_of(answer: bytes) -> str:
+    """How an answer reads: a refusal's code, or that somebody was let in."""
     told = msgspec.msgpack.decode(answer)
     if told.get("type") != "registered":
         return f"proven.{told.get('type')}"

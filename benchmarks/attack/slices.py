@@ -222,7 +222,7 @@ class HostilePrefill:
             if isinstance(message, Prefill):
                 self.destination = message.destination
                 await asyncio.get_running_loop().run_in_executor(self._pool, self._spoil, message.destination)
-                error = WireError(code="kv_stream", message="a hostile worker took this request")
+                error = WireError(code="peer_lost", message="a hostile worker took this request")
                 request = message.request
                 await self._control.send(PrefillEnded(request_id=request.request_id, epoch=request.epoch, error=error))
 
