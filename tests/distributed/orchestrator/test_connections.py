@@ -12,7 +12,7 @@ import pytest
 
 from anabranch.protocol.workers import Generate
 from anabranch_client import Client, Sampling, Unavailable
-from tests.support.http2 import PREFACE, Http2Client, connect, settings
+from benchmarks.attack.http2 import PREFACE, Http2Client, connect, settings
 from tests.support.resources import holdings
 
 pytestmark = pytest.mark.distributed

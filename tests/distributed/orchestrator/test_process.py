@@ -25,8 +25,8 @@ from anabranch.errors import ConfigError, TransportUnavailable
 from anabranch.protocol.workers import Generate, Shutdown
 from anabranch.system.private_files import write_secret
 from anabranch_client import AsyncClient, ChatMessage, Draining, InvalidRequest, Sampling, ServerFailed, Unavailable
+from benchmarks.attack.http2 import PREFACE, connect, settings
 from orchestrator.service import Orchestrator
-from tests.support.http2 import PREFACE, connect, settings
 from tests.support.thread_encoder import ThreadEncoder
 from tests.support.waiting import WAIT_S
 

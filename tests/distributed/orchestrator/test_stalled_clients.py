@@ -11,7 +11,7 @@ import pytest
 from anabranch.protocol.workers import Cancel, Generate
 from anabranch_client import Overloaded, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
-from tests.support.http2 import RST_STREAM, Http2Client
+from benchmarks.attack.http2 import RST_STREAM, Http2Client
 
 pytestmark = pytest.mark.distributed
 

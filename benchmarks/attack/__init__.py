@@ -1,0 +1,1 @@
+"""Attacks a cluster of real processes: `python -m benchmarks.attack`."""

@@ -1,0 +1,47 @@
+"""A tiny random model as a folder that can be served: for benchmarks that are not about the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+
+VOCAB, CONTEXT = 101, 192
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+
+
+def save_tiny_model(folder: Path, seed: int = 7) -> Path:
+    """Write a Llama of 3 layers and a tokenizer whose words are `w0`, `w1`, ...; returns the folder.
+
+    Its layers weigh much beside the embedding, so that greedy answers vary with the context.
+    """
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(-0.5, 1.5)
+            else:
+                parameter.normal_(0.0, 0.05 if "embed_tokens" in name else 0.6)
+    model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="w2", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
+    return folder
