@@ -120,13 +120,18 @@ def noise() -> list[bytes]:
     ]
 
 
-async def say(endpoint: str, secret: bytes, *messages: bytes) -> bytes:
-    """What the orchestrator answers to a stranger that knows the secret, until one of the two hangs up."""
+async def say(endpoint: str, secret: bytes, *messages: bytes, ends: bool = True) -> bytes:
+    """What the orchestrator answers to a stranger that knows the secret, until it hangs up.
+
+    Args:
+        ends: whether the stranger ends its side once it has said all, as well.
+    """
     reader, writer = await proven(endpoint, secret)
     try:
         for data in messages:
             writer.write(frame(data))
-        writer.write_eof()
+        if ends:
+            writer.write_eof()
         return await asyncio.wait_for(reader.read(), WAIT_S)
     except ConnectionError:
         return b""
@@ -185,7 +190,7 @@ def test_a_stranger_cannot_speak_for_a_worker(serve, still_serves, good) -> None
         tokens = msgspec.msgpack.encode({"type": "tokens", "tokens": [token]})
         ended = msgspec.msgpack.encode({"type": "ended", "request_id": request_id, "epoch": 0, "reason": "stop"})
         # It is told to go, so what it said has been read.
-        said = asyncio.run(say(cluster.orchestrator.control_endpoint, b"", tokens, ended))
+        said = asyncio.run(say(cluster.orchestrator.control_endpoint, b"", tokens, ended, ends=False))
         assert msgspec.msgpack.decode(said[4:])["error"]["code"] == "worker_died"
     ids = [token for event in stream if hasattr(event, "token_ids") for token in event.token_ids]
     assert tuple(ids) == answer
