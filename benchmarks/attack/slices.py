@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from anabranch.errors import TransportError
+from anabranch.errors import MalformedMessage, TransportError
 from anabranch.protocol.kv import KvDestination
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
@@ -136,7 +136,7 @@ class HostilePrefill:
             if isinstance(message, Prefill):
                 self.destination = message.destination
                 await asyncio.get_running_loop().run_in_executor(self._pool, self._spoil, message.destination)
-                error = WireError(code="peer_lost", message="a hostile worker took this request")
+                error = WireError.of(MalformedMessage("a hostile worker took this request"))
                 request = message.request
                 await self._control.send(PrefillEnded(request_id=request.request_id, epoch=request.epoch, error=error))
 
