@@ -13,15 +13,14 @@ from anabranch.errors import (
     AccessDenied,
     AnabranchError,
     CapacityError,
-    ChatTemplateError,
     ConfigError,
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    ModelError,
     NoWorkers,
-    PeerLost,
     RequestCancelled,
-    TransportUnavailable,
+    TransportError,
     UnknownModel,
     WorkerDied,
 )
@@ -37,15 +36,15 @@ _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (AccessDenied, grpc.StatusCode.PERMISSION_DENIED),
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     # Not the client's fault, and trying again does not help until the model's files are mended.
-    (ChatTemplateError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestCancelled, grpc.StatusCode.CANCELLED),
     (WorkerDied, grpc.StatusCode.UNAVAILABLE),
     (NoWorkers, grpc.StatusCode.UNAVAILABLE),
     (Draining, grpc.StatusCode.UNAVAILABLE),
-    (PeerLost, grpc.StatusCode.UNAVAILABLE),
-    (TransportUnavailable, grpc.StatusCode.UNAVAILABLE),
+    # Something went wrong between two workers; another try may meet others.
+    (TransportError, grpc.StatusCode.UNAVAILABLE),
 )
 
 _Request = TypeVar("_Request")
