@@ -79,7 +79,7 @@ RECIPES: dict[str, tuple[str, dict[str, object]]] = {
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 1e4,
-                "factor": 4.0,
+                "factor": 20.0,
                 "original_max_position_embeddings": 32,
             },
         },
