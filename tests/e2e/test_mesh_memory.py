@@ -43,7 +43,7 @@ def held_ranks(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRank]:
         ranks.append(GenerationRank(config, engine, emit))
         return ranks[-1]
 
-    monkeypatch.setattr("runtime.generation.ranks.ROOM", msgspec.structs.replace(ROOM, make_rank=make))
+    monkeypatch.setattr("decode.worker.ROOM", msgspec.structs.replace(ROOM, make_rank=make))
     return ranks
 
 

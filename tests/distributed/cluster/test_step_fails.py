@@ -64,7 +64,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
 def test_a_step_that_hangs_ends_its_worker_by_name(tmp_path, known, name) -> None:
     """Nothing of it shows outside: the worker's event loop goes on, and so do its beats."""
-    reason = r"step_stall_s: the compute thread has been at one thing for \d\.\d s, longer than 2 s; .*"
+    reason = r"step_stall_s: the compute thread has been at one thing for \d+\.\d s, longer than 2 s; .*"
 
     def serve() -> None:
         with (
