@@ -137,8 +137,8 @@ def test_an_answer_goes_on(cluster: LocalCluster, good: dict[tuple[int, ...], tu
             for top in cluster.processes
             for child in (psutil.Process(top.pid), *psutil.Process(top.pid).children())
         }
-        assert {"orchestrator", "prefill-0", "decode-0", "decode-0.1"} == set(everybody)
-        workers = [pid for name, pid in everybody.items() if name != "orchestrator"]
+        assert {"orchestrator", "encoders", "prefill-0", "decode-0", "decode-0.1"} == set(everybody)
+        workers = [pid for name, pid in everybody.items() if name not in ("orchestrator", "encoders")]
         for prompt, answer in good.items():
             assert tuple(Answer(client, prompt, len(answer)).result()) == answer
         undisturbed = {work: Answer(client, *work).result() for work in (LONG_ANSWER, LONG_PROMPT)}

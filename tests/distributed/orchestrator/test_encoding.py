@@ -70,7 +70,8 @@ async def running(**changes: object) -> AsyncIterator[World]:
             encoders |= world.encoders()
             await world.pool.close()
         await eventually_async(lambda: not any(alive(encoder) for encoder in encoders.values()))
-        await eventually_async(lambda: num_descriptors() == num_before)
+        # Fewer, where what an earlier test left is collected meanwhile.
+        await eventually_async(lambda: num_descriptors() <= num_before)
         assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     finally:
         process.kill()
