@@ -182,6 +182,9 @@ class GgufFile:
             data = data.reshape(1, -1)
         rows, columns = (*slices, slice(None), slice(None))[:2]
         data = data[_interleaved_rows(entry.shape[0], entry.heads)[rows].numpy()] if entry.heads else data[rows]
+        if data.shape[0] == 0:  # `dequantize` takes no empty array
+            empty = torch.empty(0, *entry.shape[1:])
+            return empty if len(entry.shape) == 1 else empty[:, columns]
         try:
             values = dequantize(data, entry.tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
