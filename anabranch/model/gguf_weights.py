@@ -181,10 +181,10 @@ class GgufFile:
         if len(entry.shape) == 2 and data.ndim == 1:
             data = data.reshape(1, -1)
         rows, columns = (*slices, slice(None), slice(None))[:2]
-        data = data[_interleaved_rows(entry.shape[0], entry.heads)[rows].numpy()] if entry.heads else data[rows]
-        if data.shape[0] == 0:  # `dequantize` takes no empty array
-            empty = torch.empty(0, *entry.shape[1:])
-            return empty if len(entry.shape) == 1 else empty[:, columns]
+        wanted = data[_interleaved_rows(entry.shape[0], entry.heads)[rows].numpy()] if entry.heads else data[rows]
+        num_rows = len(wanted)
+        # `dequantize` takes no empty array; one row shows whether it knows the quantisation.
+        data = wanted if num_rows else data[:1]
         try:
             values = dequantize(data, entry.tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
@@ -192,6 +192,7 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: {name}: quantisation {kind} cannot be read: {error}") from error
         # A memory map of a read-only file: torch wants writable memory, and the caller copies anyway.
         tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+        tensor = tensor[:num_rows]
         return tensor if len(entry.shape) == 1 else tensor[:, columns]
 
     def _entry(self, name: str) -> _Entry:

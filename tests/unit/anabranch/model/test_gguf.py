@@ -11,6 +11,7 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from anabranch.errors import CheckpointError, UnsupportedArchitecture
+from anabranch.model.load import check_weights
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.threads import run_ranks
 from tests.support.families import LONGROPE
@@ -19,6 +20,7 @@ from tests.support.gguf import write_gguf
 pytestmark = pytest.mark.unit
 
 Q8_0 = GGMLQuantizationType.Q8_0
+Q4_1 = GGMLQuantizationType.Q4_1
 WIDE = {"head_dim": 32}
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
 
@@ -67,6 +69,24 @@ def test_ranks_read_their_own_rows_of_a_gguf(make_model, load, session, prompt, 
     expected = reference_tokens(reference, prompt, 20)
     for tokens in run_ranks(3, lambda group: session(load(path, group)).generate(prompt, 20)):
         assert tokens == expected
+
+
+@pytest.mark.parametrize("kind", [None, Q8_0, Q4_1])
+@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "mixtral"])
+def test_no_rows_of_a_gguf_and_a_check_of_its_header(recipe, kind, make_model, tmp_path) -> None:
+    """Before a model is loaded its header is checked, on the meta device: that reads no rows of each tensor."""
+    _, reference = make_model(recipe, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, reference, kind=kind)
+    config, weights = resolve_model(str(path)).open()
+    with weights:
+        check_weights(config, weights)
+        for name in weights.names():
+            shape = weights.shape(name)
+            assert weights.read(name, (slice(0, 0),)).shape == (0, *shape[1:]), name
+            if len(shape) == 2:
+                assert weights.read(name, (slice(0, 0), slice(0, 5))).shape == (0, 5)
+                assert weights.read(name, (slice(1, 3), slice(0, 0))).shape == (2, 0)
 
 
 def test_rope_factors_are_llama3_scaling(make_model, load, session, prompt, tmp_path) -> None:
