@@ -7,6 +7,7 @@ a file, so that it is on no command line.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
@@ -89,7 +90,11 @@ def _read_token(path: str | os.PathLike[str]) -> str:
     """The token in a file. Raises InvalidRequest, without a word of what the file holds."""
     remedy = "give the admin_token_file that the orchestrator's endpoints file or `anabranch up`'s ready file names"
     try:
-        with open(path, "rb") as file:
+        # A FIFO would let the opener wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("not a regular file")
             token = file.read(MAX_TOKEN_BYTES + 1).strip().decode("ascii")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds no token"

@@ -346,7 +346,9 @@ class LocalCluster:
             sweeper.kill_marked(str(self._folder), KILL_TIMEOUT_S)
             shutil.rmtree(self._folder, ignore_errors=True)
         for path in self._sweep_paths:
-            path.unlink(missing_ok=True)
+            # A folder that could not be written cannot be cleared either.
+            with contextlib.suppress(OSError):
+                path.unlink()
         if self._lifeline is not None:
             with contextlib.suppress(OSError):
                 os.write(self._lifeline, b".")

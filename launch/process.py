@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.system.child_process import python_module
+from anabranch.system.child_process import python_module, signal_name
 from anabranch.system.clock import awake_s
 from launch.terminal_text import visible
 
@@ -43,10 +43,7 @@ class ProcessExit:
         """The end in words: `exited with code 1`, `was killed by SIGKILL`."""
         if self.code >= 0:
             return f"exited with code {self.code}"
-        try:
-            return f"was killed by {signal.Signals(-self.code).name}"
-        except ValueError:
-            return f"was killed by signal {-self.code}"
+        return f"was killed by {signal_name(-self.code)}"
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid}) {self.reason}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from anabranch.request.request import Request
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.admission import (
     check_fits,
+    check_num_ids,
     checked_ids,
     client_id_of,
     drawn_id,
@@ -73,7 +75,7 @@ class Gateway:
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(
                     self.generate,
-                    request_deserializer=parser(pb.GenerateRequest),
+                    request_deserializer=self._parsed,
                     response_serializer=pb.GenerateEvent.SerializeToString,
                 ),
                 "Tokenize": grpc.unary_unary_rpc_method_handler(
@@ -88,6 +90,12 @@ class Gateway:
                 ),
             },
         )
+
+    def _parsed(self, data: bytes) -> pb.GenerateRequest | InvalidRequest:
+        """A request; more prompt ids than the context holds now are refused before they are parsed."""
+        # Asked for once: ids that are not packed are checked one by one.
+        check = partial(check_num_ids, limit=self.context_limit())
+        return parser(pb.GenerateRequest, check)(data)
 
     # Generate ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
     reserving    the decode worker looks for KV blocks              reserve_timeout_s
     prefilling   the prompt is computed and its KV streams          prefill_timeout_s
     decoding     tokens come                                        token_timeout_s (from token to token)
-    preempted       the worker has no KV blocks for it just now        preempted_timeout_s (until the next token)
+    preempted    the worker has no KV blocks for it just now        preempted_timeout_s (until the next token)
     finishing    the answer is whole, what prefill cost is not in   report_timeout_s
     ended
 

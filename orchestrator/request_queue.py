@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import NoWorkers
 from anabranch.request.request import Request
 from orchestrator.attempt import Attempt
+from orchestrator.awake_timer import AwakeTimer
 from orchestrator.inbox import Inbox
 from orchestrator.membership import Membership
 from orchestrator.router import Router, total_tokens
@@ -95,13 +95,13 @@ class Absence:
     def __init__(self, grace_s: float, on_long: Callable[[], None]) -> None:
         self._grace_s = grace_s
         self._on_long = on_long
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: AwakeTimer | None = None
         self.long = False
 
     def begin(self) -> None:
         """Nobody can serve. A second call changes nothing."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._grace_s, self._become_long)
+            self._timer = AwakeTimer(self._grace_s, self._become_long)
 
     def end(self) -> None:
         """Somebody can serve, or it matters no more."""

@@ -77,12 +77,16 @@ class Orchestrator:
         self._tasks: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
         self._run_folder: Path | None = None
+        self._server: grpc.aio.Server | None = None
         self.grpc_endpoint = ""
         self.control_endpoint = ""
         self.admin_token_file = ""
 
     async def start(self) -> None:
-        """Bind both addresses and begin to serve. Raises ConfigError, TransportUnavailable."""
+        """Bind both addresses, begin to serve, and announce it.
+
+        Raises ConfigError, TransportUnavailable, and see the encoder's `start`.
+        """
         try:
             await self._start()
         except BaseException:
@@ -116,15 +120,14 @@ class Orchestrator:
             await self._encoder.start()
             await self._start_grpc()
             await self._control.start()
+            self._spawn(self._encoder.run(), "encoders")
+            self._spawn(self._receive(), "receive")
+            self._spawn(self.membership.watch(), "watch")
+            if config.endpoints_file:
+                self._announce(Path(config.endpoints_file))
         except BaseException:
-            await self._control.close()
-            await self._encoder.close()
+            await self.close()
             raise
-        self._spawn(self._encoder.run(), "encoders")
-        self._spawn(self._receive(), "receive")
-        self._spawn(self.membership.watch(), "watch")
-        if config.endpoints_file:
-            self._announce(Path(config.endpoints_file))
         logger.info(
             "gRPC on %s, workers on %s, Admin's token in %s",
             self.grpc_endpoint,
@@ -150,8 +153,8 @@ class Orchestrator:
             self.grpc_endpoint = config.grpc_bind
         else:
             self.grpc_endpoint = f"{config.grpc_bind.rpartition(':')[0]}:{port}"
-        await server.start()
         self._server = server
+        await server.start()
 
     def _private(self, name: str) -> Path:
         """A path in this process's private folder, which is made when it is first needed."""
@@ -164,14 +167,19 @@ class Orchestrator:
             shutil.rmtree(self._run_folder, ignore_errors=True)
 
     def _announce(self, path: Path) -> None:
-        """Write the endpoints down, for programs."""
+        """Write the endpoints down, for programs. Raises ConfigError."""
         announcement = {
             "grpc": self.grpc_endpoint,
             "control": self.control_endpoint,
             "admin_token_file": self.admin_token_file,
             "pid": os.getpid(),
         }
-        write_atomically(path, json.dumps(announcement).encode())
+        try:
+            write_atomically(path, json.dumps(announcement).encode())
+        except OSError as error:
+            raise ConfigError(
+                "endpoints_file", str(path), f"cannot be written ({error.strerror}); choose another"
+            ) from error
 
     # Serving ----------------------------------------------------------------------------------------------
 
@@ -241,7 +249,8 @@ class Orchestrator:
         """Shut workers down, end every task, release every address. To be called once, drained or not."""
         self._gateway.draining = True
         await self._dispatcher.stop_all(Draining("the orchestrator ends"))
-        await self._server.stop(GRPC_GRACE_S)
+        if self._server is not None:
+            await self._server.stop(GRPC_GRACE_S)
         await self.membership.shut_down()
         for task in self._tasks:
             task.cancel()

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -31,7 +30,7 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
-from anabranch.system.child_process import python_environment, python_module
+from anabranch.system.child_process import python_environment, python_module, signal_name
 from anabranch.system.clock import awake_s, wait_for
 from anabranch.system.private_files import private_folder
 from runtime.rank import Command, Event, RankRoom
@@ -237,7 +236,11 @@ class RankGroup(Generic[Command, Event]):
 
     def _spawn(self, body: Callable[[int], str], rank: int) -> None:
         def run() -> None:
-            self._lose(rank, body(rank))
+            try:
+                how = body(rank)
+            except Exception as error:
+                how = f"could not be started or watched: {type(error).__name__}: {error}"
+            self._lose(rank, how)
 
         thread = threading.Thread(target=run, name=f"rank-{rank}", daemon=True)
         self._threads.append(thread)
@@ -256,7 +259,7 @@ class RankGroup(Generic[Command, Event]):
             child.kill()
         code = child.wait()
         if code < 0:
-            return f"(pid {child.pid}) was killed by {signal.Signals(-code).name}"
+            return f"(pid {child.pid}) was killed by {signal_name(-code)}"
         return self._last_words(rank) or f"(pid {child.pid}) exited with code {code}"
 
     def _keep_thread(self, rank: int) -> str:

@@ -92,7 +92,7 @@ def check_original(parameters: Mapping[str, object]) -> float | None:
 
 
 def _check(key: str, value: object, *, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
         raise CheckpointError(
             f"model configuration: rope_parameters: {key} is {value!r}; it must be a number of at least {least:g}"
         )

@@ -18,6 +18,8 @@ MAX_TEXT_BYTES = 1 << 20
 # Of all arrays together: tokens, scores, types and merges of the largest vocabulary are 1.3 million.
 MAX_ITEMS = 4_000_000
 MAX_DIMENSIONS = 4
+# Of all tensors together: the largest mixtures have under 100,000 matrices of experts.
+MAX_EXPERT_MATRICES = 1_000_000
 MAX_ALIGNMENT = 1 << 20
 
 _VERSIONS = (2, 3)
@@ -53,6 +55,7 @@ class _Walk:
         self._size = len(data)
         self._offset = 0
         self._num_items = 0
+        self._num_experts = 0
         self._alignment = _DEFAULT_ALIGNMENT
 
     def run(self) -> None:
@@ -108,6 +111,8 @@ class _Walk:
             raise self._refused(f"tensor {name} has shape {shape[::-1]}; every dimension must be at least 1")
         for experts in shape[2:]:
             self._bounded(experts, MAX_EXPERTS, f"experts of {name}")
+            self._num_experts += experts
+            self._bounded(self._num_experts, MAX_EXPERT_MATRICES, f"experts' matrices up to {name}")
         kind, offset = self._number("<I"), self._number("<Q")
         try:
             block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]

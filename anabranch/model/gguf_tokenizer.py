@@ -22,6 +22,11 @@ _KEY = "tokenizer.ggml."
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # What a sentencepiece vocabulary's special tokens are where the file does not say.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+# Of a vocabulary without merges, which are then looked for at every cut of every token: at a cost of its length each.
+MAX_PIECE_CHARS = 1024
+MAX_PIECES_CHARS = 16 << 20
+# The largest vocabularies have 0.6 million.
+MAX_MERGES = 2_000_000
 
 
 def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -111,13 +116,25 @@ class _GgufTokenizer:
             raise CheckpointError(
                 f"{self._file.path}: {_KEY}scores: {len(scores)} for {len(self._tokens)} tokens, and no merges"
             )
-        found: list[tuple[float, int, int, str, str]] = []
+        for what, count, most in (
+            ("one", max(map(len, self._tokens)), MAX_PIECE_CHARS),
+            ("all", sum(map(len, self._tokens)), MAX_PIECES_CHARS),
+        ):
+            if count > most:
+                raise CheckpointError(
+                    f"{self._file.path}: {_KEY}tokens: {what} of {count:,} characters, and no merges; at most {most:,}"
+                )
+        found: list[tuple[float, int, int]] = []
         for text, score in zip(self._tokens, scores, strict=False):
             for cut in range(1, len(text)):
-                left, right = text[:cut], text[cut:]
-                if left in self._vocab and right in self._vocab:
-                    found.append((-score, self._vocab[left], self._vocab[right], left, right))
-        return [(left, right) for *_, left, right in sorted(found)]
+                left, right = self._vocab.get(text[:cut]), self._vocab.get(text[cut:])
+                if left is not None and right is not None:
+                    found.append((-score, left, right))
+            if len(found) > MAX_MERGES:
+                raise CheckpointError(
+                    f"{self._file.path}: {_KEY}tokens: more than {MAX_MERGES:,} ways to put one together from two"
+                )
+        return [(self._tokens[left], self._tokens[right]) for _, left, right in sorted(found)]
 
     def _add_whole_tokens(self, tokenizer: Tokenizer) -> None:
         """Tokens that are found in a text before it is cut: those that control, and those that users defined."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from anabranch.errors import CheckpointError
-from anabranch.model.config_bounds import whole_number
+from anabranch.model.config_bounds import MAX_ROPE_VALUES, whole_number
 from anabranch.model.gguf_header import check_gguf_header
 from anabranch.model.weights import Slices
 
@@ -160,6 +160,11 @@ class GgufFile:
         """Divisors of the rotary frequencies, one for each pair of features, where the file carries a tensor `name`."""
         for tensor in self._reader.tensors:
             if tensor.name == name:
+                if tensor.data.ndim != 1 or len(tensor.data) > MAX_ROPE_VALUES:
+                    raise CheckpointError(
+                        f"{self.path}: {name} has shape {list(tensor.data.shape)}; "
+                        f"it must be a list of at most {MAX_ROPE_VALUES} values"
+                    )
                 return [float(value) for value in tensor.data]
         return None
 

@@ -31,6 +31,8 @@ def stack_of(name: str) -> Stack:
 
 def check_finite(values: torch.Tensor, name: str, source: WeightSource) -> None:
     """Raise CheckpointError if a tensor's values, as they will be computed with, are not all finite."""
+    if not values.numel():
+        return
     # A NaN is both the least and the greatest; this costs about a tenth of loading.
     least, greatest = (float(bound) for bound in values.aminmax())
     if not (math.isfinite(least) and math.isfinite(greatest)):

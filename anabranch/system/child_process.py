@@ -25,6 +25,14 @@ def python_module(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+def signal_name(number: int) -> str:
+    """`SIGKILL`; real-time signals, which have no names, are `signal 40`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def python_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment for a child, and `more`.
 

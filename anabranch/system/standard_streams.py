@@ -76,9 +76,11 @@ class _Error(io.FileIO):
 
     def write(self, data: bytes, /) -> int:  # type: ignore[override]
         try:
-            return super().write(data)
+            num_written: int | None = super().write(data)
         except OSError:
-            return len(data)
+            num_written = None
+        # None too where a pipe that does not block is full.
+        return len(data) if num_written is None else num_written
 
 
 def _occupy_closed() -> None:

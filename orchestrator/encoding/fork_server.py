@@ -9,6 +9,7 @@ import socket
 from typing import TypeVar
 
 from anabranch.errors import AnabranchError, PeerLost, error_from_code
+from anabranch.system.clock import timeout
 from orchestrator.encoding.messages import (
     MAX_SMALL_BYTES,
     End,
@@ -22,7 +23,8 @@ from orchestrator.encoding.messages import (
     frame,
 )
 
-# The server only forks, kills and reaps; it answers within milliseconds unless the machine stands still.
+# The server only forks, kills and reaps; it answers within milliseconds unless the machine stands still. One that does
+# not counts as lost: its late answer would be taken for the next one.
 ANSWER_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 5.0
 _END_POLL_S = 0.005
@@ -71,7 +73,7 @@ class ForkServer:
         return (await self._ask(End(pid=pid), None, Ended)).how
 
     async def wait_ended(self) -> None:
-        """Wait until the server, and with it every encoder, has ended."""
+        """Wait until the server, and with it every encoder, has ended or counts as lost."""
         assert self._reading is not None
         await asyncio.wait({self._reading})
 
@@ -79,12 +81,7 @@ class ForkServer:
         """End the server and every encoder."""
         if self._reading is not None:
             self._reading.cancel()
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._control.close()
-        # The server reads the end only when every copy of this end is closed.
-        self._sender.close()
+        self._disconnect()
         if not await self._reaped():
             os.kill(self.pid, signal.SIGKILL)
             await self._reaped()
@@ -98,21 +95,39 @@ class ForkServer:
     async def _exchange(self, message: ToForkServer, descriptor: socket.socket | None, kind: type[_A]) -> _A:
         passed = None if descriptor is None else descriptor.dup()
         try:
-            async with self._turn, asyncio.timeout(ANSWER_TIMEOUT_S):
-                try:
-                    socket.send_fds(self._sender, [frame(message)], [] if passed is None else [passed.fileno()])
-                except OSError as error:
-                    raise _lost() from error
-                answer = await self._answers.get()
-        except TimeoutError:
-            raise PeerLost(f"the process that starts encoders said nothing for {ANSWER_TIMEOUT_S:g} s") from None
+            async with self._turn:
+                answer = await self._answer(message, passed)
         finally:
             if passed is not None:
                 passed.close()
         if isinstance(answer, Failed):
             raise error_from_code(answer.code, answer.message)
-        assert isinstance(answer, kind), f"{answer} where {kind.__name__} was due"
+        if not isinstance(answer, kind):
+            self._disconnect()
+            raise PeerLost(f"the process that starts encoders said {answer} where {kind.__name__} was due")
         return answer
+
+    async def _answer(self, message: ToForkServer, passed: socket.socket | None) -> FromForkServer:
+        """Ask, and wait for what the server says next; when it says nothing, it is never asked again."""
+        try:
+            async with timeout(ANSWER_TIMEOUT_S):
+                try:
+                    socket.send_fds(self._sender, [frame(message)], [] if passed is None else [passed.fileno()])
+                except OSError as error:
+                    raise _lost() from error
+                return await self._answers.get()
+        except TimeoutError:
+            self._disconnect()
+            raise PeerLost(f"the process that starts encoders said nothing for {ANSWER_TIMEOUT_S:g} s") from None
+
+    def _disconnect(self) -> None:
+        """Close this end: the server ends once it reads that, and `wait_ended` need not wait for it."""
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self._control.close()
+        # The server reads the end only when every copy of this end is closed.
+        self._sender.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

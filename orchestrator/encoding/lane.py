@@ -11,8 +11,10 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from anabranch.errors import AnabranchError, DeadlineExceeded, InvalidRequest, Overloaded
+from orchestrator.awake_timer import AwakeTimer
 from orchestrator.encoding.encoder import Encoder
 from orchestrator.encoding.messages import ToEncoder
 
@@ -72,10 +74,9 @@ class Lane:
             raise Overloaded(
                 f"prompts of {self._num_queued_chars} characters wait to be tokenised already; try again later"
             )
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[int]] = loop.create_future()
+        answer: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         job = _Job(request=request, num_chars=num_chars, answer=answer)
-        expiry = loop.call_later(self._queue_timeout_s, self._expire, job)
+        expiry = AwakeTimer(self._queue_timeout_s, partial(self._expire, job))
         self._queue.append(job)
         self._num_queued_chars += num_chars
         self._news.set()

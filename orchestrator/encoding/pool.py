@@ -14,6 +14,7 @@ from functools import partial
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import DeadlineExceeded, Draining, PeerLost
+from anabranch.system.clock import timeout
 from orchestrator.encoding.encoder import Encoder
 from orchestrator.encoding.fork_server import ForkServer
 from orchestrator.encoding.lane import Lane
@@ -78,7 +79,7 @@ class EncoderPool:
         for lane in self._lanes:
             lane.start()
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
+            async with timeout(_START_TIMEOUT_S):
                 for lane in self._lanes:
                     await lane.ready.wait()
         except TimeoutError:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from anabranch.errors import AnabranchError
-from anabranch.system.child_process import die_with_parent, set_process_name
+from anabranch.system.child_process import die_with_parent, set_process_name, signal_name
 from orchestrator.encoding.messages import (
     MAX_SMALL_BYTES,
     Ended,
@@ -121,7 +121,7 @@ def _end(pid: int) -> str:
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}" if code >= 0 else f"killed by {signal_name(-code)}"
 
 
 def _be_encoder(

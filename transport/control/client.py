@@ -125,7 +125,7 @@ class ControlClient:
     # The connection ---------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        preempted_s = FIRST_PAUSE_S
+        pause_s = FIRST_PAUSE_S
         while not self._closed:
             try:
                 async with contextlib.AsyncExitStack() as stack:
@@ -133,7 +133,7 @@ class ControlClient:
                         reader, writer = await self._connect()
                         stack.callback(writer.transport.abort)
                         await introduce(reader, writer, self._secret, self._name)
-                    preempted_s = FIRST_PAUSE_S
+                    pause_s = FIRST_PAUSE_S
                     await self._serve(reader, writer)
             except AccessDenied as error:
                 self._failure = AccessDenied(f"{self._endpoint}: {error}")
@@ -141,8 +141,8 @@ class ControlClient:
                 return
             except (OSError, TimeoutError, TransportError) as error:
                 logger.debug("control channel to %s: %s", self._endpoint, error)
-            await asyncio.sleep(preempted_s)
-            preempted_s = min(2 * preempted_s, MAX_PAUSE_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if not self._endpoint.is_tcp:

@@ -50,6 +50,10 @@ def parse_endpoint(key: str, text: str) -> Endpoint:
     host = host.removeprefix("[").removesuffix("]")
     if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(key, text, "must be tcp://HOST:PORT or ipc://PATH")
+    try:
+        host.encode("idna")  # as every resolver does
+    except UnicodeError as error:
+        raise ConfigError(key, text, f"its host is no name or address: {error}") from None
     return Endpoint(host=host, port=int(port))
 
 

@@ -164,7 +164,7 @@ def dial(
     except TimeoutError:
         _close(sock)
         raise DeadlineExceeded(f"connecting to {scheme} peer at {host}:{port}: {timeout_s} s") from None
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a host that is no name
         _close(sock)
         raise PeerLost(f"{scheme} peer at {host}:{port}: {error}") from error
     except TransportError:

@@ -54,6 +54,9 @@ class UcxPlane(SocketPlane[UcxLink]):
         worker = self._make_worker()
         introduction = Introduction(name=my_name(), endpoint=worker.address.tobytes())
         side, welcome = dial(SCHEME, KIND, address, introduction, timeout_s)
+        if self._closed:
+            side.close()
+            raise PeerLost("this plane is closed")
         try:
             link = UcxLink(self, self._hot.append, worker, welcome.endpoint, side, welcome.name)
         except TransportError:

@@ -86,6 +86,9 @@ def test_the_sdk_reads_the_token_from_a_file(play, tmp_path, monkeypatch):
             assert other.read_text().strip() not in str(caught.value)
         with pytest.raises(InvalidRequest, match=r"token_file: .*absent.*No such file"):
             world.admin(token_file=tmp_path / "absent")
+        os.mkfifo(tmp_path / "pipe")  # without a writer: opened as usual, it would never be
+        with pytest.raises(InvalidRequest, match=r"token_file: .*pipe': it holds no token"):
+            world.admin(token_file=tmp_path / "pipe")
         monkeypatch.setenv("ANABRANCH_ADMIN_TOKEN_FILE", world.orchestrator.admin_token_file)
         await asyncio.to_thread(with_none)
 

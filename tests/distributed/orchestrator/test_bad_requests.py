@@ -158,6 +158,28 @@ def test_every_bad_field_is_named(play):
     play(scenario)
 
 
+def test_too_many_ids_are_refused_before_they_are_parsed(play):
+    async def scenario(world):
+        await world.worker("both-0", "colocated", max_context=512)
+        # What it says after the ids cannot be parsed; nobody looks.
+        data = {
+            "packed": ids(*[1] * 2000).SerializeToString() + b"\xff",
+            "not packed": b"\x1a\xd0\x0f" + b"\x08\x01" * 1000 + b"\xff",
+        }
+        num_ids = {"packed": 2000, "not packed": 512}
+        async with grpc.aio.insecure_channel(world.orchestrator.grpc_endpoint) as channel:
+            for name, message in data.items():
+                error = await refused(channel, GENERATE, message)
+                assert dict(error.trailing_metadata()).get("anabranch-code") == CONTEXT, (name, error)
+                says = f"prompt: has {num_ids[name]} tokens; the context holds 512"
+                assert error.details().startswith(says), (name, error.details())
+            # As many as there is room for are looked at.
+            error = await refused(channel, GENERATE, ids(*[1] * 510, 256))
+            assert error.details().startswith("token_ids: 256 at position 510")
+
+    play(scenario)
+
+
 def test_an_oversized_message_is_refused_and_the_server_goes_on(play):
     async def scenario(world):
         with pytest.raises(InvalidRequest, match="larger than max") as caught:

@@ -145,7 +145,7 @@ def test_get_cluster_and_get_model(play, wait):
         assert (prefill.role, prefill.pid, prefill.tp, prefill.state) == ("prefill", 11, 2, "ready")
         assert (decode_.num_requests, decode_.num_free_blocks, decode_.num_total_blocks) == (1, 60, 64)
         assert (decode_.max_context, decode_.block_size, decode_.planes) == (512, 16, ("tcp",))
-        assert 0.0 <= decode_.last_heard_s < 1.0
+        assert decode_.last_heard_s >= 0.0
         assert (cluster.num_requests, cluster.num_queued) == (1, 0)
         assert (cluster.serving, cluster.draining) == (True, False)
         model = await world.client.model()

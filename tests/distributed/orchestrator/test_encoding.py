@@ -151,14 +151,14 @@ def test_a_long_text_delays_no_short_one_and_no_short_one_overtakes_another(tmp_
 
 def test_what_takes_too_long_is_ended_by_name_and_the_lane_goes_on(caplog):
     cases = (
-        ("hang", DeadlineExceeded, "encode_timeout_s: the prompt was not tokenised within 0.2 s"),
-        (chat("hang"), ChatTemplateError, r"chat template was not done after 0.2 s \(encode_timeout_s\)"),
+        ("hang", DeadlineExceeded, "encode_timeout_s: the prompt was not tokenised within 1 s"),
+        (chat("hang"), ChatTemplateError, r"chat template was not done after 1 s \(encode_timeout_s\)"),
         (chat("hang-native"), ChatTemplateError, "chat template was not done"),
         (chat("rendered:hang"), DeadlineExceeded, "encode_timeout_s: the prompt was not tokenised"),
     )
 
     async def main() -> None:
-        async with running(encode_timeout_s=0.2) as world:
+        async with running(encode_timeout_s=1.0) as world:
             for prompt, error, says in cases:
                 before = world.encoders()
                 with pytest.raises(error, match=says):
@@ -251,7 +251,8 @@ def test_prompts_that_wait_end_when_the_pool_closes(tmp_path):
         async with running() as world:
             first = asyncio.create_task(world.pool.encode("hang"))
             waiting = asyncio.create_task(world.pool.encode("x"))
-            await asyncio.sleep(0.05)
+            # The first is at the encoder.
+            await eventually_async(lambda: len(world.pool._text._queue) == 1)
             await world.pool.close()
             with pytest.raises(Draining):
                 await waiting

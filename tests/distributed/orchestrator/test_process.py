@@ -304,6 +304,13 @@ def test_bad_settings_end_it_with_status_2(flags, says):
     assert "Traceback" not in done.stderr
 
 
+def test_an_endpoints_file_that_cannot_be_written_ends_it_with_status_2(model_folder, tmp_path):
+    done = run(f"--model={model_folder}", f"--endpoints-file={tmp_path}/none/x.json")
+    assert done.returncode == 2
+    assert f"endpoints_file: '{tmp_path}/none/x.json': cannot be written (No such file or directory)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_teaches():
     done = run("--help")
     assert done.returncode == 0
@@ -332,5 +339,36 @@ def test_addresses_that_are_taken(model, tmp_path):
         async with AsyncClient(first.grpc_endpoint) as client:
             assert await client.tokenize("ab") == (97, 98)
         await first.close()
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left_of_a_start_that_cannot_be_announced(model, tmp_path):
+    def orchestrator(endpoints_file: Path, encoder: ThreadEncoder) -> Orchestrator:
+        config = OrchestratorConfig(
+            grpc_bind=f"unix:{tmp_path}/grpc",
+            control_bind=f"ipc://{tmp_path}/control",
+            endpoints_file=str(endpoints_file),
+        )
+        return Orchestrator(config, model, encoder)
+
+    async def main() -> None:
+        encoder = ThreadEncoder(model.encode_prompt)
+        failed = orchestrator(tmp_path / "none" / "x.json", encoder)
+        with pytest.raises(ConfigError, match=r"endpoints_file: '.*/none/x.json': cannot be written"):
+            await failed.start()
+        private = os.path.dirname(failed.admin_token_file)
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert not names & {"encoders", "receive", "watch"}
+        assert os.path.basename(private) not in os.listdir(os.path.dirname(private))
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await encoder.encode("a")
+        # Both addresses are free, which they are not while they are served.
+        second = orchestrator(tmp_path / "x.json", ThreadEncoder(model.encode_prompt))
+        await second.start()
+        assert read(tmp_path / "x.json")["grpc"] == f"unix:{tmp_path}/grpc"
+        async with AsyncClient(second.grpc_endpoint) as client:
+            assert await client.tokenize("ab") == (97, 98)
+        await second.close()
 
     asyncio.run(main())

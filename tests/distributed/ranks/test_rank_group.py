@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
@@ -183,11 +184,24 @@ def test_a_killed_rank_ends_the_others(backend: str, start: Start) -> None:
     group.ranks.close()
 
 
-def test_an_idle_rank_that_is_killed_is_noticed(start: Start) -> None:
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 5, f"signal {signal.SIGRTMIN + 5}")]
+)
+def test_an_idle_rank_that_is_killed_is_noticed(number: int, name: str, start: Start) -> None:
     group = start()
     pid = group.pids[1]
-    os.kill(pid, signal.SIGKILL)
-    assert group.failure() == f"rank 1 of talk-0 (pid {pid}) was killed by SIGKILL"
+    os.kill(pid, number)
+    assert group.failure() == f"rank 1 of talk-0 (pid {pid}) was killed by {name}"
+
+
+def test_a_rank_that_cannot_be_started_is_named_at_once(make: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    group = make()
+    monkeypatch.setattr("runtime.rank_group.subprocess.Popen", refuse)
+    with pytest.raises(WorkerDied, match=r"rank 1 of talk-0 could not be started or watched: BlockingIOError: .*temp"):
+        group.ranks.start()
 
 
 @pytest.mark.parametrize("processes", [True, False])

@@ -166,4 +166,4 @@ def test_peers_that_are_killed_leave_no_descriptor_behind(
     before = num_descriptors()
     for _ in range(4):
         die_once()
-    eventually(lambda: num_descriptors() == before, "what the links had is given back")
+    eventually(lambda: num_descriptors() <= before, "what the links had is given back")

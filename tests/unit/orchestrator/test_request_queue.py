@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import NoWorkers
 from anabranch.request.request import Request
+from anabranch.system.clock import MAX_GAP_S
 from orchestrator.inbox import Inbox
 from orchestrator.membership import Member
 from orchestrator.request_queue import RequestQueue
@@ -116,6 +118,24 @@ def test_without_workers_all_are_told_after_a_while():
         queue.put(request(), late)
         with pytest.raises(NoWorkers):
             await late.next()
+        queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_this_process_was_held_up_for_is_no_absence():
+    async def scenario():
+        workers = Workers()
+        queue = queue_for(workers, no_worker_grace_s=2 * MAX_GAP_S)
+        inbox = Inbox()
+        queue.put(request(), inbox)
+        inbox.allow("queue_timeout_s", 60.0, "queued")
+        time.sleep(4 * MAX_GAP_S)  # noqa: ASYNC251  # the subject
+        for _ in range(10):
+            await asyncio.sleep(0)
+        workers.members.append(member("c", "colocated"))
+        queue.pump()
+        assert (await inbox.next()).attempt.route.names == ("c",)
         queue.close()
 
     asyncio.run(scenario())

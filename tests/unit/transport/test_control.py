@@ -489,6 +489,8 @@ def test_binding_beyond_this_machine_works_when_it_was_said() -> None:
         "tcp://:5",
         "ipc://",
         "ipc://a\0",
+        "tcp://a..b:5000",
+        f"tcp://{'a' * 64}:5000",
     ],
 )
 def test_what_is_not_an_endpoint_is_refused(bind: str) -> None:

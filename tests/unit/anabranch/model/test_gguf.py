@@ -89,6 +89,17 @@ def test_no_rows_of_a_gguf_and_a_check_of_its_header(recipe, kind, make_model, t
                 assert weights.read(name, (slice(1, 3), slice(0, 0))).shape == (2, 0)
 
 
+@pytest.mark.parametrize("shape", [(2, 32), (5000,)])
+def test_rope_factors_that_are_no_short_list_are_refused(shape, make_model, tmp_path) -> None:
+    _, reference = make_model("llama-gqa-tied")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(
+        path, reference, metadata=lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(shape, np.float32))
+    )
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight has shape .*; it must be a list of at most 4096"):
+        resolve_model(str(path)).config()
+
+
 def test_rope_factors_are_llama3_scaling(make_model, load, session, prompt, tmp_path) -> None:
     _, reference = make_model("llama-mqa-llama3")
     scaled = reference.model.rotary_emb.inv_freq

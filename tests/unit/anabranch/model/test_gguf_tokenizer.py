@@ -212,6 +212,10 @@ def test_what_sentencepiece_puts_around_a_prompt(write, flags, expected) -> None
     assert tokenizer.eos_token_ids == (2,)
 
 
+TOO_LONG = [f"{number:06d}" + "x" * 1018 for number in range(16_400)]
+EVERY_CUT = [letter * length for letter in "cdefg" for length in range(1, 1000)]
+
+
 # What is refused ---------------------------------------------------------------------------------------------
 
 
@@ -228,6 +232,22 @@ def test_what_sentencepiece_puts_around_a_prompt(write, flags, expected) -> None
         ({"tokens": [*TOKENS, "he"]}, CheckpointError, r"tokenizer\.ggml\.tokens: 'he' is there more than once"),
         ({"num_rows": 5}, CheckpointError, r"tokenizer\.ggml\.tokens: \d+ for an embedding of 5"),
         ({"tokens": SPM_TOKENS, **spm(scores=())}, CheckpointError, r"tokenizer\.ggml\.scores: 0 for 269 tokens"),
+        (
+            {"tokens": [*SPM_TOKENS, "c" * 1025], **spm(scores=[0.0] * 270)},
+            CheckpointError,
+            r"tokenizer\.ggml\.tokens: one of 1,025 characters, and no merges; at most 1,024",
+        ),
+        (
+            {"tokens": [*SPM_TOKENS, *TOO_LONG], **spm(scores=[0.0] * (269 + len(TOO_LONG)))},
+            CheckpointError,
+            r"tokenizer\.ggml\.tokens: all of 16,\d+,\d+ characters, and no merges; at most 16,777,216",
+        ),
+        # Every cut of every one gives two others.
+        (
+            {"tokens": [*SPM_TOKENS, *EVERY_CUT], **spm(scores=[0.0] * (269 + len(EVERY_CUT)))},
+            CheckpointError,
+            r"tokenizer\.ggml\.tokens: more than 2,000,000 ways to put one together",
+        ),
         ({"tokens": [], "num_rows": 5}, CheckpointError, r"tokenizer\.ggml\.model is missing: the file brings no"),
     ],
 )

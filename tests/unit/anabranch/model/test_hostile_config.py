@@ -98,6 +98,8 @@ def test_other_values_out_of_bounds(tmp_path, key, value) -> None:
         {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": float("nan")},
         {"rope_type": "linear", "factor": [1.0] * 5000, "rope_theta": 1e4},
         {"rope_type": "x" * 2000},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 10**400},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": float("nan")},
         [1],
     ],
 )

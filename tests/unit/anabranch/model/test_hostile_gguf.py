@@ -75,6 +75,10 @@ BAD = {
     "dimensions": (header(tensor(b"t", (1,) * 9), tensors=1), "9 dimensions of t; at most 4"),
     "a dimension of 0": (header(tensor(b"t", (4, 0)), tensors=1), r"tensor t has shape \[0, 4\]"),
     "experts": (header(tensor(b"t", (1, 1, 10**12)), tensors=1), "experts of t; at most 8,192"),
+    "experts of all tensors": (
+        header(*(tensor(b"t", (1, 1, 8000)) for _ in range(200)), tensors=200),
+        "1,008,000 experts' matrices up to t; at most 1,000,000",
+    ),
     "a tensor past the end": (header(tensor(b"t", (1 << 31, 1 << 31)), tensors=1), "tensor t ends at byte"),
     "an offset past the end": (header(tensor(b"t", (4,), offset=HUGE), tensors=1), "tensor t ends at byte"),
     "a quantisation": (header(tensor(b"t", (4,), kind=250), tensors=1), "tensor t has the unknown type 250"),

@@ -135,6 +135,16 @@ def test_experts_are_compared_too(make_model) -> None:
     refused(folder, r"gate\.weight has shape \[5, 48\], the configuration expects \[6, 48\]")
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+def test_a_derived_tensor_of_nothing_is_no_matter(folder, shape, load) -> None:
+    tensors = load_file(folder / SINGLE_NAME)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.empty(shape)
+    save_file(tensors, folder / SINGLE_NAME)
+    source = resolve_model(str(folder))
+    assert read_identity(source, source.config())
+    load(folder)
+
+
 def test_dtypes_are_compared_without_loading(folder) -> None:
     change(folder, Q_PROJ, lambda tensor: tensor.to(torch.int32))
     refused(folder, rf"{Q_PROJ} has dtype I32")
@@ -201,4 +211,4 @@ def test_files_are_closed_when_an_index_is_refused(folder) -> None:
     for _ in range(3):
         with pytest.raises(CheckpointError, match="a is missing, which"):
             SafetensorsFolder(folder)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

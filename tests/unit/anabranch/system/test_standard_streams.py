@@ -34,6 +34,15 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
     assert bytes(got) == DATA
 
 
+def test_errors_to_a_full_pipe_that_does_not_block_are_dropped() -> None:
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with io.TextIOWrapper(io.BufferedWriter(_Error(write_end, "w")), line_buffering=True) as file:
+        for _ in range(100):
+            print("x" * 8000, file=file)
+    os.close(read_end)
+
+
 def test_output_is_lost_aloud_and_errors_quietly() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -70,7 +70,7 @@ def test_segments_are_this_users_alone_and_have_no_name(transports: str) -> None
 def test_the_trial_passes_where_ucx_works(transports: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert ucx_trial.failure.__wrapped__(transports) == ""
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
