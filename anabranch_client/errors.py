@@ -8,7 +8,7 @@
         +-- DeadlineExceeded            the call's own deadline, or a named wait at the server, ran out
         +-- CallCancelled
         +-- AccessDenied                the call needs a secret, such as Admin's token, and did not show it
-        +-- Unavailable                 nobody listens there, or no worker can serve
+        +-- Unavailable                 nobody listens there, no worker can serve, or KV was lost on its way
         |   +-- WorkerDied              the process that held the request ended
         |   +-- NoWorkers               no worker of a role that is needed takes requests
         |   +-- Draining                the server takes no new work
@@ -68,7 +68,7 @@ class AccessDenied(CallFailed):
 
 
 class Unavailable(CallFailed):
-    """Nobody listens there, or no worker can serve."""
+    """Nobody listens there, no worker can serve, or a request's KV was lost on its way: again may do."""
 
 
 class WorkerDied(Unavailable):

@@ -72,7 +72,7 @@ def clear_json_names(messages) -> None:
         (grpc.StatusCode.UNAVAILABLE, None, "Unavailable"),
         (grpc.StatusCode.UNAVAILABLE, "worker_died", "WorkerDied"),
         (grpc.StatusCode.UNAVAILABLE, "draining", "Draining"),
-        (grpc.StatusCode.INTERNAL, "checksum_mismatch", "ServerFailed"),
+        (grpc.StatusCode.UNAVAILABLE, "checksum_mismatch", "Unavailable"),
         (grpc.StatusCode.UNIMPLEMENTED, None, "ServerFailed"),
     ],
 )
