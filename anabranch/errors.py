@@ -23,6 +23,7 @@
     +-- DeadlineExceeded                a named wait ran out
     +-- RequestCancelled
     +-- WorkerDied                      the process that held the request ended
+    +-- FfnUnavailable                  no FFN node answered for a layer or an expert in time
     +-- NoWorkers                       no worker of a role that is needed takes requests
     +-- Draining                        the process takes no new work
 
@@ -155,6 +156,12 @@ class RequestCancelled(AnabranchError):
 
 class WorkerDied(AnabranchError):
     code = "worker_died"
+
+
+class FfnUnavailable(AnabranchError):
+    """No FFN node answered for a layer or an expert in time; the message names them."""
+
+    code = "ffn_unavailable"
 
 
 class NoWorkers(AnabranchError):

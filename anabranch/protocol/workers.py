@@ -1,11 +1,12 @@
 """Messages between workers and the orchestrator.
 
-Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Drain, Shutdown, Beat.
-Worker -> orchestrator: Register, Beat, Reserved, Tokens, Preempted, PrefillEnded, Ended, Failing.
+Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Place, FfnNodes, Drain, Shutdown, Beat.
+Worker -> orchestrator: Register, Beat, Reserved, Tokens, Preempted, PrefillEnded, Ended, Placed, Failing.
 
 A request's life on a split pair: Reserve -> Reserved (or Ended: failed), Prefill -> PrefillEnded, Tokens...,
 Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exactly once for each
-(request_id, epoch) that a decode or colocated worker was given; PrefillEnded once for each Prefill.
+(request_id, epoch) that a decode, attention or colocated worker was given; PrefillEnded once for each Prefill.
+An FFN worker is given no requests: see `anabranch.protocol.ffn`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from anabranch.bounds import Count, Extent, Name, Place, Seconds
+from anabranch.bounds import Count, Extent, Int63, Name, Seconds
+from anabranch.bounds import Place as PlaceName
+from anabranch.protocol.ffn import Addresses, FfnPlacement, Holding
 from anabranch.protocol.kv import MAX_PLANES, KvDestination, KvStreamStats
 from anabranch.protocol.wire_error import WireError
 from anabranch.request.request import EndReason, Request
 from anabranch.request.token import Token
 
-Role = Literal["prefill", "decode", "colocated"]
+Role = Literal["prefill", "decode", "colocated", "attn", "ffn"]
 
 MAX_STEP_SEQUENCES = 1 << 16
 
@@ -38,7 +41,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         model_fingerprint: of the whole configuration and the weights; empty: the weights are not here.
     """
 
-    model: Place
+    model: PlaceName
     model_fingerprint: Name
     vocab_size: Extent
     hidden_size: Extent
@@ -55,12 +58,15 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
         max_context: most tokens (prompt and answer) that one request may hold here.
         num_blocks: KV blocks in the worker's pool.
         planes: tensor planes that the worker can use, best first.
+        addresses: of an FFN worker: M2N backend name -> address.
+        incarnation: of an FFN worker: drawn at random by each process.
+        capacity_bytes: of an FFN worker: most weights that it holds; 0: as many as it is given.
     """
 
     name: Name
     role: Role
     pid: Extent
-    host: Place
+    host: PlaceName
     kv_dtype: Name
     max_context: Count
     num_blocks: Extent
@@ -70,6 +76,9 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
     num_threads: Extent
     tp: Extent = 1
     cp: Extent = 1
+    addresses: Addresses = {}
+    incarnation: Int63 = 0
+    capacity_bytes: Count = 0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +134,19 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
 
     request_id: Name
     epoch: Count
+
+
+class Place(Message, frozen=True, kw_only=True, tag="place"):
+    """To an FFN worker: load what is missing of this; answered with Placed. What is too much is kept until told."""
+
+    version: Count
+    holding: Holding
+
+
+class FfnNodes(Message, frozen=True, kw_only=True, tag="ffn_nodes"):
+    """To an attention worker: where rows go from now on. An older version than the last one is ignored."""
+
+    placement: FfnPlacement
 
 
 class Drain(Message, frozen=True, kw_only=True, tag="drain"):
@@ -195,6 +217,13 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     num_cached_tokens: Count = 0
 
 
+class Placed(Message, frozen=True, kw_only=True, tag="placed"):
+    """An FFN worker serves what it was told to hold, or `error` says why not."""
+
+    version: Count
+    error: WireError | None = None
+
+
 class Failing(Message, frozen=True, kw_only=True, tag="failing"):
     """A worker's last message: it cannot go on, and all that it holds ends with `error`."""
 
@@ -210,5 +239,5 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
     stats: WorkerStats | None = None
 
 
-ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Drain | Shutdown | Beat
-ToOrchestrator = Register | Reserved | Tokens | Preempted | PrefillEnded | Ended | Failing | Beat
+ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Place | FfnNodes | Drain | Shutdown | Beat
+ToOrchestrator = Register | Reserved | Tokens | Preempted | PrefillEnded | Ended | Placed | Failing | Beat
