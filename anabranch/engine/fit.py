@@ -17,8 +17,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.errors import ConfigError
 from anabranch.model.config import ModelConfig
-from anabranch.model.size import weight_bytes
-from anabranch.model.transformer import smallest_ffn
+from anabranch.model.size import smallest_ffn, weight_bytes
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.mesh import Mesh, check_model, rank_devices
 

@@ -14,6 +14,7 @@ from anabranch.model.embedding import Embedding, LmHead, load_vocabulary
 from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.model.loader import WeightLoader
 from anabranch.model.rotary import Rotary
+from anabranch.model.shared_expert import SharedExpert, has_shared_expert
 from anabranch.model.tied_head import EMBEDDING, LM_HEAD
 from anabranch.parallel.group import Group
 
@@ -24,9 +25,13 @@ class AttentionStack:
     Args:
         loader: only this rank's slices of these tensors are read.
         group: ranks that the weights are sharded over.
+        shared_experts: whether these belong here: where the chosen experts are elsewhere, they are computed meanwhile.
+
+    Attributes:
+        shared_experts: per layer; None where there is none, or it belongs to the FFN half.
     """
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group) -> None:
+    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, *, shared_experts: bool = False) -> None:
         config = loader.config
         self.config = config
         self.dtype = loader.dtype
@@ -38,8 +43,11 @@ class AttentionStack:
         self.embedding = Embedding(embedding_VC, group)
         loader.part_done()
         self.layers: list[AttentionHalf] = []
+        self.shared_experts: list[SharedExpert | None] = []
         for layer in range(config.num_layers):
             self.layers.append(AttentionHalf(loader, kernels, group, layer))
+            with_shared = shared_experts and has_shared_expert(loader, layer)
+            self.shared_experts.append(SharedExpert(loader, kernels, group, layer) if with_shared else None)
             loader.part_done()
         self.norm_C = loader.whole("model.norm.weight", config.hidden_size)
         head_VC = embedding_VC if tied else load_vocabulary(loader, group, LM_HEAD)

@@ -9,7 +9,6 @@ import torch
 
 from anabranch.model.attention import Attention
 from anabranch.model.attention_stack import AttentionStack
-from anabranch.model.config import ModelConfig
 from anabranch.model.ffn_half import FfnCalls, T
 from anabranch.model.ffn_stack import FfnStack
 
@@ -42,13 +41,3 @@ class Transformer:
     ) -> torch.Tensor:
         """See `AttentionStack.decode`."""
         return self.run(self.attention.decode(hidden_TC, cos_TR, sin_TR, attention))
-
-
-def smallest_ffn(config: ModelConfig) -> int:
-    """Features of the narrowest FFN or expert: the most ranks that it can be cut among."""
-    if config.moe is None:
-        return config.intermediate_size
-    widths = [config.moe.expert_intermediate, config.moe.shared_expert_intermediate or config.moe.expert_intermediate]
-    if not all(config.moe.sparse_layers):
-        widths.append(config.intermediate_size)
-    return min(widths)
