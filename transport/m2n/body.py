@@ -14,12 +14,13 @@ import xxhash
 
 from anabranch.errors import ChecksumMismatch, MalformedMessage
 from transport.m2n.base import ChannelShape
-from transport.m2n.header import ALIGNMENT, COMBINES, STATUSES, Header, aligned, answer_dtype, answer_rows
+from transport.m2n.header import ALIGNMENT, COMBINES, STATUSES, aligned, answer_dtype, answer_rows
 from transport.m2n.messages import Answer, Call, Combine, Status
-from transport.m2n.pipe import Body
+from transport.m2n.pipe import Message
 
 _NO_INDEX = torch.empty(0, dtype=torch.int32)
 _NO_WEIGHTS = torch.empty(0)
+_FEW = 64  # up to here a loop is faster than numpy's call
 _PADDING = memoryview(bytes(ALIGNMENT))
 
 
@@ -33,12 +34,12 @@ def call_parts(call: Call, shape: ChannelShape) -> list[torch.Tensor]:
     _check_rows("rows_TC", rows_TC, shape.max_rows, shape.hidden_size, shape.dtype)
     if num_assignments > (0 if call.combine == Combine.ROWS else rows_TC.shape[0] * shape.max_choices):
         raise ValueError(f"rows_A: {num_assignments} assignments of {rows_TC.shape[0]} rows, {call.combine.name}")
-    parts = [_flat(rows_TC), _check_column("experts_A", call.experts_A, num_assignments, torch.int32)]
-    parts.append(_check_column("rows_A", call.rows_A, num_assignments, torch.int32))
+    if not num_assignments:
+        return [_flat(rows_TC)]
+    parts = [_flat(rows_TC), _column("experts_A", call.experts_A, num_assignments, torch.int32)]
+    parts.append(_column("rows_A", call.rows_A, num_assignments, torch.int32))
     if call.combine == Combine.SUMS:
-        parts.append(_check_column("weights_A", call.weights_A, num_assignments, torch.float32))
-    elif call.weights_A.shape[0]:
-        raise ValueError(f"weights_A: none with {call.combine.name}")
+        parts.append(_column("weights_A", call.weights_A, num_assignments, torch.float32))
     return parts
 
 
@@ -64,7 +65,7 @@ def _check_rows(name: str, x: torch.Tensor, max_rows: int, hidden_size: int, dty
         raise ValueError(f"{name}: {tuple(x.shape)} {x.dtype}, not at most ({max_rows}, {hidden_size}) {dtype}")
 
 
-def _check_column(name: str, x: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+def _column(name: str, x: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
     if x.dim() != 1 or x.shape[0] != length or x.dtype is not dtype:
         raise ValueError(f"{name}: {tuple(x.shape)} {x.dtype}, not ({length},) {dtype}")
     return _flat(x)
@@ -96,38 +97,39 @@ def checksum_of(body: Sequence[memoryview]) -> int:
     return hasher.intdigest() or 1
 
 
-def check_body(header: Header, body: Body) -> None:
+def check_body(message: Message) -> None:
     """Raises ChecksumMismatch where the body is not what was sent."""
-    if not header.body_checksum:
-        return
-    data = body.memory[body.offset : body.offset + header.body_bytes]
-    if (xxhash.xxh3_64_intdigest(data) or 1) != header.body_checksum:
-        raise ChecksumMismatch("body_checksum: the body is damaged")
+    header = message.header
+    if header.body_checksum:
+        body = message.region.memory[message.offset : message.offset + header.body_bytes]
+        if (xxhash.xxh3_64_intdigest(body) or 1) != header.body_checksum:
+            raise ChecksumMismatch("body_checksum: the body is damaged")
 
 
-def view_call(header: Header, body: Body, shape: ChannelShape) -> Call:
-    """A call whose tensors lie in the body; its header has been checked.
+def view_call(message: Message, shape: ChannelShape) -> Call:
+    """A call whose tensors lie in the message; its header has been checked.
 
     Raises:
         MalformedMessage: an assignment is of a row that there is not.
     """
-    combine, num_assignments, offset = COMBINES[header.combine], header.num_assignments, body.offset
-    rows_TC = _rows(body, shape.dtype, header.num_rows, shape.hidden_size)
+    header, region, offset = message.header, message.region, message.offset
+    num_rows, num_assignments = header.num_rows, header.num_assignments
+    rows_TC = region.matrix(shape.dtype, offset, num_rows, shape.hidden_size)
     experts_A = rows_A = _NO_INDEX
     weights_A = _NO_WEIGHTS
     if num_assignments:
-        offset += aligned(header.num_rows * shape.hidden_size * shape.dtype.itemsize)
+        experts = offset + aligned(num_rows * shape.hidden_size * shape.dtype.itemsize)
         length = aligned(4 * num_assignments)
-        experts_A = torch.frombuffer(body.memory, dtype=torch.int32, count=num_assignments, offset=offset)
-        rows_A = torch.frombuffer(body.memory, dtype=torch.int32, count=num_assignments, offset=offset + length)
+        rows = experts + length
         # Unsigned: a row below 0 is a very large one.
-        highest = int(np.frombuffer(body.memory, np.uint32, num_assignments, offset + length).max())
-        if highest >= header.num_rows:
-            raise MalformedMessage(f"rows_A: row {highest} of {header.num_rows}")
-        if combine == Combine.SUMS:
-            weights_A = torch.frombuffer(
-                body.memory, dtype=torch.float32, count=num_assignments, offset=offset + 2 * length
-            )
+        words = region.words[rows // 4 : rows // 4 + num_assignments]
+        highest = max(words) if num_assignments <= _FEW else int(np.asarray(words).max())
+        if highest >= num_rows:
+            raise MalformedMessage(f"rows_A: row {highest} of {num_rows}")
+        experts_A = region.column(torch.int32, experts, num_assignments)
+        rows_A = region.column(torch.int32, rows, num_assignments)
+        if header.combine == Combine.SUMS:
+            weights_A = region.column(torch.float32, rows + length, num_assignments)
     return Call(
         ticket=header.ticket,
         step=header.step,
@@ -135,7 +137,7 @@ def view_call(header: Header, body: Body, shape: ChannelShape) -> Call:
         lane=header.lane,
         attempt=header.attempt,
         placement=header.placement,
-        combine=combine,
+        combine=COMBINES[header.combine],
         rows_TC=rows_TC,
         rows_A=rows_A,
         experts_A=experts_A,
@@ -143,21 +145,16 @@ def view_call(header: Header, body: Body, shape: ChannelShape) -> Call:
     )
 
 
-def view_answer(header: Header, body: Body, shape: ChannelShape) -> Answer:
-    """An answer whose rows lie in the body; its header has been checked."""
+def view_answer(message: Message, shape: ChannelShape) -> Answer:
+    """An answer whose rows lie in the message; its header has been checked."""
+    header = message.header
+    dtype = answer_dtype(shape, header.combine)
     return Answer(
         ticket=header.ticket,
         attempt=header.attempt,
         status=STATUSES[header.status],
-        rows_RC=_rows(body, answer_dtype(shape, header.combine), header.num_rows, shape.hidden_size),
+        rows_RC=message.region.matrix(dtype, message.offset, header.num_rows, shape.hidden_size),
         queue_us=header.queue_us,
         compute_us=header.compute_us,
         merged_rows=header.merged_rows,
     )
-
-
-def _rows(body: Body, dtype: torch.dtype, num_rows: int, hidden_size: int) -> torch.Tensor:
-    if not num_rows:
-        return torch.empty(0, hidden_size, dtype=dtype)
-    count = num_rows * hidden_size
-    return torch.frombuffer(body.memory, dtype=dtype, count=count, offset=body.offset).view(num_rows, hidden_size)

@@ -75,6 +75,10 @@ class Header(NamedTuple):
     body_checksum: int
 
 
+# What an answer repeats, and what follows from its call.
+_FIRST, _END = Header._fields.index("dtype"), Header._fields.index("hidden_size") + 1
+
+
 def aligned(num_bytes: int) -> int:
     """The length that a part of a body takes: the next begins at a multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -219,20 +223,30 @@ def check_call(header: Header, shape: ChannelShape) -> None:
 
 def check_answer(header: Header, call: Call, shape: ChannelShape) -> None:
     """Raises MalformedMessage, which names the field."""
-    _expect("attempt", header.attempt, call.attempt)
-    _expect("combine", header.combine, call.combine)
-    _expect("step", header.step, call.step)
-    _expect("layer", header.layer, call.layer)
-    _expect("lane", header.lane, call.lane)
-    _expect("placement", header.placement, call.placement)
-    _expect("dtype", header.dtype, DTYPE_CODES[answer_dtype(shape, call.combine)])
-    _expect("hidden_size", header.hidden_size, shape.hidden_size)
-    _expect("num_assignments", header.num_assignments, call.rows_A.shape[0])
+    status, combine = header.status, call.combine
+    if status >= len(STATUSES):
+        raise MalformedMessage(f"status: {status} is none")
+    num_rows = answer_rows(call) if status == Status.OK else 0
+    expected = (
+        DTYPE_CODES[answer_dtype(shape, combine)],
+        combine,
+        status,
+        call.lane,
+        call.layer,
+        call.attempt,
+        num_rows,
+        call.ticket,
+        call.step,
+        call.placement,
+        header.incarnation,
+        call.rows_A.shape[0],
+        shape.hidden_size,
+    )
+    if header[_FIRST:_END] != expected:
+        for field, value, wanted in zip(Header._fields[_FIRST:_END], header[_FIRST:_END], expected, strict=True):
+            _expect(field, value, wanted)
     _expect("reserved", header.reserved, 0)
-    if header.status >= len(STATUSES):
-        raise MalformedMessage(f"status: {header.status} is none")
-    _expect("num_rows", header.num_rows, answer_rows(call) if header.status == Status.OK else 0)
-    _expect("body_bytes", header.body_bytes, answer_body_bytes(shape, header.combine, header.num_rows))
+    _expect("body_bytes", header.body_bytes, answer_body_bytes(shape, combine, num_rows))
 
 
 def answer_rows(call: Call) -> int:
@@ -240,6 +254,6 @@ def answer_rows(call: Call) -> int:
     return int((call.rows_A if call.combine == Combine.SLOTS else call.rows_TC).shape[0])
 
 
-def _expect(field: str, value: int, expected: int) -> None:
+def _expect(field: str, value: object, expected: object) -> None:
     if value != expected:
         raise MalformedMessage(f"{field}: {value}, not {expected}")

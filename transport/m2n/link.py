@@ -61,13 +61,13 @@ class PipeLink:
             header = message.header
             call, slot = self._find(header)
             check_answer(header, call, self._shape)
-            check_body(header, message.body)
+            check_body(message)
         except (MalformedMessage, ChecksumMismatch):
             self.close()
             raise
         del self._out[header.ticket]
         self._shown = (message.slot, slot)
-        return view_answer(header, message.body, self._shape)
+        return view_answer(message, self._shape)
 
     def _find(self, header: Header) -> tuple[Call, int]:
         found = self._out.get(header.ticket)

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 
@@ -48,6 +49,7 @@ class PipeListener:
         self._num_made = 0
         self._woken = False
         self._closed = False
+        self._waking = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._waiter.watch(self._wake, select.EPOLLIN, self._wakes)
         self._addresses = {door.name: door.address for door in doors}
@@ -89,8 +91,10 @@ class PipeListener:
         self._woken = False
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.eventfd_write(self._wake, 1)
+        # Not after `close`: the number may be another descriptor's by then.
+        with self._waking, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     def _wakes(self, events: int) -> bool:
         with contextlib.suppress(BlockingIOError):
@@ -99,9 +103,10 @@ class PipeListener:
         return True
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._waking:
+            if self._closed:
+                return
+            self._closed = True
         for link in list(self._links.values()):
             link.close()
         self._links.clear()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from transport.m2n.header import Header
+from transport.m2n.header import DTYPES, Header
 
 Opener = Callable[[bytes], Header]
 """Looks at a header's frame: see `header.open_header`."""
@@ -16,16 +16,28 @@ Packer = Callable[[int], bytes]
 """Makes a header from the body's checksum; 0: not computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
-    """Where a message's body lies.
+class Region:
+    """Memory that messages arrive in, as tensors of the dtypes that travel.
+
+    Args:
+        memory: a multiple of ALIGNMENT long.
 
     Attributes:
-        offset: in `memory`, a multiple of ALIGNMENT.
+        words: the memory as uint32.
     """
 
-    memory: memoryview
-    offset: int
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        self.words = memory.cast("I")
+        self._whole = {dtype: torch.frombuffer(memory, dtype=dtype) for dtype in (*DTYPES, torch.int32)}
+
+    def matrix(self, dtype: torch.dtype, offset: int, num_rows: int, num_columns: int) -> torch.Tensor:
+        """What lies at `offset` bytes, a multiple of ALIGNMENT; as a tensor that keeps the memory."""
+        return self._whole[dtype].as_strided((num_rows, num_columns), (num_columns, 1), offset // dtype.itemsize)
+
+    def column(self, dtype: torch.dtype, offset: int, length: int) -> torch.Tensor:
+        """The same with one dimension."""
+        return self._whole[dtype].as_strided((length,), (1,), offset // dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +46,13 @@ class Message:
 
     Attributes:
         slot: where it lies until the slot is given back.
+        region, offset: where its body begins.
     """
 
     slot: int
     header: Header
-    body: Body
+    region: Region
+    offset: int
 
 
 class Pipe(Protocol):

@@ -53,8 +53,8 @@ class ServedLink:
             pending = self._pending[message.slot] = Pending(self, message.slot, message.header)
             try:
                 check_call(message.header, self._shape)
-                check_body(message.header, message.body)
-                call = view_call(message.header, message.body, self._shape)
+                check_body(message)
+                call = view_call(message, self._shape)
             except (MalformedMessage, ChecksumMismatch) as error:
                 self._log.warning(f"{self.peer}: call {message.header.ticket}: {error}")
                 self._send(pending, self._refusal(message), [])

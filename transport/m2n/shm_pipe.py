@@ -24,13 +24,14 @@ from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from transport.m2n.base import ChannelShape
 from transport.m2n.build import load_library
 from transport.m2n.header import HEADER_BYTES, max_answer_bytes, max_call_bytes
-from transport.m2n.pipe import Body, Message, Opener, Packer
+from transport.m2n.pipe import Message, Opener, Packer, Region
 from transport.m2n.waiter import LOOK_S, Waiter
 
-POPULATE_BYTES = 1 << 20
+POPULATE_BYTES = 256 << 10
 """Of each slot: made present when the link begins, or the first long messages would wait for their pages."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _EMPTY, _BROKEN = -1, -2
+_WAKE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,10 @@ class ShmPipe:
         self._peer = peer
         self._waiter = waiter
         self._opener = opener
-        self._lost = False
+        self._error: PeerLost | None = None
         self._looked_s = 0.0
         memory = mmap.mmap(fd, layout.total)
-        self._memory = memoryview(memory)
+        self._region: Region | None = Region(memoryview(memory))
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._in, self._in_bytes = layout.calls, layout.call_bytes
         out, out_bytes = layout.answers, layout.answer_bytes
@@ -119,65 +120,64 @@ class ShmPipe:
         waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
-        if self._lost:
-            raise self._error()
+        if self._error is not None:
+            raise self._error
         spans = array.array("Q")
         for part in parts:
             spans.extend((part.data_ptr(), part.nbytes))
         code = self._send(self._end, slot, pack(0), HEADER_BYTES, spans.buffer_info()[0], len(parts))
         if code == _EMPTY:
-            self._lose()
-            raise self._error()
+            raise self._lose("it is gone")
         assert not code, "the message is larger than its slot"
 
     def take(self) -> Message | None:
         slot = self._take(self._end) if self._end else _EMPTY
         if slot == _EMPTY:
-            if not self._lost:
+            if self._error is None:
                 now_s = time.monotonic()
                 if now_s - self._looked_s < LOOK_S:
                     return None
                 self._looked_s = now_s
-                if not self._handle(select.EPOLLIN):
+                self._handle(select.EPOLLIN)
+                if self._error is None:
                     return None
             # What it wrote before it ended is there by now.
             slot = self._take(self._end) if self._end else _EMPTY
             if slot == _EMPTY:
-                raise self._error()
+                raise self._error
         if slot == _BROKEN:
             raise MalformedMessage(f"{self._peer}: ring: a slot that there is not")
         start = self._in + slot * self._in_bytes
-        header = self._opener(bytes(self._memory[start : start + HEADER_BYTES]))
-        return Message(slot, header, Body(self._memory, start + HEADER_BYTES))
+        region = self._region
+        assert region is not None
+        header = self._opener(bytes(region.memory[start : start + HEADER_BYTES]))
+        return Message(slot, header, region, start + HEADER_BYTES)
 
     def give_back(self, slot: int) -> None:
         """Nothing to do: the peer knows from the message that this end sends next."""
 
     def close(self) -> None:
         if self._end:
-            self._lose()
+            self._lose("closed at this end")
             self._waiter.remove_end(self._end)
             self._close(self._end)
             self._end = 0
             self._sock.close()
-            self._memory = memoryview(b"")
+            self._region = None
 
     def _handle(self, events: int) -> bool:
         """Take the bytes that were sent to wake this end; whether the peer is gone."""
         try:
-            if self._sock.recv(4096):
-                return False
+            if not self._sock.recv(_WAKE_BYTES):
+                self._lose("it closed the link")
         except BlockingIOError:
-            return False
-        except OSError:
             pass
-        self._lose()
-        return True
+        except OSError as error:
+            self._lose(str(error))
+        return self._error is not None
 
-    def _lose(self) -> None:
-        if not self._lost:
-            self._lost = True
+    def _lose(self, reason: str) -> PeerLost:
+        if self._error is None:
+            self._error = PeerLost(f"{self._peer}: {reason}")
             self._waiter.forget(self._sock.fileno())
-
-    def _error(self) -> PeerLost:
-        return PeerLost(f"{self._peer}: the link is closed")
+        return self._error

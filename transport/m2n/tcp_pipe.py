@@ -17,10 +17,12 @@ import torch
 from anabranch.errors import MalformedMessage, PeerLost
 from transport.m2n.body import body_of, checksum_of
 from transport.m2n.header import HEADER_BYTES, Header
-from transport.m2n.pipe import Body, Message, Opener, Packer
+from transport.m2n.pipe import Message, Opener, Packer, Region
 from transport.m2n.waiter import Waiter
 
 SOCKET_BUFFER_BYTES = 4 << 20
+# A peer whose host is gone without a word: its link ends within half a minute.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
 class TcpPipe:
@@ -51,8 +53,11 @@ class TcpPipe:
         self._error: PeerLost | None = None
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         # Their pages come with use.
-        self._in = [np.empty(in_bytes, np.uint8).data for _ in range(num_in)]
+        self._in = [Region(np.empty(in_bytes, np.uint8).data) for _ in range(num_in)]
         self._out = [np.empty(out_bytes, np.uint8).data for _ in range(num_out)]
         self._free_in = list(range(num_in))
         self._free_out = list(range(num_out))
@@ -121,10 +126,10 @@ class TcpPipe:
             if not self._free_in:
                 raise MalformedMessage(f"{self._peer}: slots: it sends more calls than its link may have out")
             self._header, self._slot = header, self._free_in.pop()
-        if not self._read(self._in[self._slot][: self._header.body_bytes]):
+        if not self._read(self._in[self._slot].memory[: self._header.body_bytes]):
             return None
         header, self._header = self._header, None
-        return Message(self._slot, header, Body(self._in[self._slot], 0))
+        return Message(self._slot, header, self._in[self._slot], 0)
 
     def _read(self, target: memoryview) -> bool:
         """Go on filling `target`; whether it is full."""
