@@ -1,4 +1,4 @@
-"""Makes links to FFN nodes on a thread of its own: a node that is slow to answer holds up no lane."""
+"""Reaches FFN nodes on a thread of its own: one that is slow to answer holds up no lane."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from anabranch.errors import AnabranchError
 from anabranch.protocol.ffn import FfnNode
-from transport.m2n.base import Link, LinkMaker
+from transport.m2n.base import Dialled, LinkMaker
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,14 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Connected:
-    """A node that can be reached."""
+    """A node that was reached."""
 
     node: FfnNode
-    link: Link
+    dialled: Dialled
 
 
 class Connector:
-    """Tries each node that it was given until there is a link, with longer and longer pauses."""
+    """Tries each node that it was given until it is reached, with longer and longer pauses."""
 
     def __init__(self, links: LinkMaker) -> None:
         self._links = links
@@ -41,34 +41,36 @@ class Connector:
         self._thread.start()
 
     def connect(self, node: FfnNode) -> None:
-        """Make a link to a node; `take` gives it."""
+        """Reach a node; `take` gives what becomes a link."""
         with self._changed:
             self._wanted[node.name] = (node, 0.0, MIN_PAUSE_S)
             self._changed.notify()
 
     def forget(self, name: str) -> None:
-        """Try a node no more; a link that is made just now is given all the same."""
+        """Try a node no more; one that is reached just now is given all the same."""
         with self._changed:
             self._wanted.pop(name, None)
 
     def take(self) -> Connected | None:
-        """A link that was made; the caller closes those that it has no use for."""
+        """A node that was reached; the caller closes those that it has no use for."""
         try:
             return self._made.get_nowait()
         except queue.Empty:
             return None
 
     def close(self) -> None:
-        """End the thread. A link that is being made is closed with the maker."""
+        """End the thread, and close what nobody took."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(STOP_TIMEOUT_S)
+        while (made := self.take()) is not None:
+            made.dialled.close()
 
     def _run(self) -> None:
         while (node := self._next()) is not None:
             try:
-                link = self._links.connect(node.addresses, node.name)
+                dialled = self._links.dial(node.addresses, node.name)
             except AnabranchError as error:
                 logger.warning("no link to %s: %s", node.name, error)
                 self._put_off(node)
@@ -76,7 +78,7 @@ class Connector:
                 with self._changed:
                     if self._is_wanted(node):
                         del self._wanted[node.name]
-                self._made.put(Connected(node, link))
+                self._made.put(Connected(node, dialled))
 
     def _next(self) -> FfnNode | None:
         """The node to try now; waits until there is one. None: the end."""

@@ -24,7 +24,7 @@ from anabranch.errors import AnabranchError, DeadlineExceeded, FfnUnavailable, P
 from anabranch.model.ffn_half import FfnInput
 from anabranch.protocol.ffn import FfnPlacement
 from anabranch.system.clock import awake_s
-from attn_nodes.connector import Connector
+from attn_nodes.connector import Connected, Connector
 from attn_nodes.node import Node
 from attn_nodes.part import Part, Ticket
 from transport.m2n.base import LinkMaker
@@ -116,6 +116,19 @@ class RemoteFfn:
         self._connector.connect(node.info)
         self._plan_again(parts, node.name, str(error))
 
+    def _attach(self, made: Connected) -> None:
+        node = self._nodes.get(made.node.name)
+        if node is None or node.link is not None or node.info.incarnation != made.node.incarnation:
+            made.dialled.close()
+            return
+        try:
+            node.link = made.dialled.attach()
+        except PeerLost:
+            self._connector.connect(node.info)
+            return
+        for part in self._unsent:
+            part.tried.discard(node.name)
+
     # Rows ---------------------------------------------------------------------------------------------------
 
     def dispatch(self, step: int, lane: int, layer: int, rows: FfnInput) -> Ticket:
@@ -136,13 +149,7 @@ class RemoteFfn:
     def poll(self) -> None:
         """Take in what has come, and do what is due. Never waits."""
         while (made := self._connector.take()) is not None:
-            node = self._nodes.get(made.node.name)
-            if node is None or node.link is not None or node.info.incarnation != made.node.incarnation:
-                made.link.close()
-            else:
-                node.link = made.link
-                for part in self._unsent:
-                    part.tried.discard(node.name)
+            self._attach(made)
         for node in list(self._nodes.values()):
             if node.link is not None:
                 self._receive(node)

@@ -113,8 +113,6 @@ def test_any_order_of_ends_gives_each_sequence_its_tokens(lanes: int, seed: int)
     rng = random.Random(seed)
     scheduler = make(num_blocks=14, lanes=lanes, prefix_cache=bool(seed % 2))
     flights: list[deque[StepPlan]] = [deque() for _ in range(lanes)]
-    # By block: the steps in flight that may write to it, and for whom.
-    writers: dict[int, set[str]] = {}
     waiting = [
         sequence(f"s{i}", length=rng.randint(1, 9), arrival_s=i, max_tokens=rng.randint(2, 9)) for i in range(20)
     ]
