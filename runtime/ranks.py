@@ -67,7 +67,7 @@ class Ranks(Generic[Command, Event]):
         """
         model = resolve_model(self._config.model).config()
         check_worker(self._config, model)
-        check_memory([self._config], model)
+        check_memory([self._config], model, {})
         context = self._group.start(model)
         own = rank_config(self._config, 0)
         engine = build_engine(own, context, model)
