@@ -96,6 +96,7 @@ class Lanes:
         """See `LanedRank.begin`."""
         self._lanes[plan.lane].waiting.append((plan, done))
 
+    @torch.inference_mode()
     def advance(self) -> None:
         """See `LanedRank.advance`."""
         index, self._due = (self._next() if self._due is None else self._due), None
