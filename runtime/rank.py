@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -12,8 +12,11 @@ from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
 from anabranch.step.plan import StepPlan
 
+ADVANCE_S = 1e-3
+
 Command = TypeVar("Command", bound=msgspec.Struct)
 Event = TypeVar("Event", bound=msgspec.Struct)
+Done = Callable[[PendingResult | Exception], None]
 _Handled = TypeVar("_Handled", contravariant=True)
 
 
@@ -29,6 +32,24 @@ class Rank(Protocol[_Handled]):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class LanedRank(Protocol):
+    """A rank whose steps wait for other processes on their way, and that computes those of other lanes meanwhile."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to `advance`, without another command."""
+        ...
+
+    def begin(self, plan: StepPlan, done: Done) -> None:
+        """Compute this rank's part of a step, by `advance`; `done` is called with the result or the error."""
+        ...
+
+    def advance(self) -> None:
+        """Go on with a step as far as it goes by itself; where none can go on, wait, but not longer than ADVANCE_S."""
+        ...
 
 
 class RankRoom(msgspec.Struct, Generic[Command, Event], frozen=True, kw_only=True):

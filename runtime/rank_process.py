@@ -23,7 +23,7 @@ from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, Overloaded, PeerLost
 from anabranch.parallel.mesh import Mesh
 from anabranch.system.logs import configure_logging
-from runtime.rank import Command, Event, Rank, RankRoom
+from runtime.rank import Command, Event, LanedRank, Rank, RankRoom
 from runtime.rank_channel import END, Context, RankChannel, RankFailed, RankReady, RankStart, RankStarted
 from runtime.rank_mesh import RankMesh, join_world
 from transport.collectives.base import CollectiveGroup
@@ -76,8 +76,12 @@ def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, ran
         torch.set_num_threads(own.threads)
         local = room.make_rank(own, build_engine(own, mesh.context, start.model), channel.emit)
         channel.emit(RankReady())
-        while (command := channel.receive()) != END:
-            local.handle(room.commands.decode(command))
+        laned = local if isinstance(local, LanedRank) else None
+        while (command := channel.poll() if laned is not None and laned.busy else channel.receive()) != END:
+            if command is not None:
+                local.handle(room.commands.decode(command))
+            elif laned is not None:
+                laned.advance()
         return True
     except Exception as error:
         if isinstance(error, AnabranchError):

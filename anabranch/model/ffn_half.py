@@ -5,7 +5,8 @@ Shape suffixes: T tokens, C hidden, F features, S chosen experts of a token.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Generator
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -28,6 +29,18 @@ class FfnInput(NamedTuple):
     normed_TC: torch.Tensor
     weights_TS: torch.Tensor | None
     experts_TS: torch.Tensor | None
+
+
+class FfnCall(NamedTuple):
+    """What a pass over the attention halves asks of whoever has the FFN halves: `FfnHalf.forward` of a layer."""
+
+    layer: int
+    rows: FfnInput
+
+
+T = TypeVar("T")
+FfnCalls: TypeAlias = Generator[FfnCall, torch.Tensor, T]
+"""A pass that stops at each FFN half, is sent its answer `[T, C]`, and goes on; at last it returns a `T`."""
 
 
 class FfnHalf(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anabranch.protocol.ffn import FfnPlacement
 from anabranch.protocol.wire_error import WireError
 from anabranch.request.token import TokenLogprob
 from anabranch.step.plan import StepPlan
@@ -53,6 +54,12 @@ class Restore(Command, frozen=True, kw_only=True, tag="restore"):
     pairs: tuple[tuple[int, int], ...]
 
 
+class UseFfnNodes(Command, frozen=True, kw_only=True, tag="ffn_nodes"):
+    """Send rows to these FFN nodes from now on; to attention ranks alone. Not answered."""
+
+    placement: FfnPlacement
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="e"):
     """Base: news of one rank's part of a stream."""
 
@@ -91,5 +98,5 @@ class StreamFailed(Event, frozen=True, kw_only=True, tag="failed"):
     error: WireError
 
 
-GenerationCommand = OpenStream | CloseStream | Step | Offload | Restore
+GenerationCommand = OpenStream | CloseStream | Step | Offload | Restore | UseFfnNodes
 GenerationEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed

@@ -1,0 +1,189 @@
+"""Both ends of an M2N channel in one process, calls to send over it, and what a node makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from anabranch.errors import TransportUnavailable
+from tests.support.waiting import eventually
+from transport.m2n import (
+    Answer,
+    Arrived,
+    Call,
+    ChannelShape,
+    Combine,
+    Link,
+    LinkMaker,
+    Listener,
+    Status,
+    create_link_maker,
+    create_listener,
+    usable_backends,
+)
+
+
+def _reason() -> str:
+    try:
+        usable_backends("shm")
+    except TransportUnavailable as error:
+        return str(error)
+    return ""
+
+
+BACKENDS = [pytest.param("shm", marks=pytest.mark.skipif(bool(_reason()), reason=_reason())), "tcp"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPE = ChannelShape(model="a model", dtype=torch.bfloat16, hidden_size=36, max_rows=16, max_choices=3, num_slots=4)
+NO_INDEX = torch.empty(0, dtype=torch.int32)
+NO_WEIGHTS = torch.empty(0)
+
+
+class Channel:
+    """A listener and a link maker.
+
+    Attributes:
+        links: what was connected.
+    """
+
+    def __init__(self, backend: str, shape: ChannelShape = SHAPE) -> None:
+        self.shape = shape
+        self.listener: Listener = create_listener(shape, backend)
+        self.maker: LinkMaker = create_link_maker(shape, backend)
+        self.links: list[Link] = []
+
+    def connect(self) -> Link:
+        """A new link of `maker`; the listener is polled meanwhile and must have no calls."""
+        self.links.append(connect(self.listener, self.maker))
+        return self.links[-1]
+
+    def arrived(self, number: int = 1) -> list[Arrived]:
+        """The next calls at the node."""
+        calls: list[Arrived] = []
+
+        def poll() -> bool:
+            calls.extend(self.listener.poll())
+            return len(calls) >= number
+
+        eventually(poll, f"{number} calls arrive")
+        return calls
+
+    def close(self) -> None:
+        self.maker.close()
+        self.listener.close()
+
+
+def connect(listener: Listener, maker: LinkMaker) -> Link:
+    """A link within this process; raises what `connect` raises."""
+    made: list[Link] = []
+    failed: list[Exception] = []
+
+    def dial() -> None:
+        try:
+            made.append(maker.connect(listener.addresses, "node"))
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=dial, name="connect")
+    thread.start()
+    while thread.is_alive():
+        assert not listener.poll()
+        thread.join(0.001)
+    if failed:
+        raise failed[0]
+    return made[0]
+
+
+@contextmanager
+def channel(backend: str, shape: ChannelShape = SHAPE, num_links: int = 1) -> Iterator[Channel]:
+    """A channel with links, closed with the block."""
+    made = Channel(backend, shape)
+    try:
+        for _ in range(num_links):
+            made.connect()
+        yield made
+    finally:
+        made.close()
+
+
+def a_call(
+    ticket: int,
+    shape: ChannelShape = SHAPE,
+    *,
+    num_rows: int = 3,
+    num_choices: int = 2,
+    combine: Combine = Combine.ROWS,
+    attempt: int = 0,
+) -> Call:
+    """A call with values that depend on its ticket; `num_choices` assignments of each row."""
+    generator = torch.Generator().manual_seed(ticket)
+    num_assignments = 0 if combine == Combine.ROWS else num_rows * num_choices
+    weights_A = torch.rand(num_assignments, generator=generator)
+    return Call(
+        ticket=ticket,
+        step=ticket + 7,
+        layer=ticket % 61,
+        lane=ticket % 4,
+        attempt=attempt,
+        placement=3,
+        combine=combine,
+        rows_TC=torch.randn(num_rows, shape.hidden_size, generator=generator).to(shape.dtype),
+        rows_A=torch.arange(num_rows, dtype=torch.int32).repeat_interleave(num_choices)[:num_assignments],
+        experts_A=torch.randint(0, 8, (num_assignments,), generator=generator, dtype=torch.int32),
+        weights_A=weights_A if combine == Combine.SUMS else NO_WEIGHTS,
+    )
+
+
+def compute(call: Call) -> torch.Tensor:
+    """What a node makes of a call's rows: each expert multiplies by its number plus 2."""
+    rows_TC = call.rows_TC
+    if call.combine == Combine.ROWS:
+        return rows_TC * 2
+    slots_AC = rows_TC[call.rows_A.long()] * (call.experts_A + 2)[:, None].to(rows_TC.dtype)
+    if call.combine == Combine.SLOTS:
+        return slots_AC
+    sums_TC = torch.zeros(rows_TC.shape)
+    return sums_TC.index_add_(0, call.rows_A.long(), slots_AC.float() * call.weights_A[:, None])
+
+
+def an_answer(call: Call, *, merged_rows: int = 5) -> Answer:
+    """The right answer to a call."""
+    return Answer(
+        ticket=call.ticket,
+        attempt=call.attempt,
+        status=Status.OK,
+        rows_RC=compute(call),
+        queue_us=11,
+        compute_us=12,
+        merged_rows=merged_rows,
+    )
+
+
+def next_answer(link: Link, maker: LinkMaker) -> Answer:
+    """Waits for it."""
+    answers: list[Answer] = []
+
+    def receive() -> bool:
+        maker.wait(0.01)
+        answer = link.receive()
+        answers.extend([] if answer is None else [answer])
+        return bool(answers)
+
+    eventually(receive, "an answer comes")
+    return answers[0]
+
+
+def assert_same(got: Call | Answer, wanted: Call | Answer) -> None:
+    """Equal field by field, tensors bit for bit and in dtype and shape."""
+    assert type(got) is type(wanted)
+    for field in dataclasses.fields(wanted):
+        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field.name
+            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field.name
+        else:
+            assert mine == theirs and type(mine) is type(theirs), field.name

@@ -1,0 +1,183 @@
+"""A link in shared memory: a segment without a name, and a Unix socket that tells that the other end lives.
+
+The node makes the segment and passes its descriptor through the socket. Messages lie in its slots; a ring says in which
+(see `native/m2n.h`). Bodies are looked at where they arrived, so a message is copied once. The mapping stays until the
+last tensor over it is gone; the segment is the link's own, so no slot is ever used for another link.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
+from transport.m2n.base import ChannelShape
+from transport.m2n.build import load_library
+from transport.m2n.header import HEADER_BYTES, max_answer_bytes, max_call_bytes
+from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.waiter import LOOK_S, Waiter
+
+POPULATE_BYTES = 256 << 10
+"""Of each slot: made present when the link begins, or the first long messages would wait for their pages."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_EMPTY, _BROKEN = -1, -2
+_WAKE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies in a segment, from the shape alone.
+
+    Attributes:
+        num_slots: of each direction: one more than calls may be out, for an answer is looked at where it lies.
+        calls, answers: offsets of the slots.
+        call_bytes, answer_bytes: of each slot.
+    """
+
+    num_slots: int
+    calls: int
+    call_bytes: int
+    answers: int
+    answer_bytes: int
+    total: int
+
+
+def layout_of(shape: ChannelShape) -> Layout:
+    num_slots = shape.num_slots + 1
+    calls = _pages(load_library().anabranch_m2n_control_bytes())
+    call_bytes, answer_bytes = _pages(max_call_bytes(shape)), _pages(max_answer_bytes(shape))
+    answers = calls + num_slots * call_bytes
+    return Layout(num_slots, calls, call_bytes, answers, answer_bytes, answers + num_slots * answer_bytes)
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def check_segment(fd: int, layout: Layout) -> None:
+    """Raises MalformedMessage where the descriptor is no segment of this layout whose length is fixed."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    num_bytes = os.fstat(fd).st_size
+    if num_bytes != layout.total or seals & _SEALS != _SEALS:
+        raise MalformedMessage(f"segment: {num_bytes} bytes with seals {seals}, not {layout.total} with {_SEALS}")
+
+
+class ShmPipe:
+    """See `Pipe`.
+
+    Args:
+        sock: connected, non-blocking; the pipe's from now on.
+        fd: the segment; may be closed afterwards.
+        answers: whether this is the node's end.
+    """
+
+    def __init__(
+        self, sock: socket.socket, fd: int, layout: Layout, *, answers: bool, peer: str, waiter: Waiter, opener: Opener
+    ) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._waiter = waiter
+        self._opener = opener
+        self._error: PeerLost | None = None
+        self._looked_s = 0.0
+        memory = mmap.mmap(fd, layout.total)
+        self._region: Region | None = Region(memoryview(memory))
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._in, self._in_bytes = layout.calls, layout.call_bytes
+        out, out_bytes = layout.answers, layout.answer_bytes
+        if not answers:
+            self._in, self._in_bytes, out, out_bytes = out, out_bytes, self._in, self._in_bytes
+        library = load_library()
+        self._send, self._take, self._close = (
+            library.anabranch_m2n_send,
+            library.anabranch_m2n_take,
+            library.anabranch_m2n_close,
+        )
+        end: int | None = library.anabranch_m2n_open(
+            base, int(answers), base + out, out_bytes, layout.num_slots, sock.fileno()
+        )
+        if end is None:
+            raise TransportUnavailable(f"{layout.num_slots} slots: more than a link can have")
+        self._end = end
+        library.anabranch_m2n_populate(base, layout.calls)
+        for slot in range(layout.num_slots):
+            library.anabranch_m2n_populate(base + out + slot * out_bytes, min(out_bytes, POPULATE_BYTES))
+            library.anabranch_m2n_populate(base + self._in + slot * self._in_bytes, min(self._in_bytes, POPULATE_BYTES))
+        waiter.add_end(end)
+        waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
+
+    def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
+        if self._error is not None:
+            raise self._error
+        spans = array.array("Q")
+        for part in parts:
+            spans.extend((part.data_ptr(), part.nbytes))
+        code = self._send(self._end, slot, pack(0), HEADER_BYTES, spans.buffer_info()[0], len(parts))
+        if code == _EMPTY:
+            raise self._lose("it is gone")
+        assert not code, "the message is larger than its slot"
+
+    def take(self) -> Message | None:
+        slot = self._take(self._end) if self._end else _EMPTY
+        if slot == _EMPTY:
+            if self._error is None:
+                now_s = time.monotonic()
+                if now_s - self._looked_s < LOOK_S:
+                    return None
+                self._looked_s = now_s
+                self._handle(select.EPOLLIN)
+                if self._error is None:
+                    return None
+            # What it wrote before it ended is there by now.
+            slot = self._take(self._end) if self._end else _EMPTY
+            if slot == _EMPTY:
+                raise self._error
+        if slot == _BROKEN:
+            raise MalformedMessage(f"{self._peer}: ring: a slot that there is not")
+        start = self._in + slot * self._in_bytes
+        region = self._region
+        assert region is not None
+        header = self._opener(bytes(region.memory[start : start + HEADER_BYTES]))
+        return Message(slot, header, region, start + HEADER_BYTES)
+
+    def give_back(self, slot: int) -> None:
+        """Nothing to do: the peer knows from the message that this end sends next."""
+
+    def close(self) -> None:
+        if self._end:
+            self._lose("closed at this end")
+            self._waiter.remove_end(self._end)
+            self._close(self._end)
+            self._end = 0
+            self._sock.close()
+            self._region = None
+
+    def _handle(self, events: int) -> bool:
+        """Take the bytes that were sent to wake this end; whether the peer is gone."""
+        try:
+            if not self._sock.recv(_WAKE_BYTES):
+                self._lose("it closed the link")
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(str(error))
+        return self._error is not None
+
+    def _lose(self, reason: str) -> PeerLost:
+        if self._error is None:
+            self._error = PeerLost(f"{self._peer}: {reason}")
+            self._waiter.forget(self._sock.fileno())
+        return self._error

@@ -1,0 +1,165 @@
+"""A link over a socket: progressed where its end is called, without a thread.
+
+What the kernel does not take at once is copied to a buffer of the link's own and follows later. There are as many
+buffers as calls may be out, so a peer that reads nothing cannot make them grow.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from anabranch.errors import MalformedMessage, PeerLost
+from transport.m2n.body import body_of, checksum_of
+from transport.m2n.header import HEADER_BYTES, Header
+from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.waiter import Waiter
+
+SOCKET_BUFFER_BYTES = 4 << 20
+# A peer whose host is gone without a word: its link ends within half a minute.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+
+
+class TcpPipe:
+    """See `Pipe`.
+
+    Args:
+        sock: connected, non-blocking; the pipe's from now on.
+        num_in, in_bytes: messages that may be looked at at a time, and the longest.
+        num_out, out_bytes: messages that may be on their way, and the longest.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        num_in: int,
+        in_bytes: int,
+        num_out: int,
+        out_bytes: int,
+        peer: str,
+        waiter: Waiter,
+        opener: Opener,
+    ) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._waiter = waiter
+        self._opener = opener
+        self._error: PeerLost | None = None
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        # Their pages come with use.
+        self._in = [Region(np.empty(in_bytes, np.uint8).data) for _ in range(num_in)]
+        self._out = [np.empty(out_bytes, np.uint8).data for _ in range(num_out)]
+        self._free_in = list(range(num_in))
+        self._free_out = list(range(num_out))
+        self._unsent: deque[tuple[int, memoryview]] = deque()
+        self._header_bytes = memoryview(bytearray(HEADER_BYTES))
+        self._num_read = 0
+        self._header: Header | None = None
+        self._slot = 0
+        waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
+
+    def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
+        if self._error is not None:
+            raise self._error
+        body = body_of(parts)
+        message = [memoryview(pack(checksum_of(body) if body else 0)), *body]
+        num_sent = 0
+        if not self._unsent:
+            try:
+                num_sent = self._sock.sendmsg(message)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._lose(str(error)) from error
+        if num_sent < sum(part.nbytes for part in message):
+            self._keep(message, num_sent)
+
+    def _keep(self, message: Sequence[memoryview], num_sent: int) -> None:
+        """Copy what follows the first `num_sent` bytes, to be sent later."""
+        if not self._free_out:
+            raise self._lose("it asks for more than it takes")
+        index = self._free_out.pop()
+        end = 0
+        for part in message:
+            rest = part[num_sent:]
+            num_sent -= part.nbytes - rest.nbytes
+            self._out[index][end : end + rest.nbytes] = rest
+            end += rest.nbytes
+        self._unsent.append((index, self._out[index][:end]))
+        if len(self._unsent) == 1:
+            self._waiter.change(self._sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                index, rest = self._unsent[0]
+                rest = rest[self._sock.send(rest) :]
+                if rest.nbytes:
+                    self._unsent[0] = (index, rest)
+                    continue
+                self._unsent.popleft()
+                self._free_out.append(index)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(str(error))
+            return
+        self._waiter.change(self._sock.fileno(), select.EPOLLIN)
+
+    def take(self) -> Message | None:
+        if self._error is not None:
+            raise self._error
+        if self._header is None:
+            if not self._read(self._header_bytes):
+                return None
+            header = self._opener(bytes(self._header_bytes))
+            if not self._free_in:
+                raise MalformedMessage(f"{self._peer}: slots: it sends more calls than its link may have out")
+            self._header, self._slot = header, self._free_in.pop()
+        if not self._read(self._in[self._slot].memory[: self._header.body_bytes]):
+            return None
+        header, self._header = self._header, None
+        return Message(self._slot, header, self._in[self._slot], 0)
+
+    def _read(self, target: memoryview) -> bool:
+        """Go on filling `target`; whether it is full."""
+        while self._num_read < target.nbytes:
+            try:
+                num_bytes = self._sock.recv_into(target[self._num_read :])
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise self._lose(str(error)) from error
+            if not num_bytes:
+                raise self._lose("it closed the link")
+            self._num_read += num_bytes
+        self._num_read = 0
+        return True
+
+    def give_back(self, slot: int) -> None:
+        self._free_in.append(slot)
+
+    def close(self) -> None:
+        self._lose("closed at this end")
+        self._sock.close()
+
+    def _handle(self, events: int) -> bool:
+        if events & select.EPOLLOUT:
+            self._flush()
+        return bool(events & ~select.EPOLLOUT) or self._error is not None
+
+    def _lose(self, reason: str) -> PeerLost:
+        if self._error is None:
+            self._error = PeerLost(f"{self._peer}: {reason}")
+            self._waiter.forget(self._sock.fileno())
+        return self._error

@@ -1,0 +1,104 @@
+"""One wait for everything that an end of the channel has: sockets, and messages in shared memory.
+
+It spins for a short time first, for answers come within a fraction of a millisecond, and then sleeps. While it sleeps,
+a peer that writes to shared memory sends a byte through the link's socket.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import time
+from collections.abc import Callable
+
+from transport.m2n.build import load_library
+
+SPIN_S = 100e-6
+LOOK_S = 1e-3
+"""Sockets are looked at this often while messages keep coming through shared memory."""
+
+Handler = Callable[[int], bool]
+"""Handles the events of a socket; whether there may be something to take now."""
+
+
+class Waiter:
+    """Watches sockets and shared memory. One thread calls its methods."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._ends = array.array("Q")
+        self._looked_s = 0.0
+
+    def watch(self, fd: int, events: int, handler: Handler) -> None:
+        """Call `handler` when a descriptor has one of the events, or is at its end."""
+        self._handlers[fd] = handler
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch for other events."""
+        self._epoll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Watch a descriptor no more; before it is closed. Idempotent."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def add_end(self, end: int) -> None:
+        """Watch an end in shared memory, by its native handle."""
+        self._ends.append(end)
+
+    def remove_end(self, end: int) -> None:
+        """Before it is freed. Idempotent."""
+        if end in self._ends:
+            self._ends.remove(end)
+
+    def look(self) -> bool:
+        """Handle what the sockets have now; whether there may be something to take."""
+        self._looked_s = time.monotonic()
+        found = False
+        for fd, events in self._epoll.poll(0):
+            handler = self._handlers.get(fd)  # an earlier handler may have ended it
+            if handler is not None and handler(events):
+                found = True
+        return found
+
+    def look_sometimes(self) -> None:
+        """Like `look`, unless that was a moment ago."""
+        if time.monotonic() - self._looked_s >= LOOK_S:
+            self.look()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return as soon as there may be something to take, at the latest after `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, end_s - time.monotonic())
+            if self._wait_native(left_s) if self._ends else self._wait_sockets(left_s):
+                self.look_sometimes()
+                return
+            if self.look() or time.monotonic() >= end_s:
+                return
+
+    def _wait_native(self, timeout_s: float) -> bool:
+        """Whether a message is there in shared memory; else a socket may have events, or the time is over."""
+        address, num_ends = self._ends.buffer_info()
+        library = load_library()
+        spin_ns, timeout_ns = int(SPIN_S * 1e9), int(timeout_s * 1e9)
+        return bool(library.anabranch_m2n_wait(address, num_ends, self._epoll.fileno(), spin_ns, timeout_ns) == 1)
+
+    def _wait_sockets(self, timeout_s: float) -> bool:
+        """The same without shared memory."""
+        start_s = time.monotonic()
+        waited_s = 0.0
+        while not self._epoll.poll(0, 1):
+            waited_s = time.monotonic() - start_s
+            if waited_s >= min(timeout_s, SPIN_S):
+                self._epoll.poll(max(0.0, timeout_s - waited_s), 1)
+                break
+            os.sched_yield()
+        return False
+
+    def close(self) -> None:
+        self._handlers.clear()
+        self._epoll.close()
