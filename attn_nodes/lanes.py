@@ -17,6 +17,7 @@ from anabranch.engine.runner import Runner
 from anabranch.errors import FfnUnavailable
 from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.parallel.group import Group
+from anabranch.protocol.ffn import FfnPlacement
 from anabranch.step.plan import StepPlan
 from attn_nodes.part import Ticket
 from attn_nodes.remote_ffn import RemoteFfn
@@ -92,6 +93,11 @@ class Lanes:
             return lane.calls is not None or bool(lane.waiting)
         return any(lane.calls is not None or lane.waiting for lane in self._lanes)
 
+    @torch.inference_mode()
+    def use(self, placement: FfnPlacement) -> None:
+        """Send rows to these nodes from now on."""
+        self._ffn.update(placement)
+
     def begin(self, plan: StepPlan, done: Done) -> None:
         """See `LanedRank.begin`."""
         self._lanes[plan.lane].waiting.append((plan, done))
@@ -99,6 +105,14 @@ class Lanes:
     @torch.inference_mode()
     def advance(self) -> None:
         """See `LanedRank.advance`."""
+        try:
+            with torch.inference_mode():
+                self._advance()
+        except Exception as error:
+            # Not of one step: of the mesh, or of all nodes' links.
+            self._fail(error)
+
+    def _advance(self) -> None:
         index, self._due = (self._next() if self._due is None else self._due), None
         if index == NOBODY:
             return
@@ -110,6 +124,14 @@ class Lanes:
             self._ffn.wait(ADVANCE_S)
             self._ffn.poll()
         self._go_on(lane)
+
+    def _fail(self, error: Exception) -> None:
+        for lane in self._lanes:
+            waiting, lane.waiting = lane.waiting, deque()
+            if lane.calls is not None:
+                lane.end(error)
+            for _, done in waiting:
+                done(error)
 
     def _next(self) -> int:
         """The lane whose turn it is: of those that can go on, the one that waited longest."""
@@ -130,14 +152,13 @@ class Lanes:
         self._num_turns += 1
         lane.turn = self._num_turns
         try:
-            with torch.inference_mode():
-                if lane.calls is None:
-                    call = self._first(lane)
-                    if call is None:
-                        return
-                else:
-                    call = lane.calls.send(self._answer(lane))
-                self._ask(lane, call)
+            if lane.calls is None:
+                call = self._first(lane)
+                if call is None:
+                    return
+            else:
+                call = lane.calls.send(self._answer(lane))
+            self._ask(lane, call)
         except StopIteration as end:
             lane.end(end.value)
         except Exception as error:

@@ -58,7 +58,7 @@ class AttnRank(GenerationRank):
         """Obey a command; see its docstring."""
         match command:
             case UseFfnNodes(placement=placement):
-                self._ffn.update(placement)
+                self._lanes.use(placement)
             case Step(plan=plan):
                 self.begin(plan, _followed)
             case _:

@@ -292,7 +292,7 @@ def main() -> int:
         Side("ffn", cores=cores[1:], dtype=dtype) as ffn,
     ):
         balanced = balanced_context(attention, ffn, 64, contexts, max(2, steps // 4))
-        points = [(64, balanced, 2, GAIN_64), (16, balanced, 2, GAIN_16)]
+        points: list[tuple[int, int, int, float | None]] = [(64, balanced, 2, GAIN_64), (16, balanced, 2, GAIN_16)]
         if not options.quick:
             points += [(64, balanced, 3, None), (64, balanced, 4, None)]
             points += [(batch, context, 2, None) for batch in (1, 4, 16, 64) for context in (64, 512)]

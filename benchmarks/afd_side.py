@@ -45,8 +45,9 @@ class FfnSide:
         kernels = select_kernels(device, resolved)
         config, table = load_expert_table(model, dtype=resolved, device=device, products=kernels, group=SingleRank())
         holding = tuple(tuple(range(num_experts(config, layer))) for layer in range(config.num_layers))
-        for layer, experts in enumerate(holding):
-            table.load(layer, experts)
+        with table.reading() as loader:
+            for layer, experts in enumerate(holding):
+                table.load(loader, layer, experts)
         shape = ChannelShape(
             model=model,
             dtype=resolved,
@@ -133,7 +134,7 @@ class DecodeSide:
             create_link_maker(shape, transport), combine=Combine.SUMS, ffn_timeout_s=20.0, ffn_unavailable_s=60.0
         )
         self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes)
-        self._ffn.update(
+        self._lanes.use(
             FfnPlacement(
                 version=1,
                 nodes=tuple(
