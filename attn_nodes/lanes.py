@@ -102,7 +102,6 @@ class Lanes:
         """See `LanedRank.begin`."""
         self._lanes[plan.lane].waiting.append((plan, done))
 
-    @torch.inference_mode()
     def advance(self) -> None:
         """See `LanedRank.advance`."""
         try:
