@@ -36,7 +36,8 @@ class _Expert(NamedTuple):
 class ExpertTable:
     """This rank's slices of dense FFNs and single experts; shared experts are attention's.
 
-    One thread loads and drops, any thread computes: what is dropped meanwhile is still computed with.
+    Loading, dropping and computing may go on at the same time, each on one thread: what is dropped meanwhile is still
+    computed with. Who drops what another has just been told to load sees to it himself.
 
     Args:
         source: where experts are read from, now and later.
