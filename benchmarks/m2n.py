@@ -144,7 +144,7 @@ def _measure(group: ShmGroup, backend: str, rows: int, hidden: int, task: Task) 
         listener.close()
     else:
         maker = create_link_maker(shape, backend)
-        link = maker.connect({backend: _share(group, "")}, "node")
+        link = maker.dial({backend: _share(group, "")}, "node").attach()
         times = _round_trips(link, maker, shape, rows, num_calls)
         figures[f"{name} round trip p50"], figures[f"{name} round trip p99"] = _percentiles(times)
         figures[f"{name} bandwidth"] = _bandwidth(link, maker, shape, rows, num_calls)
@@ -343,7 +343,7 @@ def _wire_figures() -> list[Figure]:
     relay = Relay(int(port))
     links: list[Link] = []
     connects = threading.Thread(
-        target=lambda: links.append(maker.connect({"tcp": f"{scheme}:{host}:{relay.port}:{token}"}, "node"))
+        target=lambda: links.append(maker.dial({"tcp": f"{scheme}:{host}:{relay.port}:{token}"}, "node").attach())
     )
     connects.start()
     while connects.is_alive():
