@@ -78,12 +78,12 @@ class Product:
         num_rows = [call.rows_TC.shape[0] for call in calls]
         rows_TC = _joined([call.rows_TC for call in calls]).to(table.device)
         if calls[0].combine is Combine.ROWS:
-            return list(table.compute_rows(layer, rows_TC).cpu().split(num_rows))
+            return list(table.compute_rows(layer, rows_TC).cpu().split_with_sizes(num_rows))
         first_rows = [sum(num_rows[:place]) for place in range(len(calls))]
         rows_A = _joined([call.rows_A + first for call, first in zip(calls, first_rows, strict=True)])
         experts_A = _joined([call.experts_A for call in calls])
         answers_AC = table.compute_slots(layer, rows_TC, rows_A.to(table.device), experts_A.to(table.device)).cpu()
-        parts = answers_AC.split([call.experts_A.numel() for call in calls])
+        parts = answers_AC.split_with_sizes([call.experts_A.numel() for call in calls])
         return [
             sum_assignments(part_AC, call.weights_A, call.rows_A, call.rows_TC.shape[0])
             if call.combine is Combine.SUMS

@@ -129,7 +129,7 @@ class FfnWorker(Worker):
         if self._placing is not None and not self._placing.stop(STOP_TIMEOUT_S):
             logger.warning("an expert is still being loaded after %s s", STOP_TIMEOUT_S)
         if self._serving is not None and self._serving.num_links:
-            logger.warning("%d attention ranks are still linked", self._serving.num_links)
+            logger.warning("ffn_drain_timeout_s: %d attention ranks are still linked", self._serving.num_links)
         if self._serving is not None and not self._serving.stop(STOP_TIMEOUT_S):
             logger.warning("a product is still being computed after %s s", STOP_TIMEOUT_S)
 

@@ -51,9 +51,9 @@ class RowExact:
 
 def _by_block(x_TC: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     num_rows, width = x_TC.shape
-    padded_TC = x_TC.new_zeros((-(-num_rows // NUM_ROWS) * NUM_ROWS, width))
+    padded_TC = x_TC.new_zeros((max(1, -(-num_rows // NUM_ROWS)) * NUM_ROWS, width))
     padded_TC[:num_rows] = x_TC
-    made = [product(_aligned(x_BC)) for x_BC in padded_TC.split(NUM_ROWS)]
+    made = [product(_aligned(padded_TC[start : start + NUM_ROWS])) for start in range(0, padded_TC.shape[0], NUM_ROWS)]
     return (made[0] if len(made) == 1 else torch.cat(made))[:num_rows]
 
 
