@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
 
 from anabranch_client import convert
-from anabranch_client.calls import channel_options, endpoint_of, timeout_of, timeout_or
-from anabranch_client.client import call
-from anabranch_client.errors import InvalidRequest
+from anabranch_client.calls import MAX_TIMEOUT_S, channel_options, endpoint_of, timeout_of, timeout_or
+from anabranch_client.client import call, mapped
+from anabranch_client.errors import InvalidRequest, Unavailable
 from anabranch_client.types import Cluster
 from anabranch_client.v1 import anabranch_pb2 as pb
 from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
@@ -69,6 +69,44 @@ class Admin:
     def drain(self, worker: str, *, timeout_s: float | None = None) -> None:
         """Let a worker finish what runs and exit. Raises ClientError (InvalidRequest for an unknown name)."""
         self._call(self._stub.Drain, pb.DrainRequest(worker=worker), timeout_s)
+
+    def scale_ffn(self, workers: int, *, timeout_s: float | None = None) -> None:
+        """Ask for so many FFN workers, and return; `cluster` shows who has come and gone. Requests go on meanwhile.
+
+        Whoever started the cluster (`anabranch up`) starts more, or drains the youngest.
+
+        Raises:
+            ClientError: InvalidRequest for less than 1, for more than 256 or than the machine has memory for, for
+                fewer than can hold all experts, without FFN workers, and where nobody starts workers.
+        """
+        self._call(self._stub.ScaleFfn, self._message(pb.ScaleFfnRequest, workers=workers), timeout_s)
+
+    def follow_ffn_scale(self, max_workers: int, *, timeout_s: float = MAX_TIMEOUT_S) -> Iterator[int]:
+        """For who starts workers: how many FFN workers there shall be, now (0: nobody has asked) and later.
+
+        Args:
+            max_workers: most that this machine has room for; more are refused to those who ask.
+            timeout_s: after which the stream ends with DeadlineExceeded; follow again.
+
+        Raises (from iteration, also once this is closed): ClientError.
+        """
+        request = self._message(pb.FollowFfnScaleRequest, max_workers=max_workers)
+        timeout_s = timeout_of("timeout_s", timeout_s)
+        try:
+            for scale in self._stub.FollowFfnScale(request, timeout=timeout_s, metadata=self._metadata):
+                yield scale.workers
+        except grpc.RpcError as error:
+            raise mapped(error) from None
+        except ValueError as error:
+            # What gRPC says of a channel that is closed.
+            raise Unavailable(str(error), code="closed") from None
+
+    @staticmethod
+    def _message(kind: Callable[..., _Response], **fields: int) -> _Response:
+        try:
+            return kind(**fields)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{', '.join(fields)}: {error}", code="invalid_request") from None
 
     def _call(self, method: Callable[..., _Response], request: object, timeout_s: float | None) -> _Response:
         return call(method, request, timeout_or(timeout_s, self._call_timeout_s), self._metadata)

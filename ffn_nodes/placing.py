@@ -3,8 +3,8 @@
     told -> what is not needed any more is dropped as soon as no call needs it -> what is missing is loaded, expert by
     expert -> placed; told something else meanwhile: the rest is not loaded, and only the newest is answered
 
-What the last but one placement named stays, for calls that were sent by it; where it takes the room of what is to be
-loaded, it goes before.
+What the last but one placement named stays for `ffn_timeout_s`, for calls that were sent by it; where it takes the room
+of what is to be loaded, it goes before.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Placing:
         capacity_bytes: most weights; 0: no limit.
         num_threads: threads that read while nobody is served.
         stall_s: longest time that the compute thread may take to listen.
+        keep_s: after which no call counts any more that was sent by an older placement than the one that is obeyed.
         post: takes the answers, on any thread.
     """
 
@@ -50,6 +51,7 @@ class Placing:
         capacity_bytes: int,
         num_threads: int,
         stall_s: float,
+        keep_s: float,
         post: Callable[[Placed], None],
     ) -> None:
         self._table = table
@@ -57,9 +59,12 @@ class Placing:
         self._capacity_bytes = capacity_bytes
         self._num_threads = num_threads
         self._stall_s = stall_s
+        self._keep_s = keep_s
         self._post = post
         self._told: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
         self._before: Experts = frozenset()
+        # Whether something is held for older calls alone.
+        self._keeps = False
         self._thread = threading.Thread(target=self._run, name="placing", daemon=True)
 
     def start(self) -> None:
@@ -79,7 +84,7 @@ class Placing:
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while (message := self._told.get()) is not None:
+        while (message := self._next()) is not None:
             if not self._told.empty():
                 continue
             try:
@@ -93,6 +98,23 @@ class Placing:
             else:
                 if placed:
                     self._post(Placed(version=message.version))
+
+    def _next(self) -> Place | None:
+        """What it is told next; what is held for older calls goes meanwhile."""
+        if self._keeps:
+            try:
+                return self._told.get(timeout=self._keep_s)
+            except queue.Empty:
+                self._let_go()
+        return self._told.get()
+
+    def _let_go(self) -> None:
+        self._keeps = False
+        try:
+            self._serving.set_excess(_experts_of(self._table.holding()) - self._before, self._stall_s)
+        except AnabranchError as error:
+            # Whoever watches the compute thread ends the worker, or the next placement says it again.
+            logger.warning("experts that nobody needs any more stay: %s", error)
 
     def _wanted(self, holding: Holding) -> Experts:
         config = self._table.config
@@ -120,6 +142,7 @@ class Placing:
             kept = wanted
         self._serving.set_excess(held - kept, self._stall_s)
         self._before = wanted
+        self._keeps = bool((held & kept) - wanted)
         missing = wanted - _experts_of(self._table.holding())
         self._check_memory(missing, held - kept)
         return self._load(missing)

@@ -77,6 +77,7 @@ class FfnWorker(Worker):
             capacity_bytes=config.capacity_bytes,
             num_threads=config.threads,
             stall_s=config.step_stall_s,
+            keep_s=config.ffn_timeout_s,
             post=self.post,
         )
         self._serving.start()

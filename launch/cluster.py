@@ -36,11 +36,21 @@ from anabranch.system.child_process import python_environment
 from anabranch.system.clock import awake_s
 from anabranch.system.private_files import private_folder, write_secret
 from anabranch.system.user_cache import cache_folder, cache_problem
+from anabranch_client import Admin
 from launch import sweeper
+from launch.ffn_scale import FfnScale
 from launch.gateway_probe import GatewayProbe
-from launch.machine_fit import check_fit
+from launch.machine_fit import check_fit, most_ffn_workers
 from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
-from launch.process_plan import ORCHESTRATOR_NAME, ProcessPlan, plan_orchestrator, plan_processes, plan_workers
+from launch.process_plan import (
+    ORCHESTRATOR_NAME,
+    ProcessPlan,
+    plan_ffn_worker,
+    plan_orchestrator,
+    plan_processes,
+    plan_workers,
+)
+from launch.terminal_text import said
 
 READY_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 3.0
@@ -48,6 +58,7 @@ LEAVE_TIMEOUT_S = 1.0
 TERM_TIMEOUT_S = 2.0
 KILL_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 1.0
+FOLLOW_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 # The last line of a process that ended on purpose: from the flags' parser, or from the log.
 _ERROR_LINE = re.compile(r"(?:Error: |\S+ E \S+ \S+: )(.+)")
@@ -101,6 +112,9 @@ class LocalCluster:
         self._changed = threading.Condition()
         self._stopping = False
         self._probe: GatewayProbe | None = None
+        self._ffn_scale: FfnScale | None = None
+        # Names of those whose orderly end is no death.
+        self._leaving: set[str] = set()
 
     # What a user asks ---------------------------------------------------------------------------------
 
@@ -214,6 +228,8 @@ class LocalCluster:
         """End all processes and remove the folder. Idempotent; a Ctrl-C on the way only makes it quicker."""
         with self._changed:
             self._stopping = True
+        if self._ffn_scale is not None:
+            self._ffn_scale.stop()
         children = [child for child in self._children.values() if child.alive]
         # The orchestrator leads: it ends its requests, then tells the workers to exit.
         leader = [child for child in children if child.name == ORCHESTRATOR_NAME]
@@ -261,10 +277,58 @@ class LocalCluster:
             *plan_processes(self.topology, workers),
         )
         for plan in self._plans:
-            child = self._child(plan)
-            self._children[plan.name] = child
-            child.start()
+            self._start_child(plan)
         self._wait_ready(endpoints, {worker.name for worker in workers}, deadline)
+        if self.topology.pools.ffn is not None:
+            admin = Admin(self.endpoint, token_file=self.admin_token_file)
+            self._ffn_scale = FfnScale(admin, self, most_ffn_workers(self.topology, source), self._say)
+            if not self._ffn_scale.wait_following(FOLLOW_TIMEOUT_S):
+                raise DeadlineExceeded(
+                    f"cluster start: the orchestrator does not say how many ffn workers it wants ({FOLLOW_TIMEOUT_S} s)"
+                )
+
+    def _start_child(self, plan: ProcessPlan) -> None:
+        child = self._child(plan)
+        self._children[plan.name] = child
+        child.start()
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"{said(text)}\n")
+
+    # FFN workers that come and go; see `FfnWorkers` -------------------------------------------------------
+
+    def ffn_workers(self) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(
+                plan.name
+                for plan in self._plans
+                if plan.name not in self._leaving
+                and any(worker.role == "ffn" for worker in plan.workers)
+                and self._children[plan.name].alive
+            )
+
+    def start_ffn_worker(self) -> str:
+        control, secret = f"ipc://{self.folder}/control.sock", self.folder / "control.secret"
+        with self._changed:
+            if self._stopping:
+                raise WorkerDied("the cluster ends")
+            living = {name for name, child in self._children.items() if child.alive}
+            index = next(index for index in range(len(living) + 1) if f"ffn-{index}" not in living)
+            plan = plan_ffn_worker(self.topology, control, index, secret_file=secret)
+            # The youngest stands last.
+            self._plans = (*(old for old in self._plans if old.name != plan.name), plan)
+            self._leaving.discard(plan.name)
+            self._start_child(plan)
+        return plan.name
+
+    def expect_leave(self, name: str) -> None:
+        with self._changed:
+            self._leaving.add(name)
+
+    def running(self, name: str) -> bool:
+        return self._children[name].alive
+
+    # Start and end ----------------------------------------------------------------------------------------
 
     def _child(self, plan: ProcessPlan) -> ChildProcess:
         environment = python_environment({sweeper.MARK: str(self._folder), "PYTHONUNBUFFERED": "1"})
@@ -330,14 +394,19 @@ class LocalCluster:
         with self._changed:
             if self._stopping:
                 return
-            self._deaths.append(death)
-            self._changed.notify_all()
+            plan = next(plan for plan in self._plans if plan.name == death.name)
+            left = death.name in self._leaving and death.code == 0
+            if left:
+                self._leaving.discard(death.name)
+                self._plans = tuple(other for other in self._plans if other is not plan)
+            else:
+                self._deaths.append(death)
+                self._changed.notify_all()
         probe = self._probe
         if probe is not None:
-            plan = next(plan for plan in self._plans if plan.name == death.name)
             for worker in plan.workers:
                 probe.report_exit(worker.name, death.pid, death.reason, REPORT_TIMEOUT_S)
-        if self._user_on_death is not None:
+        if self._user_on_death is not None and not left:
             self._user_on_death(death)
 
     def _clean_up(self) -> None:

@@ -7,6 +7,8 @@ from anabranch.errors import ConfigError
 from anabranch.model.sources import ModelSource
 from launch.process_plan import plan_workers
 
+MAX_FFN_WORKERS = 256
+
 
 def check_fit(topology: Topology, source: ModelSource) -> None:
     """Check workers of several ranks, and whether FFN workers can hold all experts; what else there is checks itself.
@@ -39,3 +41,23 @@ def check_fit(topology: Topology, source: ModelSource) -> None:
         key = error.key if error.key == "device" else f"pools.{role}.{file_key(error.key)}"
         raise ConfigError(key, error.value, error.remedy) from None
     check_memory(workers, model, shares)
+
+
+def most_ffn_workers(topology: Topology, source: ModelSource) -> int:
+    """How many FFN workers this machine has memory for, while those of the topology run.
+
+    Counted for each that is added: its process, and what it is going to hold, though others may then hold less.
+
+    Raises:
+        ModelError: see `check_fit`.
+    """
+    from anabranch.engine.ffn_shares import ffn_shares
+    from anabranch.engine.fit import PROCESS_BYTES, available_bytes
+
+    ffn = topology.pools.ffn
+    assert ffn is not None
+    model, weights = source.open()
+    weights.close()
+    workers = plan_workers(topology, control="")
+    share = max(ffn_shares(workers, model, ffn.replicas).values())
+    return min(MAX_FFN_WORKERS, ffn.workers + max(0, available_bytes("cpu")) // (PROCESS_BYTES + share))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,6 +117,15 @@ def plan_workers(
                 )
             )
     return tuple(workers)
+
+
+def plan_ffn_worker(topology: Topology, control: str, index: int, *, secret_file: Path | None = None) -> ProcessPlan:
+    """An FFN worker that is started later, as a pool of at least `index + 1` would have it; see `plan_workers`."""
+    assert topology.pools.ffn is not None
+    pool = replace(topology.pools.ffn, workers=max(topology.pools.ffn.workers, index + 1))
+    grown = replace(topology, pools=replace(topology.pools, ffn=pool))
+    workers = plan_workers(grown, control, secret_file=secret_file)
+    return plan_processes(grown, tuple(worker for worker in workers if worker.name == f"ffn-{index}"))[0]
 
 
 def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tuple[ProcessPlan, ...]:

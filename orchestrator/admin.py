@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing
 from typing import TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from anabranch.errors import AccessDenied, InvalidRequest
+from anabranch.errors import AccessDenied, AnabranchError, InvalidRequest
 from anabranch.system.clock import loop_clock
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.calls import abort, answered
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.events import departure_message, worker_message
+from orchestrator.ffn_scale import FfnScale
 from orchestrator.gateway import Gateway
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
@@ -49,11 +51,14 @@ class Admin:
         token: what every caller must show.
     """
 
-    def __init__(self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway, token: bytes) -> None:
+    def __init__(
+        self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway, ffn_scale: FfnScale, token: bytes
+    ) -> None:
         self._authorization = b"Bearer " + token
         self._membership = membership
         self._dispatcher = dispatcher
         self._gateway = gateway
+        self._ffn_scale = ffn_scale
 
     def handlers(self) -> grpc.GenericRpcHandler[Message, Message]:
         """What the gRPC server calls."""
@@ -75,6 +80,16 @@ class Admin:
                     request_deserializer=parser(pb.DrainRequest),
                     response_serializer=pb.DrainResponse.SerializeToString,
                 ),
+                "ScaleFfn": grpc.unary_unary_rpc_method_handler(
+                    self._guarded(self.scale_ffn),
+                    request_deserializer=parser(pb.ScaleFfnRequest),
+                    response_serializer=pb.ScaleFfnResponse.SerializeToString,
+                ),
+                "FollowFfnScale": grpc.unary_stream_rpc_method_handler(
+                    self.follow_ffn_scale,
+                    request_deserializer=parser(pb.FollowFfnScaleRequest),
+                    response_serializer=pb.FfnScale.SerializeToString,
+                ),
             },
         )
 
@@ -84,7 +99,7 @@ class Admin:
 
         async def handle(message: _Request | InvalidRequest, context: _Context[_Request, _Response]) -> _Response:
             try:
-                self._check(context.peer(), context.invocation_metadata())
+                self._check(context)
             except AccessDenied as error:
                 await abort(context, error)
                 raise
@@ -92,8 +107,9 @@ class Admin:
 
         return handle
 
-    def _check(self, peer: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-        if not is_local(peer):
+    def _check(self, context: _Context[_Request, _Response]) -> None:
+        metadata: Iterable[tuple[str, str | bytes]] | None = context.invocation_metadata()
+        if not is_local(context.peer()):
             raise AccessDenied("the Admin service answers on its own machine only")
         shown = [value for key, value in metadata or () if key == "authorization"]
         if not shown:
@@ -127,3 +143,22 @@ class Admin:
             raise InvalidRequest(f"{message.worker!r} is no living worker ({names})", "worker")
         await self._membership.drain(member)
         return pb.DrainResponse()
+
+    async def scale_ffn(self, message: pb.ScaleFfnRequest) -> pb.ScaleFfnResponse:
+        self._ffn_scale.ask(message.workers)
+        return pb.ScaleFfnResponse()
+
+    async def follow_ffn_scale(
+        self,
+        message: pb.FollowFfnScaleRequest | InvalidRequest,
+        context: _Context[pb.FollowFfnScaleRequest, pb.FfnScale],
+    ) -> None:
+        try:
+            self._check(context)
+            if isinstance(message, InvalidRequest):
+                raise message
+            async with aclosing(self._ffn_scale.follow(message.max_workers)) as numbers:
+                async for workers in numbers:
+                    await context.write(pb.FfnScale(workers=workers))
+        except AnabranchError as error:
+            await abort(context, error)

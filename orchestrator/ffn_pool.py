@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, ConfigError
+from anabranch.errors import AnabranchError, ConfigError, InvalidRequest
 from anabranch.parallel.expert_placement import place
 from anabranch.protocol.ffn import FfnNode, FfnPlacement, Holding
 from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed
@@ -89,6 +89,22 @@ class FfnPool:
             node.problem = message.error.message
             self._plan()
         self._renew()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there are FFN workers, or shall be."""
+        return bool(self._nodes) or self._config.ffn_workers > 0
+
+    def check_size(self, workers: int) -> None:
+        """Raise InvalidRequest where the oldest so many FFN workers would not hold all experts."""
+        left = [node.member for node in self._nodes.values() if not node.member.draining][:workers]
+        if not self._layers or len(left) < workers:
+            return
+        capacities = {member.name: member.info.capacity_bytes for member in left}
+        try:
+            place(self._layers, capacities, replicas=1, current=dict.fromkeys(capacities, ()))
+        except ConfigError as error:
+            raise InvalidRequest(f"{workers}: {error}", "workers") from None
 
     async def run(self) -> None:
         """Send what is due, until cancelled."""

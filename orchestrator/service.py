@@ -44,6 +44,7 @@ from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.ffn_pool import FfnPool
+from orchestrator.ffn_scale import FfnScale
 from orchestrator.health import HealthReporter
 from orchestrator.membership import Member, Membership
 from orchestrator.router import LeastWork, Router
@@ -116,6 +117,7 @@ class Orchestrator:
             on_change=self._cluster_changed,
         )
         self._ffn_pool = FfnPool(config, self._model, self.membership, self._serving_changed)
+        self._ffn_scale = FfnScale(self._ffn_pool)
         self._dispatcher = Dispatcher(config, self._model, self._router, self.membership)
         self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
@@ -143,7 +145,9 @@ class Orchestrator:
         config = self._config
         guard = CallGuard(max_calls=config.max_calls, stall_s=config.client_stall_s)
         server = grpc.aio.server(interceptors=(guard,), options=server_options(config))
-        administration = admin.Admin(self.membership, self._dispatcher, self._gateway, self._admin_token)
+        administration = admin.Admin(
+            self.membership, self._dispatcher, self._gateway, self._ffn_scale, self._admin_token
+        )
         server.add_generic_rpc_handlers((self._gateway.handlers(), administration.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -260,6 +264,7 @@ class Orchestrator:
     async def close(self) -> None:
         """Shut workers down, end every task, release every address. To be called once, drained or not."""
         self._gateway.draining = True
+        self._ffn_scale.close()
         await self._dispatcher.stop_all(Draining("the orchestrator ends"))
         if self._server is not None:
             await self._server.stop(GRPC_GRACE_S)

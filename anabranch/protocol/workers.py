@@ -137,7 +137,10 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Place(Message, frozen=True, kw_only=True, tag="place"):
-    """To an FFN worker: load what is missing of this; answered with Placed. What is too much is kept until told."""
+    """To an FFN worker: load what is missing of this; answered with Placed.
+
+    What is too much goes after `ffn_timeout_s`, or before where it takes the room of what is missing.
+    """
 
     version: Count
     holding: Holding

@@ -344,3 +344,25 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ScaleFfnRequest(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: int
+    def __init__(self, workers: _Optional[int] = ...) -> None: ...
+
+class ScaleFfnResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FollowFfnScaleRequest(_message.Message):
+    __slots__ = ("max_workers",)
+    MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    max_workers: int
+    def __init__(self, max_workers: _Optional[int] = ...) -> None: ...
+
+class FfnScale(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: int
+    def __init__(self, workers: _Optional[int] = ...) -> None: ...

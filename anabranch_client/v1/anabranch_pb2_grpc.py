@@ -211,6 +211,16 @@ class AdminStub:
                 request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.SerializeToString,
                 response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ScaleFfn = channel.unary_unary(
+                '/anabranch.v1.Admin/ScaleFfn',
+                request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnRequest.SerializeToString,
+                response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnResponse.FromString,
+                _registered_method=True)
+        self.FollowFfnScale = channel.unary_stream(
+                '/anabranch.v1.Admin/FollowFfnScale',
+                request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.FollowFfnScaleRequest.SerializeToString,
+                response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.FfnScale.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -237,6 +247,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleFfn(self, request, context):
+        """Asks for so many FFN workers. Who follows (FollowFfnScale) starts more, or drains the youngest; this returns before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowFfnScale(self, request, context):
+        """For who starts workers: how many FFN workers there shall be, now and whenever somebody asks for another number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -254,6 +278,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.FromString,
                     response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.SerializeToString,
+            ),
+            'ScaleFfn': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleFfn,
+                    request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnRequest.FromString,
+                    response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnResponse.SerializeToString,
+            ),
+            'FollowFfnScale': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowFfnScale,
+                    request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.FollowFfnScaleRequest.FromString,
+                    response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.FfnScale.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -338,6 +372,60 @@ class Admin:
             '/anabranch.v1.Admin/Drain',
             anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.SerializeToString,
             anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleFfn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.Admin/ScaleFfn',
+            anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnRequest.SerializeToString,
+            anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowFfnScale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/anabranch.v1.Admin/FollowFfnScale',
+            anabranch__client_dot_v1_dot_anabranch__pb2.FollowFfnScaleRequest.SerializeToString,
+            anabranch__client_dot_v1_dot_anabranch__pb2.FfnScale.FromString,
             options,
             channel_credentials,
             insecure,

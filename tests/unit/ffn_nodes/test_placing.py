@@ -27,12 +27,18 @@ EXPERT_BYTES = 4 * 3 * 14 * 48
 
 
 class Setup:
-    def __init__(self, table: ExpertTable, capacity_bytes: int) -> None:
+    def __init__(self, table: ExpertTable, capacity_bytes: int, keep_s: float) -> None:
         self.table = table
         self.placed: list[Placed] = []
         self.serving = Serving(MemoryListener(), table, num_threads=1, merge_wait_s=0.0, on_failure=print)
         self.placing = Placing(
-            table, self.serving, capacity_bytes=capacity_bytes, num_threads=1, stall_s=WAIT_S, post=self.placed.append
+            table,
+            self.serving,
+            capacity_bytes=capacity_bytes,
+            num_threads=1,
+            stall_s=WAIT_S,
+            keep_s=keep_s,
+            post=self.placed.append,
         )
         self.version = 0
         self.serving.start()
@@ -53,8 +59,8 @@ class Setup:
 def start(make_table) -> Iterator[Callable[..., Setup]]:
     made: list[Setup] = []
 
-    def run(capacity_bytes: int = 0) -> Setup:
-        made.append(Setup(make_table({}, RowExact(PlainKernels())), capacity_bytes))
+    def run(capacity_bytes: int = 0, keep_s: float = 3600.0) -> Setup:
+        made.append(Setup(make_table({}, RowExact(PlainKernels())), capacity_bytes, keep_s))
         return made[-1]
 
     yield run
@@ -73,6 +79,16 @@ def test_what_the_placement_before_named_is_kept_until_told_again(start: Callabl
     setup.await_holding((1, 2), (), (5,))
     assert setup.place((0,), (0,), ()).error is None
     assert setup.table.holding() == ((0, 1, 2), (0,), (5,))
+
+
+def test_what_is_kept_for_older_calls_goes_without_another_word(start: Callable[..., Setup]) -> None:
+    setup = start(keep_s=0.01)
+    assert setup.place((0, 1), (0,), (5,)).error is None
+    assert setup.place((1, 2), (), (5,)).error is None
+    setup.await_holding((1, 2), (), (5,))
+    # Nor does what is wanted ever go.
+    assert setup.place((0, 1, 2), (0,), ()).error is None
+    setup.await_holding((0, 1, 2), (0,), ())
 
 
 def test_what_was_to_go_and_is_wanted_again_stays(start: Callable[..., Setup]) -> None:
