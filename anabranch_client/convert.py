@@ -12,6 +12,9 @@ from anabranch_client.types import (
     Completion,
     Departure,
     Event,
+    FfnLoad,
+    FfnTimes,
+    FfnTraffic,
     Finished,
     FinishReason,
     KvTransfer,
@@ -168,6 +171,17 @@ def _from_finished(finished: pb.Finished) -> Finished:
         kv=KvTransfer(bytes=finished.kv.bytes, transport=finished.kv.transport, overlap=finished.kv.overlap)
         if finished.HasField("kv")
         else None,
+        ffn=_from_ffn_times(finished.ffn) if finished.HasField("ffn") else None,
+    )
+
+
+def _from_ffn_times(times: pb.FfnTimes) -> FfnTimes:
+    return FfnTimes(
+        queue_s=times.queue_s,
+        compute_s=times.compute_s,
+        way_s=times.way_s,
+        num_answers=times.num_answers,
+        num_merged_rows=times.num_merged_rows,
     )
 
 
@@ -205,6 +219,7 @@ class Gather:
             route=self._finished.route,
             timings=self._finished.timings,
             kv=self._finished.kv,
+            ffn=self._finished.ffn,
         )
 
 
@@ -259,4 +274,31 @@ def _from_worker(worker: pb.Worker) -> Worker:
         num_offloaded=worker.num_offloaded,
         num_free_host_blocks=worker.num_free_host_blocks,
         num_total_host_blocks=worker.num_total_host_blocks,
+        ffn_traffic=_from_traffic(worker.ffn_traffic) if worker.HasField("ffn_traffic") else None,
+        ffn_load=_from_load(worker.ffn_load) if worker.HasField("ffn_load") else None,
+    )
+
+
+def _from_traffic(traffic: pb.FfnTraffic) -> FfnTraffic:
+    return FfnTraffic(
+        num_calls=traffic.num_calls,
+        num_rows=traffic.num_rows,
+        num_retries=traffic.num_retries,
+        num_second=traffic.num_second,
+        num_answers=traffic.num_answers,
+        queue_s=traffic.queue_s,
+        compute_s=traffic.compute_s,
+        num_merged_rows=traffic.num_merged_rows,
+        stepping_s=traffic.stepping_s,
+        waited_s=traffic.waited_s,
+    )
+
+
+def _from_load(load: pb.FfnLoad) -> FfnLoad:
+    return FfnLoad(
+        num_products=load.num_products,
+        num_rows=load.num_rows,
+        busy_s=load.busy_s,
+        up_s=load.up_s,
+        bytes=load.bytes,
     )

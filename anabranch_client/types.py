@@ -127,15 +127,48 @@ class KvTransfer:
     overlap: float
 
 
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnTimes:
+    """What the FFNs cost that other workers computed, over all layers of all steps of the request.
+
+    Attributes:
+        queue_s: at FFN workers, until a product began.
+        compute_s: products, with whatever rows they were merged.
+        way_s: the rest: there and back, sent again, and until the attention worker looked.
+        num_answers: of FFN workers.
+        num_merged_rows: rows of the products that these came from.
+    """
+
+    queue_s: float
+    compute_s: float
+    way_s: float
+    num_answers: int
+    num_merged_rows: int
+
+    @property
+    def rows_per_product(self) -> float:
+        """Of the products that answered it; a product that answered it twice counts twice."""
+        return _share(self.num_merged_rows, self.num_answers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The end of a stream; `kv` is None where one worker did it all, `timings` where they were not asked for."""
+    """The end of a stream.
+
+    `kv` is None where one worker did it all, `timings` where they were not asked for, `ffn` where no FFN worker had a
+    part in it.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     route: tuple[str, ...]
     timings: Timings | None
     kv: KvTransfer | None
+    ffn: FfnTimes | None = None
 
 
 Event: TypeAlias = Accepted | Tokens | Finished
@@ -154,6 +187,7 @@ class Completion:
     route: tuple[str, ...]
     timings: Timings | None
     kv: KvTransfer | None
+    ffn: FfnTimes | None = None
 
 
 # The model and the cluster --------------------------------------------------------------------------------
@@ -188,6 +222,80 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FfnTraffic:
+    """What an attention worker's first rank has sent to FFN workers since it started; its other ranks send as much.
+
+    Attributes:
+        num_calls, num_rows: sent, each sending counted.
+        num_retries: calls that had to go to another FFN worker.
+        num_second: calls that were late and went to a second one too.
+        num_answers: that counted.
+        queue_s, compute_s: of these, all together.
+        num_merged_rows: rows of the products that these came from.
+        stepping_s: in which some lane had a step.
+        waited_s: of this, in which no lane could go on.
+    """
+
+    num_calls: int
+    num_rows: int
+    num_retries: int
+    num_second: int
+    num_answers: int
+    queue_s: float
+    compute_s: float
+    num_merged_rows: int
+    stepping_s: float
+    waited_s: float
+
+    @property
+    def mean_queue_s(self) -> float:
+        """From a call's arrival to its product."""
+        return _share(self.queue_s, self.num_answers)
+
+    @property
+    def mean_compute_s(self) -> float:
+        """Of a call's product."""
+        return _share(self.compute_s, self.num_answers)
+
+    @property
+    def rows_per_product(self) -> float:
+        """Of a call's product, whoever's rows they were."""
+        return _share(self.num_merged_rows, self.num_answers)
+
+    @property
+    def waited_share(self) -> float:
+        """Of the time of steps, in which no lane could go on; 0 to 1."""
+        return _share(self.waited_s, self.stepping_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnLoad:
+    """What an FFN worker has done since it started; between two of these lies what it did meanwhile.
+
+    Attributes:
+        num_rows: of all products.
+        busy_s: computing, of the `up_s` that it has served.
+        bytes: of the weights that it holds now.
+    """
+
+    num_products: int
+    num_rows: int
+    busy_s: float
+    up_s: float
+    bytes: int
+
+    @property
+    def busy_share(self) -> float:
+        """0 to 1."""
+        return _share(self.busy_s, self.up_s)
+
+    @property
+    def rows_per_product(self) -> float:
+        """Of all calls that were merged."""
+        return _share(self.num_rows, self.num_products)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """A living worker; loads are as of its last beat, `last_heard_s` seconds ago.
 
@@ -195,6 +303,8 @@ class Worker:
         state: ready or draining.
         num_requests: that the orchestrator has given it and that have not ended.
         num_offloaded: of these, the ones that were preempted, with their KV in host memory.
+        ffn_traffic: of an attention worker that has ended a step.
+        ffn_load: of an FFN worker.
     """
 
     name: str
@@ -220,6 +330,8 @@ class Worker:
     num_offloaded: int = 0
     num_free_host_blocks: int = 0
     num_total_host_blocks: int = 0
+    ffn_traffic: FfnTraffic | None = None
+    ffn_load: FfnLoad | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ A lane's next step begins when its last one has ended, whatever the other lanes 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import torch
@@ -18,6 +19,7 @@ from anabranch.errors import FfnUnavailable
 from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.parallel.group import Group
 from anabranch.protocol.ffn import FfnPlacement
+from anabranch.request.ffn_times import FfnTimes
 from anabranch.step.plan import StepPlan
 from attn_nodes.part import Ticket
 from attn_nodes.remote_ffn import RemoteFfn
@@ -36,6 +38,7 @@ class _Lane:
         beside_TC: what is to be added to the answer, computed meanwhile.
         broken: why the last step failed; whatever follows it fails alike.
         turn: when it last went on.
+        times: what the step that has begun has cost at FFN nodes.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,7 @@ class _Lane:
         self.beside_TC: torch.Tensor | None = None
         self.broken: FfnUnavailable | None = None
         self.turn = 0
+        self.times = FfnTimes()
 
     @property
     def ready(self) -> bool:
@@ -104,12 +108,14 @@ class Lanes:
 
     def advance(self) -> None:
         """See `LanedRank.advance`."""
+        began_s = time.monotonic()
         try:
             with torch.inference_mode():
                 self._advance()
         except Exception as error:
             # Not of one step: of the mesh, or of all nodes' links.
             self._fail(error)
+        self._ffn.traffic.stepping_s += time.monotonic() - began_s
 
     def _advance(self) -> None:
         index, self._due = (self._next() if self._due is None else self._due), None
@@ -159,6 +165,7 @@ class Lanes:
                 call = lane.calls.send(self._answer(lane))
             self._ask(lane, call)
         except StopIteration as end:
+            end.value.ffn, end.value.ffn_traffic = lane.times, self._ffn.traffic.report()
             lane.end(end.value)
         except Exception as error:
             lane.end(error)
@@ -169,6 +176,7 @@ class Lanes:
         if lane.broken is not None and any(sequence.follows is not None for sequence in lane.plan.sequences):
             lane.end(lane.broken)
             return None
+        lane.times = FfnTimes()
         lane.calls = self._runner.steps(lane.plan)
         return next(lane.calls)
 
@@ -180,5 +188,6 @@ class Lanes:
 
     def _answer(self, lane: _Lane) -> torch.Tensor:
         assert lane.ticket is not None
+        lane.times += lane.ticket.times
         answer_TC = self._shares.join(lane.ticket, lane.num_rows)
         return answer_TC if lane.beside_TC is None else answer_TC + lane.beside_TC

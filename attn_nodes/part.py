@@ -12,7 +12,8 @@ import torch
 
 from anabranch.kernels.combine import combine_slots
 from anabranch.model.ffn_half import FfnInput
-from transport.m2n.messages import Combine
+from anabranch.request.ffn_times import FfnTimes
+from transport.m2n.messages import Answer, Combine
 
 
 class Ticket:
@@ -20,15 +21,17 @@ class Ticket:
 
     Args:
         rows: may have none.
+        began_s: `awake_s()` at which they went out.
         deadline_s: `awake_s()` at which rows that no node has answered are given up.
 
     Attributes:
         num_open: parts that are not answered.
         error: why it will not be answered.
+        times: what it cost, once it is answered.
     """
 
     def __init__(
-        self, *, step: int, lane: int, layer: int, rows: FfnInput, combine: Combine, deadline_s: float
+        self, *, step: int, lane: int, layer: int, rows: FfnInput, combine: Combine, began_s: float, deadline_s: float
     ) -> None:
         self.step = step
         self.lane = lane
@@ -36,7 +39,9 @@ class Ticket:
         self.rows = rows
         self.combine = combine
         self.deadline_s = deadline_s
+        self.times = FfnTimes()
         self.num_open = 0
+        self._began_s = began_s
         self.error: Exception | None = None
         num_rows, hidden = rows.normed_TC.shape
         count = num_rows if rows.experts_TS is None else rows.experts_TS.numel()
@@ -53,9 +58,22 @@ class Ticket:
         """Whether `result` can be had, or raises."""
         return self.num_open == 0 or self.error is not None
 
-    def take(self, part: Part, rows_RC: torch.Tensor) -> None:
-        """A part's answer, which is copied."""
+    def take(self, part: Part, answer: Answer, now_s: float) -> None:
+        """A part's answer, which is copied.
+
+        Args:
+            now_s: `awake_s()`.
+        """
         self.num_open -= 1
+        queue_s, compute_s = answer.queue_us / 1e6, answer.compute_us / 1e6
+        self.times = FfnTimes(
+            queue_s=queue_s,
+            compute_s=compute_s,
+            way_s=max(0.0, now_s - self._began_s - queue_s - compute_s),
+            num_answers=self.times.num_answers + 1,
+            merged_rows=self.times.merged_rows + answer.merged_rows,
+        )
+        rows_RC = answer.rows_RC
         if self.combine is Combine.SUMS:
             device = self._answers_AC.device
             self._sums[part.number] = (part.picked_R.to(device), rows_RC.to(device, copy=True))

@@ -15,6 +15,7 @@ Shape suffixes: T rows of a ticket, A assignments (a row and one of its experts)
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ import torch
 from anabranch.errors import AnabranchError, DeadlineExceeded, FfnUnavailable, PeerLost
 from anabranch.model.ffn_half import FfnInput
 from anabranch.protocol.ffn import FfnPlacement
+from anabranch.request.ffn_times import FfnTraffic
 from anabranch.system.clock import awake_s
 from attn_nodes.connector import Connected, Connector
 from attn_nodes.node import Node
@@ -51,6 +53,7 @@ class Traffic:
         num_second: calls that were late and were sent to a second node.
         num_answers: that counted.
         queue_us, compute_us, merged_rows: of these, as the nodes said.
+        stepping_s, waited_s: see `FfnTraffic`.
     """
 
     num_calls: int = 0
@@ -61,6 +64,23 @@ class Traffic:
     queue_us: int = 0
     compute_us: int = 0
     merged_rows: int = 0
+    stepping_s: float = 0.0
+    waited_s: float = 0.0
+
+    def report(self) -> FfnTraffic:
+        """The same as it is now, for the orchestrator."""
+        return FfnTraffic(
+            num_calls=self.num_calls,
+            num_rows=self.num_rows,
+            num_retries=self.num_retries,
+            num_second=self.num_second,
+            num_answers=self.num_answers,
+            queue_s=self.queue_us / 1e6,
+            compute_s=self.compute_us / 1e6,
+            merged_rows=self.merged_rows,
+            stepping_s=self.stepping_s,
+            waited_s=self.waited_s,
+        )
 
 
 class RemoteFfn:
@@ -140,7 +160,8 @@ class RemoteFfn:
             layer=layer,
             rows=rows,
             combine=self._combine if sparse else Combine.ROWS,
-            deadline_s=awake_s() + self._unavailable_s,
+            began_s=(now_s := awake_s()),
+            deadline_s=now_s + self._unavailable_s,
         )
         if ticket.num_rows:
             self._plan(ticket, None)
@@ -158,7 +179,9 @@ class RemoteFfn:
 
     def wait(self, timeout_s: float) -> None:
         """Return as soon as an answer may have come."""
+        began_s = time.monotonic()
         self._links.wait(timeout_s)
+        self.traffic.waited_s += time.monotonic() - began_s
 
     def close(self) -> None:
         self._connector.close()
@@ -356,7 +379,7 @@ class RemoteFfn:
             self._refused(part, node, "answered values that are not finite")
         else:
             part.open = False
-            part.ticket.take(part, answer.rows_RC)
+            part.ticket.take(part, answer, awake_s())
             traffic = self.traffic
             traffic.num_answers += 1
             traffic.queue_us += answer.queue_us

@@ -46,6 +46,7 @@ class Serving:
         num_computing: calls of that product.
         num_waiting: calls that wait for theirs.
         num_links: attention ranks that are linked.
+        num_products, num_rows, busy_s: since the start; see `FfnLoad`.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Serving:
     ) -> None:
         self.activity = Activity("the compute thread")
         self.num_computing = self.num_waiting = self.num_links = 0
+        self.num_products = self.num_rows = 0
+        self.busy_s = 0.0
         self._listener = listener
         self._table = table
         self._num_threads = num_threads
@@ -138,6 +141,7 @@ class Serving:
         self.activity.begin()
         self._answer(calls)
         self.num_computing = 0
+        self.busy_s += time.monotonic() - now_s
         self.activity.end()
 
     def _obey(self) -> None:
@@ -155,6 +159,8 @@ class Serving:
         made = self._product.compute([arrived.call for arrived in calls])
         compute_us = _us(time.monotonic() - began_s)
         merged_rows = sum(arrived.call.rows_TC.shape[0] for arrived in calls)
+        self.num_products += 1
+        self.num_rows += merged_rows
         if any(status is Status.OK for status, _ in made):
             self._faults.passed()
         for arrived, (status, rows_RC) in zip(calls, made, strict=True):

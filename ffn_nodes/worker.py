@@ -17,8 +17,10 @@ from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, ConfigError
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.row_exact import RowExact
+from anabranch.model.expert_table import ExpertTable
 from anabranch.model.load import load_expert_table
 from anabranch.parallel.group import SingleRank
+from anabranch.protocol.ffn import FfnLoad
 from anabranch.protocol.workers import Message, Place, WorkerInfo, WorkerStats
 from anabranch.system.clock import awake_s
 from ffn_nodes.placing import Placing
@@ -42,6 +44,8 @@ class FfnWorker(Worker):
         super().__init__(config)
         self._serving: Serving | None = None
         self._placing: Placing | None = None
+        self._table: ExpertTable | None = None
+        self._began_s = awake_s()
         self._drain_by_s = 0.0
 
     def build(self) -> WorkerInfo:
@@ -55,6 +59,7 @@ class FfnWorker(Worker):
         model, table = load_expert_table(
             config.model, dtype=dtype, device=device, products=products, group=SingleRank()
         )
+        self._table = table
         shape = ChannelShape(
             model=model.fingerprint(),
             dtype=dtype,
@@ -80,6 +85,7 @@ class FfnWorker(Worker):
             keep_s=config.ffn_timeout_s,
             post=self.post,
         )
+        self._began_s = awake_s()
         self._serving.start()
         self._placing.start()
         self.watch(self._serving.activity)
@@ -111,6 +117,17 @@ class FfnWorker(Worker):
             num_waiting=0 if serving is None else serving.num_waiting,
             num_leases=0,
             queued_tokens=0,
+            ffn_load=None if serving is None else self._load(serving),
+        )
+
+    def _load(self, serving: Serving) -> FfnLoad:
+        assert self._table is not None
+        return FfnLoad(
+            num_products=serving.num_products,
+            num_rows=serving.num_rows,
+            busy_s=serving.busy_s,
+            up_s=awake_s() - self._began_s,
+            num_bytes=self._table.num_bytes,
         )
 
     def drain(self) -> None:

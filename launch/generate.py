@@ -154,7 +154,7 @@ def stream_answer(
                 sys.stdout.flush()
     completion = gather.completion()
     console.print()
-    console.print(breakdown_table(completion.usage, completion.timings, completion.route, completion.kv))
+    console.print(breakdown_table(completion))
     return completion
 
 
@@ -169,6 +169,7 @@ def completion_json(completion: Completion) -> dict[str, object]:
         "timings": dataclasses.asdict(completion.timings) if completion.timings is not None else None,
         "route": list(completion.route),
         "kv": dataclasses.asdict(completion.kv) if completion.kv is not None else None,
+        "ffn": dataclasses.asdict(completion.ffn) if completion.ffn is not None else None,
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from anabranch_client import KvTransfer, Timings, Usage
+from anabranch_client import Completion
 from launch.cluster import ProcessInfo
 from launch.terminal_text import said
 
@@ -51,12 +51,13 @@ def process_table(processes: Sequence[ProcessInfo]) -> Table:
     return table
 
 
-def breakdown_table(usage: Usage, timings: Timings | None, route: Sequence[str], kv: KvTransfer | None) -> Table:
+def breakdown_table(completion: Completion) -> Table:
     """Where the time of one answer went."""
+    usage, timings, kv, ffn = completion.usage, completion.timings, completion.kv, completion.ffn
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("route", said(" -> ".join(route)))
+    table.add_row("route", said(" -> ".join(completion.route)))
     cached = f", {usage.num_cached_tokens} from the prefix cache" if usage.num_cached_tokens else ""
     table.add_row("tokens", f"{usage.num_prompt_tokens} in{cached}, {usage.num_output_tokens} out")
     if timings is not None:
@@ -72,5 +73,10 @@ def breakdown_table(usage: Usage, timings: Timings | None, route: Sequence[str],
         table.add_row("first token", seconds_text(timings.ttft_s))
         if timings.tpot_s > 0:
             table.add_row("each token", f"{seconds_text(timings.tpot_s)} ({1 / timings.tpot_s:.1f} tokens/s)")
+    if ffn is not None:
+        waits = (("queue", ffn.queue_s), ("computing", ffn.compute_s), ("on the way", ffn.way_s))
+        times = ", ".join(f"{seconds_text(seconds)} {what}" for what, seconds in waits)
+        table.add_row("FFN workers", f"{times}; {ffn.rows_per_product:.1f} rows a product")
+    if timings is not None:
         table.add_row("whole answer", seconds_text(timings.e2e_s))
     return table

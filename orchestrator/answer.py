@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anabranch.errors import AnabranchError, Overloaded
+from anabranch.request.ffn_times import FfnTimes
 from anabranch.request.token import TokenLogprob
 
 MAX_CHUNK_TOKENS = 512
@@ -48,7 +49,7 @@ class KvTransfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A complete answer; `kv` is None where no stream was reported."""
+    """A complete answer; `kv` is None where no stream was reported, `ffn` where no attention worker said its costs."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -57,6 +58,7 @@ class Finished:
     timings: Timings
     route: tuple[str, ...]
     kv: KvTransfer | None
+    ffn: FfnTimes | None = None
 
 
 class Answer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from anabranch.protocol.ffn import FfnLoad
+from anabranch.request.ffn_times import FfnTraffic
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.answer import Chunk, Finished
 from orchestrator.membership import Departure, Member
@@ -61,6 +63,15 @@ def _finished(end: Finished, *, include_timings: bool) -> pb.Finished:
         kv=None
         if end.kv is None
         else pb.KvTransfer(bytes=end.kv.num_bytes, transport=end.kv.transport, overlap=end.kv.overlap),
+        ffn=None
+        if end.ffn is None
+        else pb.FfnTimes(
+            queue_s=end.ffn.queue_s,
+            compute_s=end.ffn.compute_s,
+            way_s=end.ffn.way_s,
+            num_answers=end.ffn.num_answers,
+            num_merged_rows=end.ffn.merged_rows,
+        ),
     )
 
 
@@ -105,6 +116,33 @@ def worker_message(member: Member, now: float) -> pb.Worker:
         num_offloaded=stats.num_offloaded if stats else 0,
         num_free_host_blocks=stats.num_free_host_blocks if stats else 0,
         num_total_host_blocks=stats.num_total_host_blocks if stats else 0,
+        ffn_traffic=None if stats is None or stats.ffn_traffic is None else _traffic(stats.ffn_traffic),
+        ffn_load=None if stats is None or stats.ffn_load is None else _load(stats.ffn_load),
+    )
+
+
+def _traffic(traffic: FfnTraffic) -> pb.FfnTraffic:
+    return pb.FfnTraffic(
+        num_calls=traffic.num_calls,
+        num_rows=traffic.num_rows,
+        num_retries=traffic.num_retries,
+        num_second=traffic.num_second,
+        num_answers=traffic.num_answers,
+        queue_s=traffic.queue_s,
+        compute_s=traffic.compute_s,
+        num_merged_rows=traffic.merged_rows,
+        stepping_s=traffic.stepping_s,
+        waited_s=traffic.waited_s,
+    )
+
+
+def _load(load: FfnLoad) -> pb.FfnLoad:
+    return pb.FfnLoad(
+        num_products=load.num_products,
+        num_rows=load.num_rows,
+        busy_s=load.busy_s,
+        up_s=load.up_s,
+        bytes=load.num_bytes,
     )
 
 

@@ -254,6 +254,7 @@ class Lifecycle:
         if not attempt.decode_open:
             return None
         attempt.decode_open = False
+        self._timings.generated(message)
         member = attempt.route.decode
         match message.reason:
             case "stop" | "length":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anabranch.protocol.workers import Ended, PrefillEnded
+from anabranch.request.ffn_times import FfnTimes
 from orchestrator.answer import Finished, FinishReason, KvTransfer, Timings
 from orchestrator.attempt import Attempt
 
@@ -24,6 +25,7 @@ class RequestTimings:
         self._kv_stream_s = 0.0
         self._kv_exposed_s = 0.0
         self._kv_transport = ""
+        self._ffn: FfnTimes | None = None
 
     def tokens_came(self, now: float) -> None:
         if self._first_token_at is None:
@@ -42,6 +44,11 @@ class RequestTimings:
             self._kv_stream_s += report.kv.stream_s
             self._kv_exposed_s += (1.0 - report.kv.overlap) * report.kv.stream_s
             self._kv_transport = report.kv.transport
+
+    def generated(self, report: Ended) -> None:
+        """A worker has ended an attempt."""
+        if report.ffn is not None:
+            self._ffn = report.ffn if self._ffn is None else self._ffn + report.ffn
 
     def finished(
         self,
@@ -72,4 +79,5 @@ class RequestTimings:
             kv=KvTransfer(num_bytes=self._kv_bytes, transport=self._kv_transport, overlap=overlap)
             if self._kv_transport
             else None,
+            ffn=self._ffn,
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from anabranch.request.ffn_times import FfnTimes, FfnTraffic
 from anabranch.sampling.logprobs import Logprobs
 from anabranch.step.plan import SampledToken, SequencePlan, StepResult
 
@@ -16,7 +17,13 @@ class PendingResult:
     Args:
         sequences: those that sample.
         tokens_S: int64, their tokens, on the device; None: this rank reports nothing.
+
+    Attributes:
+        ffn, ffn_traffic: see `StepResult`.
     """
+
+    ffn: FfnTimes | None = None
+    ffn_traffic: FfnTraffic | None = None
 
     def __init__(
         self,
@@ -56,4 +63,4 @@ class PendingResult:
                     logprob=logprob,
                 )
             )
-        return StepResult(step=self._step, tokens=tuple(tokens))
+        return StepResult(step=self._step, tokens=tuple(tokens), ffn=self.ffn, ffn_traffic=self.ffn_traffic)

@@ -10,7 +10,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from anabranch.bounds import Count, Extent, Int63, Name, Place
+from anabranch.bounds import Count, Extent, Int63, Name, Place, Seconds
 
 MAX_NODES = 1024
 MAX_LAYERS = 4096
@@ -21,6 +21,22 @@ Experts: TypeAlias = Annotated[tuple[Extent, ...], Meta(max_length=MAX_EXPERTS)]
 Holding: TypeAlias = Annotated[tuple[Experts, ...], Meta(max_length=MAX_LAYERS)]
 """For each layer, the experts that a node holds, ascending; a dense layer has one expert, 0."""
 Addresses: TypeAlias = Annotated[dict[Name, Place], Meta(max_length=MAX_BACKENDS)]
+
+
+class FfnLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an FFN node has done since it started.
+
+    Attributes:
+        num_rows: of all products.
+        busy_s: computing, of the `up_s` that it has served.
+        num_bytes: of the weights that it holds now.
+    """
+
+    num_products: Count = 0
+    num_rows: Count = 0
+    busy_s: Seconds = 0.0
+    up_s: Seconds = 0.0
+    num_bytes: Count = 0
 
 
 class FfnNode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

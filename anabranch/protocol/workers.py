@@ -18,9 +18,10 @@ from msgspec import Meta
 
 from anabranch.bounds import Count, Extent, Int63, Name, Seconds
 from anabranch.bounds import Place as PlaceName
-from anabranch.protocol.ffn import Addresses, FfnPlacement, Holding
+from anabranch.protocol.ffn import Addresses, FfnLoad, FfnPlacement, Holding
 from anabranch.protocol.kv import MAX_PLANES, KvDestination, KvStreamStats
 from anabranch.protocol.wire_error import WireError
+from anabranch.request.ffn_times import FfnTimes, FfnTraffic
 from anabranch.request.request import EndReason, Request
 from anabranch.request.token import Token
 
@@ -92,6 +93,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         num_free_host_blocks, num_total_host_blocks: room for more of them.
         num_done: commands and steps that the worker's threads have ended.
         work_age_s: how long the one in hand has lasted; a thread that hangs shows here, though beats go on.
+        ffn_traffic: of an attention worker, once it has ended a step.
+        ffn_load: of an FFN worker.
     """
 
     num_free_blocks: Count
@@ -105,6 +108,8 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_total_host_blocks: Count = 0
     num_done: Count = 0
     work_age_s: Seconds = 0.0
+    ffn_traffic: FfnTraffic | None = None
+    ffn_load: FfnLoad | None = None
 
 
 # Orchestrator -> worker ---------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     """The one terminal message of an attempt; all its tokens were sent before.
 
     `preempted`: blocks ran out; the orchestrator may go on with a new epoch. `queue_s`, `prefill_s` and
-    `num_cached_tokens` are set by colocated workers.
+    `num_cached_tokens` are set by colocated workers, `ffn` by attention workers.
     """
 
     request_id: Name
@@ -218,6 +223,7 @@ class Ended(Message, frozen=True, kw_only=True, tag="ended"):
     queue_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
     num_cached_tokens: Count = 0
+    ffn: FfnTimes | None = None
 
 
 class Placed(Message, frozen=True, kw_only=True, tag="placed"):

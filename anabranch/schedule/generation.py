@@ -237,6 +237,8 @@ class GenerationScheduler:
         self._measure(plan)
         sampled = {(token.request_id, token.epoch): token for token in result.tokens}
         for sequence, planned in self._land(plan):
+            if result.ffn is not None:
+                sequence.ffn = result.ffn if sequence.ffn is None else sequence.ffn + result.ffn
             if sequence in self.prompts.computing:
                 if self.prompts.computed(sequence, planned.num_new_tokens):
                     self._run(sequence)

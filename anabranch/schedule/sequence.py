@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from anabranch.cache.block_table import BlockTable
+from anabranch.request.ffn_times import FfnTimes
 from anabranch.request.request import Request
 from anabranch.step.plan import SampleSpec, SequencePlan
 
@@ -30,6 +31,8 @@ class Sequence:
         self.table: BlockTable | None = None
         self.num_computed = 0
         self.num_cached_tokens = 0
+        # What its steps cost at FFN workers.
+        self.ffn: FfnTimes | None = None
 
     @property
     def key(self) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anabranch.request.ffn_times import FfnTimes, FfnTraffic
 from anabranch.request.sampling_params import SamplingParams
 from anabranch.request.token import TokenLogprob
 
@@ -86,5 +87,9 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step sampled, and where its FFN halves were remote what they cost, and all since the start."""
+
     step: int
     tokens: tuple[SampledToken, ...]
+    ffn: FfnTimes | None = None
+    ffn_traffic: FfnTraffic | None = None

@@ -140,18 +140,20 @@ class Alternative(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("finish_reason", "usage", "timings", "route", "kv")
+    __slots__ = ("finish_reason", "usage", "timings", "route", "kv", "ffn")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
+    FFN_FIELD_NUMBER: _ClassVar[int]
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
     route: _containers.RepeatedScalarFieldContainer[str]
     kv: KvTransfer
-    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., route: _Optional[_Iterable[str]] = ..., kv: _Optional[_Union[KvTransfer, _Mapping]] = ...) -> None: ...
+    ffn: FfnTimes
+    def __init__(self, finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., route: _Optional[_Iterable[str]] = ..., kv: _Optional[_Union[KvTransfer, _Mapping]] = ..., ffn: _Optional[_Union[FfnTimes, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_output_tokens", "num_cached_tokens")
@@ -188,6 +190,20 @@ class KvTransfer(_message.Message):
     transport: str
     overlap: float
     def __init__(self, bytes: _Optional[int] = ..., transport: _Optional[str] = ..., overlap: _Optional[float] = ...) -> None: ...
+
+class FfnTimes(_message.Message):
+    __slots__ = ("queue_s", "compute_s", "way_s", "num_answers", "num_merged_rows")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    WAY_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MERGED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    compute_s: float
+    way_s: float
+    num_answers: int
+    num_merged_rows: int
+    def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., way_s: _Optional[float] = ..., num_answers: _Optional[int] = ..., num_merged_rows: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")
@@ -258,7 +274,7 @@ class Cluster(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., departures: _Optional[_Iterable[_Union[Departure, _Mapping]]] = ..., num_requests: _Optional[int] = ..., num_queued: _Optional[int] = ..., serving: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("name", "role", "state", "pid", "host", "device", "tp", "cp", "num_threads", "planes", "num_requests", "num_running", "num_waiting", "num_leases", "num_queued_tokens", "num_free_blocks", "num_total_blocks", "last_heard_s", "block_size", "max_context", "num_offloaded", "num_free_host_blocks", "num_total_host_blocks")
+    __slots__ = ("name", "role", "state", "pid", "host", "device", "tp", "cp", "num_threads", "planes", "num_requests", "num_running", "num_waiting", "num_leases", "num_queued_tokens", "num_free_blocks", "num_total_blocks", "last_heard_s", "block_size", "max_context", "num_offloaded", "num_free_host_blocks", "num_total_host_blocks", "ffn_traffic", "ffn_load")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +298,8 @@ class Worker(_message.Message):
     NUM_OFFLOADED_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOTAL_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FFN_TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    FFN_LOAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     state: str
@@ -305,7 +323,47 @@ class Worker(_message.Message):
     num_offloaded: int
     num_free_host_blocks: int
     num_total_host_blocks: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., tp: _Optional[int] = ..., cp: _Optional[int] = ..., num_threads: _Optional[int] = ..., planes: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_heard_s: _Optional[float] = ..., block_size: _Optional[int] = ..., max_context: _Optional[int] = ..., num_offloaded: _Optional[int] = ..., num_free_host_blocks: _Optional[int] = ..., num_total_host_blocks: _Optional[int] = ...) -> None: ...
+    ffn_traffic: FfnTraffic
+    ffn_load: FfnLoad
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., tp: _Optional[int] = ..., cp: _Optional[int] = ..., num_threads: _Optional[int] = ..., planes: _Optional[_Iterable[str]] = ..., num_requests: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_queued_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_total_blocks: _Optional[int] = ..., last_heard_s: _Optional[float] = ..., block_size: _Optional[int] = ..., max_context: _Optional[int] = ..., num_offloaded: _Optional[int] = ..., num_free_host_blocks: _Optional[int] = ..., num_total_host_blocks: _Optional[int] = ..., ffn_traffic: _Optional[_Union[FfnTraffic, _Mapping]] = ..., ffn_load: _Optional[_Union[FfnLoad, _Mapping]] = ...) -> None: ...
+
+class FfnTraffic(_message.Message):
+    __slots__ = ("num_calls", "num_rows", "num_retries", "num_second", "num_answers", "queue_s", "compute_s", "num_merged_rows", "stepping_s", "waited_s")
+    NUM_CALLS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SECOND_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_MERGED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    STEPPING_S_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    num_calls: int
+    num_rows: int
+    num_retries: int
+    num_second: int
+    num_answers: int
+    queue_s: float
+    compute_s: float
+    num_merged_rows: int
+    stepping_s: float
+    waited_s: float
+    def __init__(self, num_calls: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_retries: _Optional[int] = ..., num_second: _Optional[int] = ..., num_answers: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., num_merged_rows: _Optional[int] = ..., stepping_s: _Optional[float] = ..., waited_s: _Optional[float] = ...) -> None: ...
+
+class FfnLoad(_message.Message):
+    __slots__ = ("num_products", "num_rows", "busy_s", "up_s", "bytes")
+    NUM_PRODUCTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    UP_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_products: int
+    num_rows: int
+    busy_s: float
+    up_s: float
+    bytes: int
+    def __init__(self, num_products: _Optional[int] = ..., num_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., up_s: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Departure(_message.Message):
     __slots__ = ("name", "pid", "reason", "expected")

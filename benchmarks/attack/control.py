@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import msgspec
 
@@ -90,7 +91,7 @@ class Strangers:
             case 0:
                 return Beat()
             case 1:
-                numbers = {field: rng.randrange(2**31) for field in WorkerStats.__struct_fields__[:6]}
+                numbers: dict[str, Any] = {field: rng.randrange(2**31) for field in WorkerStats.__struct_fields__[:6]}
                 return Beat(stats=WorkerStats(**numbers))
             case 2:
                 return Tokens(tokens=(Token(request_id=name, epoch=epoch, index=0, token_id=1),))

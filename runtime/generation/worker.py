@@ -37,6 +37,7 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.request.ffn_times import FfnTraffic
 from anabranch.request.request import EndReason, Request
 from anabranch.request.token import Token
 from anabranch.sampling.stop import StopChecker
@@ -89,6 +90,7 @@ class GenerationWorker(Worker):
         self._preempted: set[tuple[str, int, int]] = set()
         # Steps of each lane, the oldest first.
         self._in_flight: defaultdict[int, deque[Launched]] = defaultdict(deque)
+        self._ffn_traffic: FfnTraffic | None = None
         # Lanes in which a step has failed, and those that were launched behind it are not over.
         self._recovering: set[int] = set()
 
@@ -136,6 +138,7 @@ class GenerationWorker(Worker):
             num_offloaded=0 if offload is None else len(offload),
             num_free_host_blocks=0 if offload is None else offload.pool.num_free,
             num_total_host_blocks=0 if offload is None else offload.pool.num_blocks,
+            ffn_traffic=self._ffn_traffic,
         )
 
     def is_idle(self) -> bool:
@@ -197,6 +200,7 @@ class GenerationWorker(Worker):
                 self._fail_step(launched.plan, error)
             else:
                 self.step_passed()
+                self._ffn_traffic = result.ffn_traffic
                 self._publish(self.scheduler.update(launched.plan, result))
         return bool(landed)
 
@@ -206,7 +210,7 @@ class GenerationWorker(Worker):
         self._recovering.clear()
         plan, sent_away = self.scheduler.schedule()
         for sequence in sent_away:
-            self._end(sequence.key, "preempted")
+            self._end(sequence.key, "preempted", sequence=sequence)
         if plan is None:
             return False
         launched = self.ranks.launch(plan)
@@ -350,7 +354,7 @@ class GenerationWorker(Worker):
     def _end(
         self, key: Key, reason: EndReason, error: AnabranchError | None = None, sequence: Sequence | None = None
     ) -> None:
-        """Send the attempt's one terminal message; `sequence` adds what computing its prompt here cost."""
+        """Send the attempt's one terminal message; `sequence` adds what it cost."""
         measured = sequence if self.colocated else None
         self.post(
             Ended(
@@ -361,6 +365,7 @@ class GenerationWorker(Worker):
                 queue_s=0.0 if measured is None else measured.queue_s,
                 prefill_s=0.0 if measured is None else measured.prefill_s,
                 num_cached_tokens=0 if measured is None else measured.num_cached_tokens,
+                ffn=None if sequence is None else sequence.ffn,
             )
         )
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from anabranch_client import Completion, KvTransfer, Timings, Usage
+from anabranch_client import Completion, FfnTimes, KvTransfer, Timings, Usage
 from launch.cli import app
 from launch.generate import completion_json
+from launch.show import breakdown_table
 from launch.verify import first_difference
 from transport.planes import registry
 
@@ -140,6 +144,7 @@ def test_the_json_of_an_answer() -> None:
         route=("prefill-0", "decode-0"),
         timings=Timings(queue_s=0.1, prefill_s=0.2, kv_stream_s=0.3, ttft_s=0.4, tpot_s=0.5, e2e_s=0.6),
         kv=KvTransfer(bytes=7, transport="tcp", overlap=0.9),
+        ffn=FfnTimes(queue_s=0.7, compute_s=0.8, way_s=0.9, num_answers=4, num_merged_rows=10),
     )
     assert completion_json(completion) == {
         "request_id": "r",
@@ -150,7 +155,15 @@ def test_the_json_of_an_answer() -> None:
         "timings": {"queue_s": 0.1, "prefill_s": 0.2, "kv_stream_s": 0.3, "ttft_s": 0.4, "tpot_s": 0.5, "e2e_s": 0.6},
         "route": ["prefill-0", "decode-0"],
         "kv": {"bytes": 7, "transport": "tcp", "overlap": 0.9},
+        "ffn": {"queue_s": 0.7, "compute_s": 0.8, "way_s": 0.9, "num_answers": 4, "num_merged_rows": 10},
     }
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(breakdown_table(completion))
+    assert "FFN workers   700.0 ms queue, 800.0 ms computing, 900.0 ms on the way; 2.5 rows a product" in (
+        console.export_text()
+    )
+    console.print(breakdown_table(dataclasses.replace(completion, ffn=None)))
+    assert "FFN" not in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.workers import Ended, PrefillEnded
+from anabranch.request.ffn_times import FfnTimes
 from orchestrator.request_timings import RequestTimings
 
 pytestmark = pytest.mark.unit
@@ -66,3 +67,15 @@ def test_a_colocated_worker_streams_nothing():
     done = finish(timings, 2, 3.0)
     assert done.kv is None
     assert (done.timings.queue_s, done.timings.prefill_s, done.num_cached_tokens) == (1.25, 0.5, 1)
+
+
+def test_what_ffns_cost_adds_up_over_attempts():
+    timings = RequestTimings(0.0)
+    timings.generated(Ended(request_id="r", epoch=0, reason="preempted"))
+    assert finish(timings, 2, 3.0).ffn is None
+    cost = FfnTimes(queue_s=0.5, compute_s=1.0, way_s=0.25, num_answers=10, merged_rows=35)
+    for epoch, reason in ((1, "preempted"), (2, "stop")):
+        timings.generated(Ended(request_id="r", epoch=epoch, reason=reason, ffn=cost))
+    assert finish(timings, 2, 3.0).ffn == FfnTimes(
+        queue_s=1.0, compute_s=2.0, way_s=0.5, num_answers=20, merged_rows=70
+    )

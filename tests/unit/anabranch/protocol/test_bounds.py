@@ -14,6 +14,7 @@ import anabranch.protocol
 import anabranch.request
 from anabranch.errors import InvalidRequest, MalformedMessage
 from anabranch.parallel.layout import KvLayout
+from anabranch.protocol.ffn import FfnLoad
 from anabranch.protocol.kv import KvDestination, KvStreamStats
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
@@ -30,6 +31,7 @@ from anabranch.protocol.workers import (
     WorkerInfo,
     WorkerStats,
 )
+from anabranch.request.ffn_times import FfnTimes, FfnTraffic
 from anabranch.request.request import Request
 from anabranch.request.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -156,6 +158,12 @@ CASES: dict[str, Message] = {
     "10,000 planes": Register(worker=msgspec.structs.replace(INFO, planes=("tcp",) * 10_000)),
     "free blocks": Beat(stats=msgspec.structs.replace(STATS, num_free_blocks=2**64 - 1)),
     "queued tokens below zero": Beat(stats=msgspec.structs.replace(STATS, queued_tokens=-5)),
+    "calls below zero": Beat(stats=msgspec.structs.replace(STATS, ffn_traffic=FfnTraffic(num_calls=-1))),
+    "no time that lanes wait": Beat(stats=msgspec.structs.replace(STATS, ffn_traffic=FfnTraffic(waited_s=NAN))),
+    "products": Beat(stats=msgspec.structs.replace(STATS, ffn_load=FfnLoad(num_products=2**63))),
+    "busy for ever": Beat(stats=msgspec.structs.replace(STATS, ffn_load=FfnLoad(busy_s=float("inf")))),
+    "rows of products": Ended(request_id="r", epoch=0, reason="stop", ffn=FfnTimes(merged_rows=2**60)),
+    "a wait below zero": Ended(request_id="r", epoch=0, reason="stop", ffn=FfnTimes(way_s=-1.0)),
     "cached tokens": PrefillEnded(request_id="r", epoch=0, num_cached_tokens=2**63),
     "KV bytes": PrefillEnded(
         request_id="r",
