@@ -76,15 +76,17 @@ def ffn_names(admin: Admin) -> set[str]:
     return {worker.name for worker in admin.cluster().workers if worker.role == "ffn"}
 
 
-def computed(cluster: LocalCluster, names: set[str]) -> bool:
-    """Whether these have loaded experts."""
-    return all("loaded" in cluster.log(name) for name in names)
+def held_bytes(admin: Admin) -> dict[str, int]:
+    """FFN worker -> bytes of its weights."""
+    return {worker.name: worker.ffn_load.bytes for worker in admin.cluster().workers if worker.ffn_load is not None}
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
 def test_one_grows_to_three_and_back(mixture: Known, replicas: int) -> None:
     with running(mixture, num_ffn=1, replicas=replicas) as (cluster, client, admin):
         expected = answers(client)
+        [total] = held_bytes(admin).values()
+        copies = 1 if replicas else 3
         kept = {name: psutil.Process(cluster.process(name).pid) for name in ("attn-0", "ffn-0")}
 
         def held() -> dict[str, tuple[int, int]]:
@@ -94,7 +96,16 @@ def test_one_grows_to_three_and_back(mixture: Known, replicas: int) -> None:
         memory = {name: process.memory_info().rss for name, process in kept.items()}
         admin.scale_ffn(3)
         grown = {"ffn-0", "ffn-1", "ffn-2"}
-        answers_until(client, expected, lambda: ffn_names(admin) == grown and computed(cluster, grown))
+        # Each has its share, and what has been taken from the first is gone.
+        answers_until(
+            client,
+            expected,
+            lambda: (
+                min((held := held_bytes(admin)).values()) > 0
+                and held.keys() == grown
+                and sum(held.values()) == copies * total
+            ),
+        )
         assert [process.name for process in cluster.processes if process.role == "ffn"] == sorted(grown)
         admin.scale_ffn(1)
         answers_until(client, expected, lambda: set(cluster.ffn_workers()) == {"ffn-0"} == ffn_names(admin))
@@ -102,6 +113,7 @@ def test_one_grows_to_three_and_back(mixture: Known, replicas: int) -> None:
         assert cluster.deaths == ()
         assert all(departure.expected for departure in admin.cluster().departures)
         wait_until(lambda: held() == before, "links and descriptors to be back", describe=lambda: (before, held()))
+        wait_until(lambda: held_bytes(admin) == {"ffn-0": total}, "all experts to be at the one that is left")
         for name, process in kept.items():
             assert process.memory_info().rss < memory[name] + SLACK_BYTES, name
         # The names are free again.
