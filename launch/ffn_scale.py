@@ -78,6 +78,10 @@ class FfnScale:
                         self._scale(wanted)
             except ClientError as error:
                 logger.debug("not followed: %s", error)
+            except ValueError:
+                # gRPC's word for a call on a channel that `stop` has closed.
+                if not self._stopping.is_set():
+                    raise
             self._stopping.wait(AGAIN_S)
 
     def _scale(self, wanted: int) -> None:
