@@ -20,10 +20,12 @@ NUM_CHANNELS = 4
 NUM_AT_ONCE = 24
 # Far more than any of these calls takes; one that ends so has been left hanging.
 TIMEOUT_S = 60.0
-# A health watch never ends by itself.
+# These never end by themselves.
 WATCH_TIMEOUT_S = 0.1
 HUNG = "hung"
 _WATCH = "/grpc.health.v1.Health/Watch"
+_FOLLOW = "/anabranch.v1.Admin/FollowFfnScale"
+_ENDLESS = (_WATCH, _FOLLOW)
 _REQUESTS: dict[str, type[Message]] = {
     "/anabranch.v1.Inference/Generate": pb.GenerateRequest,
     "/anabranch.v1.Inference/Tokenize": pb.TokenizeRequest,
@@ -31,6 +33,8 @@ _REQUESTS: dict[str, type[Message]] = {
     "/anabranch.v1.Admin/GetCluster": pb.GetClusterRequest,
     "/anabranch.v1.Admin/ReportExit": pb.ReportExitRequest,
     "/anabranch.v1.Admin/Drain": pb.DrainRequest,
+    "/anabranch.v1.Admin/ScaleFfn": pb.ScaleFfnRequest,
+    _FOLLOW: pb.FollowFfnScaleRequest,
 }
 _PATHS = (
     *(["/anabranch.v1.Inference/Generate"] * 10),
@@ -53,7 +57,7 @@ class Call:
 
     @property
     def timeout_s(self) -> float:
-        return WATCH_TIMEOUT_S if self.path == _WATCH else TIMEOUT_S
+        return WATCH_TIMEOUT_S if self.path in _ENDLESS else TIMEOUT_S
 
 
 class Calls:
@@ -117,6 +121,10 @@ class Calls:
                 message.worker, message.pid, message.how = "nobody", rng.randrange(2**31), "made up"
             case pb.DrainRequest():
                 message.worker = "nobody"
+            case pb.ScaleFfnRequest():
+                message.workers = rng.choice((-1, 0, 257, 2**62))
+            case pb.FollowFfnScaleRequest():
+                message.max_workers = rng.choice((0, 1, 256, 257))
 
     def _metadata(self, path: str) -> tuple[tuple[str, str | bytes], ...]:
         rng = self._rng
@@ -192,7 +200,7 @@ async def _send(channel: grpc.aio.Channel, call: Call, tally: Tally) -> None:
     except grpc.aio.AioRpcError as error:
         by_client = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not error.trailing_metadata()
         if by_client:
-            tally.count("calls", "OK" if call.path == _WATCH else HUNG)
+            tally.count("calls", "OK" if call.path in _ENDLESS else HUNG)
         else:
             tally.error("calls", error)
     except asyncio.CancelledError:
