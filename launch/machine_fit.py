@@ -60,4 +60,4 @@ def most_ffn_workers(topology: Topology, source: ModelSource) -> int:
     weights.close()
     workers = plan_workers(topology, control="")
     share = max(ffn_shares(workers, model, ffn.replicas).values())
-    return min(MAX_FFN_WORKERS, ffn.workers + max(0, available_bytes("cpu")) // (PROCESS_BYTES + share))
+    return min(MAX_FFN_WORKERS, ffn.workers + max(0, available_bytes("cpu")) // (PROCESS_BYTES * ffn.tp + share))

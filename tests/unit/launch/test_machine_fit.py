@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.engine import fit
 from anabranch.errors import ConfigError
 from anabranch.model.sources import ModelSource, resolve_model
-from launch.machine_fit import check_fit
+from launch.machine_fit import MAX_FFN_WORKERS, check_fit, most_ffn_workers
 from tests.support.families import build
 
 pytestmark = pytest.mark.unit
@@ -60,3 +61,18 @@ def test_what_does_not(source: ModelSource, topology: Topology, key: str, says: 
 
 def test_workers_of_one_rank_check_themselves(source: ModelSource) -> None:
     check_fit(replace(apart(FfnPoolConfig()), pools=Pools(colocated=PoolConfig(kv_cache_bytes=1))), source)
+
+
+def test_as_many_ffn_workers_as_there_is_memory_for_processes_and_shares(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [3 * fit.PROCESS_BYTES + (1 << 20)]
+    monkeypatch.setattr(fit, "available_bytes", lambda device: free[0])
+    assert most_ffn_workers(apart(FfnPoolConfig(workers=2)), source) == 5
+    assert most_ffn_workers(apart(FfnPoolConfig(workers=2, tp=2)), source) == 3
+    free[0] = 3 * fit.PROCESS_BYTES
+    assert most_ffn_workers(apart(FfnPoolConfig(workers=2, replicas=0)), source) == 4
+    free[0] = 1 << 50
+    assert most_ffn_workers(apart(FfnPoolConfig()), source) == MAX_FFN_WORKERS
+    free[0] = -5
+    assert most_ffn_workers(apart(FfnPoolConfig(workers=2)), source) == 2

@@ -11,7 +11,7 @@ from anabranch.config.load import check_topology
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.config.worker import WorkerConfig
-from launch.process_plan import plan_orchestrator, plan_processes, plan_workers
+from launch.process_plan import plan_ffn_worker, plan_orchestrator, plan_processes, plan_workers
 
 pytestmark = pytest.mark.unit
 
@@ -191,3 +191,24 @@ def test_devices_are_dealt_out(num_devices: int, devices: list[str]) -> None:
     assert [w.device for w in plan_workers(topology, CONTROL, num_devices=num_devices)] == devices
     fixed = split(PoolConfig(), PoolConfig(), device="cuda:1")
     assert [w.device for w in plan_workers(fixed, CONTROL, num_devices=4)] == ["cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize(("index", "cores"), [(0, (0, 1)), (1, (2, 3)), (3, (3,))])
+def test_an_ffn_worker_that_comes_later_is_as_one_of_a_pool_of_that_size(index: int, cores: tuple[int, ...]) -> None:
+    pools = Pools(
+        prefill=PoolConfig(),
+        attn=AttnPoolConfig(),
+        ffn=FfnPoolConfig(workers=2, replicas=2, cores=(0, 1, 2, 3), merge_wait_us=7),
+    )
+    topology = Topology(pools=pools, ffn_timeout_s=2.0)
+    plan = plan_ffn_worker(topology, CONTROL, index, secret_file=Path("/tmp/secret"))
+    assert (plan.name, plan.module, len(plan.workers)) == (f"ffn-{index}", "ffn_nodes", 1)
+    assert plan.cores == cores
+    config = parse_flags(WorkerConfig, plan.arguments, prog="worker", about="")
+    assert (config.merge_wait_us, config.ffn_timeout_s, config.secret_file) == (7, 2.0, "/tmp/secret")
+    assert config.threads == len(cores)
+    if index < 2:
+        assert (
+            plan
+            == plan_processes(topology, plan_workers(topology, CONTROL, secret_file=Path("/tmp/secret")))[2 + index]
+        )
