@@ -12,7 +12,7 @@ import torch
 
 from anabranch.kernels.combine import combine_slots
 from anabranch.model.ffn_half import FfnInput
-from transport.m2n.messages import Combine
+from transport.m2n.messages import Answer, Combine
 
 
 class Ticket:
@@ -25,6 +25,8 @@ class Ticket:
     Attributes:
         num_open: parts that are not answered.
         error: why it will not be answered.
+        compute_s: the longest product that answered a part, with whatever it was merged with.
+        way_s: of the part that took longest, what it neither waited at its node nor was computed.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Ticket:
         self.deadline_s = deadline_s
         self.num_open = 0
         self.error: Exception | None = None
+        self.compute_s = self.way_s = 0.0
         num_rows, hidden = rows.normed_TC.shape
         count = num_rows if rows.experts_TS is None else rows.experts_TS.numel()
         # An answer for each row, or for each choice; sums are kept part by part, and added in the parts' order.
@@ -53,9 +56,12 @@ class Ticket:
         """Whether `result` can be had, or raises."""
         return self.num_open == 0 or self.error is not None
 
-    def take(self, part: Part, rows_RC: torch.Tensor) -> None:
-        """A part's answer, which is copied."""
+    def take(self, part: Part, answer: Answer, taken_s: float) -> None:
+        """A part's answer, which is copied, and how long it took."""
         self.num_open -= 1
+        rows_RC = answer.rows_RC
+        self.compute_s = max(self.compute_s, answer.compute_us / 1e6)
+        self.way_s = max(self.way_s, taken_s - (answer.queue_us + answer.compute_us) / 1e6)
         if self.combine is Combine.SUMS:
             device = self._answers_AC.device
             self._sums[part.number] = (part.picked_R.to(device), rows_RC.to(device, copy=True))
