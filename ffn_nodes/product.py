@@ -5,7 +5,7 @@ Shape suffixes: T rows, A assignments (a row and one of its experts), R rows of 
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,8 +14,6 @@ from anabranch.kernels.combine import sum_assignments
 from anabranch.model.size import num_experts
 from ffn_nodes.experts import NodeExperts
 from transport.m2n.messages import Call, Combine, Status
-
-logger = logging.getLogger(__name__)
 
 Made = tuple[Status, torch.Tensor]
 """A status, and the rows `[R, C]` of the answer: none unless it is OK."""
@@ -45,7 +43,7 @@ class Product:
     def _check(self, call: Call) -> Status:
         config = self._experts.config
         num_rows = call.rows_TC.shape[0]
-        if call.layer >= config.num_layers or not torch.isfinite(call.rows_TC).all():
+        if call.layer >= config.num_layers or not _all_finite(call.rows_TC):
             return Status.MALFORMED
         if (call.combine is Combine.ROWS) is config.is_sparse(call.layer):
             return Status.MALFORMED
@@ -54,12 +52,12 @@ class Product:
         num_weights = call.experts_A.numel() if call.combine is Combine.SUMS else 0
         if call.rows_A.numel() != call.experts_A.numel() or call.weights_A.numel() != num_weights:
             return Status.MALFORMED
-        if not (_all_below(call.rows_A, num_rows) and _all_below(call.experts_A, num_experts(config, call.layer))):
+        chosen = set(call.experts_A.tolist())
+        if not (_all_below(call.rows_A, num_rows) and all(0 <= e < num_experts(config, call.layer) for e in chosen)):
             return Status.MALFORMED
-        if not torch.isfinite(call.weights_A).all():
+        if not _all_finite(call.weights_A):
             return Status.MALFORMED
-        held = self._experts.holds(call.layer, set(call.experts_A.tolist()))
-        return Status.OK if held else Status.NOT_HELD
+        return Status.OK if self._experts.holds(call.layer, chosen) else Status.NOT_HELD
 
     def _merged(self, calls: Sequence[Call]) -> list[Made]:
         """All calls as one; where that fails, each by itself, so that none fails for another."""
@@ -96,6 +94,12 @@ class Product:
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or no number; mostly in one pass."""
+    # What is not finite makes the sum so; a sum that is not may also be of large values.
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _all_below(numbers_A: torch.Tensor, limit: int) -> bool:

@@ -107,6 +107,8 @@ def test_a_call_that_is_wrong_is_refused_and_those_beside_it_are_not(make_table)
     assert product.compute([replace(held, layer=3)])[0][0] is Status.MALFORMED
     assert product.compute([replace(held, layer=1)])[0][0] is Status.MALFORMED
     assert product.compute([make_call(draw_rows(1, 0), layer=0)])[0][0] is Status.MALFORMED
+    large = make_call(torch.full((1, HIDDEN), 3e38), layer=1)
+    assert product.compute([large])[0][0] is Status.OK
     other = Product(NodeExperts(make_table({})), no_failure)
     assert other.compute([make_call(draw_rows(1, 0), layer=1)])[0][0] is Status.NOT_HELD
     assert not other.compute([])
