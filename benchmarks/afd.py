@@ -195,7 +195,7 @@ def balanced_context(attention: Side, ffn: Side, batch: int, contexts: Sequence[
     def distance(context: int) -> float:
         found = attention.ask(how="remote", batch=batch, context=context, lanes=1, steps=steps)
         instant = attention.ask(how="instant", batch=batch, context=context, lanes=1, steps=steps)
-        return abs(float(instant["wall_s"]) - found["compute_us"] / 1e6)
+        return abs(float(instant["wall_s"]) - float(found["compute_us"]) / 1e6)
 
     return min(contexts, key=distance)
 

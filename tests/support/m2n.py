@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+import xxhash
 
 from anabranch.errors import TransportUnavailable
 from tests.support.waiting import eventually
@@ -26,6 +28,7 @@ from transport.m2n import (
     create_listener,
     usable_backends,
 )
+from transport.m2n.header import HEADER_BYTES
 
 
 def _reason() -> str:
@@ -39,6 +42,14 @@ def _reason() -> str:
 BACKENDS = [pytest.param("shm", marks=pytest.mark.skipif(bool(_reason()), reason=_reason())), "tcp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = ChannelShape(model="a model", dtype=torch.bfloat16, hidden_size=36, max_rows=16, max_choices=3, num_slots=4)
+# Offset and format of each field on the wire.
+HEADER_FIELDS = {
+    "magic": (0, "4s"), "version": (4, "H"), "kind": (6, "B"), "dtype": (7, "B"), "combine": (8, "B"),
+    "status": (9, "B"), "lane": (10, "H"), "layer": (12, "I"), "attempt": (16, "I"), "num_rows": (20, "I"),
+    "ticket": (24, "Q"), "step": (32, "Q"), "placement": (40, "Q"), "incarnation": (48, "Q"),
+    "num_assignments": (56, "I"), "hidden_size": (60, "I"), "queue_us": (64, "I"), "compute_us": (68, "I"),
+    "merged_rows": (72, "I"), "reserved": (76, "I"), "body_bytes": (80, "Q"), "body_checksum": (88, "Q"),
+}  # fmt: skip
 NO_INDEX = torch.empty(0, dtype=torch.int32)
 NO_WEIGHTS = torch.empty(0)
 
@@ -187,3 +198,17 @@ def assert_same(got: Call | Answer, wanted: Call | Answer) -> None:
             assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field.name
         else:
             assert mine == theirs and type(mine) is type(theirs), field.name
+
+
+def altered(data: bytes, field: str, value: object) -> bytes:
+    """The header with another value in a field, and the checksum that belongs to it."""
+    offset, kind = HEADER_FIELDS[field]
+    changed = bytearray(data)
+    struct.pack_into(f"<{kind}", changed, offset, value)
+    struct.pack_into("<Q", changed, HEADER_BYTES - 8, xxhash.xxh3_64_intdigest(bytes(changed[: HEADER_BYTES - 8])))
+    return bytes(changed)
+
+
+def process_shape(hidden_size: int) -> ChannelShape:
+    """The shape that both processes of a test use."""
+    return dataclasses.replace(SHAPE, dtype=torch.float32, hidden_size=hidden_size, max_rows=64, num_slots=16)

@@ -48,8 +48,8 @@ class ServedLink:
         """Calls that have come whole. Raises what `Pipe.take` does: the link must end."""
         arrived: list[Arrived] = []
         while (message := self._pipe.take()) is not None:
-            if message.slot in self._pending:
-                raise MalformedMessage(f"{self.peer}: slots: a call over one that is not answered")
+            if message.slot in self._pending or len(self._pending) >= self._shape.num_slots:
+                raise MalformedMessage(f"{self.peer}: slots: it sends more calls than its link may have out")
             pending = self._pending[message.slot] = Pending(self, message.slot, message.header)
             try:
                 check_call(message.header, self._shape)

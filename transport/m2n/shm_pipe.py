@@ -91,7 +91,7 @@ class ShmPipe:
         self._peer = peer
         self._waiter = waiter
         self._opener = opener
-        self._error: PeerLost | None = None
+        self._lost = ""
         self._looked_s = 0.0
         memory = mmap.mmap(fd, layout.total)
         self._region: Region | None = Region(memoryview(memory))
@@ -120,31 +120,32 @@ class ShmPipe:
         waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
-        if self._error is not None:
-            raise self._error
+        if self._lost:
+            raise self._error()
         spans = array.array("Q")
         for part in parts:
             spans.extend((part.data_ptr(), part.nbytes))
         code = self._send(self._end, slot, pack(0), HEADER_BYTES, spans.buffer_info()[0], len(parts))
         if code == _EMPTY:
-            raise self._lose("it is gone")
+            self._lose("it is gone")
+            raise self._error()
         assert not code, "the message is larger than its slot"
 
     def take(self) -> Message | None:
         slot = self._take(self._end) if self._end else _EMPTY
         if slot == _EMPTY:
-            if self._error is None:
+            if not self._lost:
                 now_s = time.monotonic()
                 if now_s - self._looked_s < LOOK_S:
                     return None
                 self._looked_s = now_s
                 self._handle(select.EPOLLIN)
-                if self._error is None:
+                if not self._lost:
                     return None
             # What it wrote before it ended is there by now.
             slot = self._take(self._end) if self._end else _EMPTY
             if slot == _EMPTY:
-                raise self._error
+                raise self._error()
         if slot == _BROKEN:
             raise MalformedMessage(f"{self._peer}: ring: a slot that there is not")
         start = self._in + slot * self._in_bytes
@@ -174,10 +175,13 @@ class ShmPipe:
             pass
         except OSError as error:
             self._lose(str(error))
-        return self._error is not None
+        return bool(self._lost)
 
-    def _lose(self, reason: str) -> PeerLost:
-        if self._error is None:
-            self._error = PeerLost(f"{self._peer}: {reason}")
+    def _lose(self, reason: str) -> None:
+        if not self._lost:
+            self._lost = f"{self._peer}: {reason}"
             self._waiter.forget(self._sock.fileno())
-        return self._error
+
+    def _error(self) -> PeerLost:
+        # A new one each time: one that was kept would keep the frames that it passed, and the memory with them.
+        return PeerLost(self._lost)

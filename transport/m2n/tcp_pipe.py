@@ -50,7 +50,7 @@ class TcpPipe:
         self._peer = peer
         self._waiter = waiter
         self._opener = opener
-        self._error: PeerLost | None = None
+        self._lost = ""
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -69,8 +69,8 @@ class TcpPipe:
         waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
-        if self._error is not None:
-            raise self._error
+        if self._lost:
+            raise PeerLost(self._lost)
         body = body_of(parts)
         message = [memoryview(pack(checksum_of(body) if body else 0)), *body]
         num_sent = 0
@@ -117,8 +117,8 @@ class TcpPipe:
         self._waiter.change(self._sock.fileno(), select.EPOLLIN)
 
     def take(self) -> Message | None:
-        if self._error is not None:
-            raise self._error
+        if self._lost:
+            raise PeerLost(self._lost)
         if self._header is None:
             if not self._read(self._header_bytes):
                 return None
@@ -156,10 +156,10 @@ class TcpPipe:
     def _handle(self, events: int) -> bool:
         if events & select.EPOLLOUT:
             self._flush()
-        return bool(events & ~select.EPOLLOUT) or self._error is not None
+        return bool(events & ~select.EPOLLOUT) or bool(self._lost)
 
     def _lose(self, reason: str) -> PeerLost:
-        if self._error is None:
-            self._error = PeerLost(f"{self._peer}: {reason}")
+        if not self._lost:
+            self._lost = f"{self._peer}: {reason}"
             self._waiter.forget(self._sock.fileno())
-        return self._error
+        return PeerLost(self._lost)
