@@ -190,3 +190,23 @@ def test_every_value_is_covered() -> None:
     assert {(2, 1), (1, 2), (2, 2)} <= {split.attn for split in SPLITS} & {split.prefill for split in SPLITS}
     for recipe in ("llama-gqa-tied", "mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed"):
         assert {1, 2, 3, 4} <= {split.lanes for split in SPLITS if split.recipe == recipe}
+
+
+@pytest.mark.parametrize("recipe", ["llama-gqa-tied", "qwen2-moe-mixed"])
+def test_ffn_workers_of_several_ranks(
+    recipe: str, known: Callable[..., Known], answers: Callable[[str], Answers], tmp_path: Path
+) -> None:
+    with (
+        InProcessCluster(
+            tmp_path,
+            known(recipe).folder,
+            ("prefill", "attn", "ffn", "ffn"),
+            by_role={"ffn": {"tp": 2}, "attn": {"tp": 2, "lanes": 2}},
+            native_kernels=True,
+            kv_cache_bytes=4 << 20,
+            rank_processes=False,
+        ) as cluster,
+        Client(cluster.endpoint, timeout_s=TIMEOUT_S) as client,
+    ):
+        check_all(client, answers(recipe))
+        cluster.wait_idle()
