@@ -1,6 +1,6 @@
 """Which FFN node holds which experts, as the orchestrator tells FFN and attention nodes.
 
-    FFN node -> Register -> Place (load these) -> Placed -> FfnNodes to every attention node
+FFN node -> Register -> Place (load these) -> Placed -> FfnNodes to every attention node
 """
 
 from __future__ import annotations
