@@ -10,6 +10,7 @@
         +-- AccessDenied                the call needs a secret, such as Admin's token, and did not show it
         +-- Unavailable                 nobody listens there, no worker can serve, or KV was lost on its way
         |   +-- WorkerDied              the process that held the request ended
+        |   +-- FfnUnavailable          no FFN worker answered for a layer or an expert in time
         |   +-- NoWorkers               no worker of a role that is needed takes requests
         |   +-- Draining                the server takes no new work
         +-- ServerFailed                anything else
@@ -75,6 +76,10 @@ class WorkerDied(Unavailable):
     """The process that held the request ended."""
 
 
+class FfnUnavailable(Unavailable):
+    """No FFN worker answered for a layer or an expert in time; the message names them."""
+
+
 class NoWorkers(Unavailable):
     """No worker of a role that is needed takes requests; the message says which."""
 
@@ -90,6 +95,7 @@ class ServerFailed(CallFailed):
 _BY_CODE: dict[str, type[ClientError]] = {
     "context_exceeded": ContextExceeded,
     "worker_died": WorkerDied,
+    "ffn_unavailable": FfnUnavailable,
     "no_workers": NoWorkers,
     "draining": Draining,
 }

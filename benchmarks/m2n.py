@@ -151,7 +151,7 @@ def _measure(group: ShmGroup, backend: str, rows: int, hidden: int, task: Task) 
         else:
             maker = create_link_maker(shape, backend)
             stack.callback(maker.close)
-            link = maker.connect({backend: _share(group, "")}, "node")
+            link = maker.dial({backend: _share(group, "")}, "node").attach()
         for turn in range(NUM_ROUNDS):
             if group.rank:
                 add("one way", _serve(listener, num_calls, Status.OK))
@@ -344,7 +344,7 @@ def _wire_figures() -> list[Figure]:
     relay = Relay(int(port))
     links: list[Link] = []
     connects = threading.Thread(
-        target=lambda: links.append(maker.connect({"tcp": f"{scheme}:{host}:{relay.port}:{token}"}, "node"))
+        target=lambda: links.append(maker.dial({"tcp": f"{scheme}:{host}:{relay.port}:{token}"}, "node").attach())
     )
     connects.start()
     while connects.is_alive():

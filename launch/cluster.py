@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import psutil
 
@@ -30,6 +31,7 @@ from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError, DeadlineExceeded, WorkerDied
 from anabranch.model.sources import resolve_model
+from anabranch.protocol.workers import Role
 from anabranch.system.child_process import python_environment
 from anabranch.system.clock import awake_s
 from anabranch.system.private_files import private_folder, write_secret
@@ -167,10 +169,11 @@ class LocalCluster:
             if (child := self._children.get(plan.name)) is not None and child.alive
             for worker in plan.workers
         }
-        if "colocated" in living or {"prefill", "decode"} <= living:
+        if "colocated" in living or {"prefill", "decode"} <= living or {"prefill", "attn", "ffn"} <= living:
             return ""
         started = {worker.role for plan in self._plans for worker in plan.workers}
-        return next(role for role in ("prefill", "decode", "colocated") if role in started - living)
+        missing: str = next(role for role in get_args(Role) if role in started - living)
+        return missing
 
     def process(self, name: str) -> ChildProcess:
         """The child called `name`. Raises KeyError."""

@@ -1,4 +1,4 @@
-"""`python -m launch.inproc --workers JSON`: prefill and decode workers in one process, over the in-process plane.
+"""`python -m launch.inproc --workers JSON`: prefill, decode and attn workers in one process, over the in-process plane.
 
 Each worker registers and is routed to as if it had a process of its own; only the tensor plane differs.
 """
@@ -29,6 +29,10 @@ def build_worker(config: WorkerConfig) -> Worker:
         from prefill.worker import PrefillWorker
 
         return PrefillWorker(config)
+    if config.role == "attn":
+        from attn_nodes.worker import AttnWorker
+
+        return AttnWorker(config)
     from decode.worker import DecodeWorker
 
     return DecodeWorker(config)

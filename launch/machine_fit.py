@@ -9,15 +9,17 @@ from launch.process_plan import plan_workers
 
 
 def check_fit(topology: Topology, source: ModelSource) -> None:
-    """Check workers of several ranks; those of one rank, and the orchestrator, check themselves as they start.
+    """Check workers of several ranks, and whether FFN workers can hold all experts; what else there is checks itself.
 
     Raises:
         ConfigError: names the key, the value, what the machine or the model has, and the remedy.
         ModelError: the model's configuration cannot be read, or its weights' headers say something else.
     """
-    if all(pool.num_ranks == 1 for pool in topology.pools.by_role.values()):
+    ffn = topology.pools.ffn
+    if ffn is None and all(pool.num_ranks == 1 for pool in topology.pools.by_role.values()):
         return
     # These need torch, which a launcher of single ranks can do without.
+    from anabranch.engine.ffn_shares import ffn_shares
     from anabranch.engine.fit import check_memory, check_worker
     from anabranch.model.load import check_weights
 
@@ -25,10 +27,15 @@ def check_fit(topology: Topology, source: ModelSource) -> None:
     with weights:
         check_weights(model, weights)
     workers = plan_workers(topology, control="")
-    for worker in workers:
-        try:
-            check_worker(worker, model)
-        except ConfigError as error:
-            key = error.key if error.key == "device" else f"pools.{worker.role}.{file_key(error.key)}"
-            raise ConfigError(key, error.value, error.remedy) from None
-    check_memory(workers, model)
+    shares: dict[str, int] = {}
+    try:
+        for role in topology.pools.by_role:
+            for worker in workers:
+                if worker.role == role:
+                    check_worker(worker, model)
+            if role == "ffn" and ffn is not None:
+                shares = ffn_shares(workers, model, ffn.replicas)
+    except ConfigError as error:
+        key = error.key if error.key == "device" else f"pools.{role}.{file_key(error.key)}"
+        raise ConfigError(key, error.value, error.remedy) from None
+    check_memory(workers, model, shares)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from anabranch.config.flags import to_flags
 from anabranch.config.load import usable_cores
-from anabranch.config.options import ClusterOptions, PoolOptions
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.config.topology import Topology
 from anabranch.config.worker import WorkerConfig
@@ -18,7 +17,13 @@ from anabranch.protocol.workers import Role
 
 ORCHESTRATOR_NAME = "orchestrator"
 INPROC_NAME = "inproc"
-_MODULES: dict[Role, str] = {"prefill": "prefill", "decode": "decode", "colocated": "decode"}
+_MODULES: dict[Role, str] = {
+    "prefill": "prefill",
+    "decode": "decode",
+    "colocated": "decode",
+    "attn": "attn_nodes",
+    "ffn": "ffn_nodes",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,8 @@ def plan_orchestrator(
     topology: Topology, control: str, *, secret_file: Path, admin_token_file: Path, endpoints_file: Path
 ) -> ProcessPlan:
     """The orchestrator; it writes its address to `endpoints_file` once it listens."""
+    ffn = topology.pools.ffn
+    ffn_options: dict[str, Any] = {} if ffn is None else {"ffn_workers": ffn.workers, "ffn_replicas": ffn.replicas}
     config = OrchestratorConfig(
         model=topology.model,
         grpc_bind=topology.grpc,
@@ -60,6 +67,7 @@ def plan_orchestrator(
         secret_file=str(secret_file),
         admin_token_file=str(admin_token_file),
         endpoints_file=str(endpoints_file),
+        **ffn_options,
     )
     return ProcessPlan(name=ORCHESTRATOR_NAME, module="orchestrator", arguments=tuple(to_flags(config)), workers=())
 
@@ -93,7 +101,7 @@ def plan_workers(
             own = pool.cores[index * num_cores : (index + 1) * num_cores]
             more = 1 if spare >= ranks else 0
             spare -= more * ranks
-            options = _options(topology, ClusterOptions) | _options(pool, PoolOptions)
+            options = _worker_options(topology) | _worker_options(pool)
             options["device"] = devices.take(ranks)
             options["threads"] = pool.threads or max(1, len(own) // ranks if own else share + more)
             options["cores"] = own
@@ -105,7 +113,7 @@ def plan_workers(
                     orchestrator=control,
                     secret_file=str(secret_file or ""),
                     # What shares memory shares a process.
-                    rank_processes=topology.kv_transport != "inproc" or role == "colocated",
+                    rank_processes=not _shares_process(topology, role),
                 )
             )
     return tuple(workers)
@@ -113,7 +121,7 @@ def plan_workers(
 
 def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tuple[ProcessPlan, ...]:
     """One process for each worker; with the in-process transport, one for all prefill and decode workers."""
-    shared = tuple(w for w in workers if topology.kv_transport == "inproc" and w.role != "colocated")
+    shared = tuple(worker for worker in workers if _shares_process(topology, worker.role))
     processes: list[ProcessPlan] = []
     if shared:
         text = msgspec.json.encode(shared).decode()
@@ -130,9 +138,15 @@ def plan_processes(topology: Topology, workers: tuple[WorkerConfig, ...]) -> tup
     return tuple(processes)
 
 
-def _options(source: object, declared: type) -> dict[str, Any]:
-    """The values of those options of a source that a class declares."""
-    return {field.name: getattr(source, field.name) for field in fields(declared)}
+def _shares_process(topology: Topology, role: Role) -> bool:
+    """Whether workers of a role live in one process with those that they give KV to, or take it from."""
+    return topology.kv_transport == "inproc" and role in ("prefill", "decode", "attn")
+
+
+def _worker_options(source: object) -> dict[str, Any]:
+    """The values of those options of a topology or pool that a worker goes by."""
+    known = {field.name for field in fields(WorkerConfig)}
+    return {field.name: getattr(source, field.name) for field in fields(cast(Any, source)) if field.name in known}
 
 
 class _Devices:

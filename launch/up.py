@@ -98,7 +98,8 @@ def up(
             assert death is not None
             num_deaths += 1
             missing_role = cluster.missing_role
-            say_death(death, still_serves=not missing_role)
+            role = next(process.role for process in cluster.processes if process.name == death.name)
+            say_death(death, role, still_serves=not missing_role)
             if death.name == ORCHESTRATOR_NAME:
                 raise typer.Exit(EXIT_FAILED)
             if missing_role:
@@ -141,9 +142,12 @@ def say_lowered_context(topology: Topology, endpoint: str) -> None:
         err.print(f"[yellow]max_context:[/yellow] {asked} asked, {served} served: the model's context ends there")
 
 
-def say_death(death: ProcessExit, *, still_serves: bool) -> None:
+def say_death(death: ProcessExit, role: str, *, still_serves: bool) -> None:
     """Say what died, how, what it said last, and what that means where the others go on."""
     lines = "".join(f"\n    {line}" for line in death.log_tail[-5:])
     err.print(f"[bold red]died:[/bold red] {said(str(death) + lines)}", soft_wrap=True)
     if death.name != ORCHESTRATOR_NAME and still_serves:
-        err.print("its requests have failed, the others go on; `anabranch up` again brings it back")
+        meanwhile = "its requests have failed, the others go on"
+        if role.startswith("ffn"):
+            meanwhile = "the other ffn workers load what it held, where that fits"
+        err.print(f"{meanwhile}; `anabranch up` again brings it back")

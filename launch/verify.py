@@ -94,7 +94,7 @@ def verify(
     ] = READY_TIMEOUT_S,
     mesh: Annotated[
         list[str] | None,
-        typer.Option(metavar="TPxCP:TPxCP", help="Meshes of the prefill and decode pools in place of the topology's."),
+        typer.Option(metavar="TPxCP:TPxCP", help="Meshes of the topology's pools in place of its own, in order."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Echo the logs of all processes.")] = False,
@@ -106,13 +106,17 @@ def verify(
     `dtype: auto` is verified in float32.
     `--mesh` may be given many times: the topology is verified with each in turn,
     against answers that transformers computes once.
+    Of attn and ffn pools it says attnTPxCP+ffnN, N FFN workers; attnM*TPxCP
+    for M attention workers, /L behind it for L lanes, and ffnNxTP for FFN
+    workers of several ranks.
     Ends with exit code 1 and the first difference where there is one.
 
     \b
     Examples:
       anabranch verify cluster.yaml
       anabranch verify cluster.yaml --prompts prompts.txt --max-tokens 128 --json
-      anabranch verify cluster.yaml --mesh 2x1:1x3 --mesh 1x2:4x1"""
+      anabranch verify cluster.yaml --mesh 2x1:1x3 --mesh 1x2:4x1
+      anabranch verify apart.yaml --mesh 2x1:attn2x1+ffn3 --mesh 1x1:attn2*1x2/4+ffn3x2"""
     topology = load_topology(topology_file)
     topologies = {text: with_meshes(topology, text) for text in mesh} if mesh else {"": topology}
     interrupt_on_signals()

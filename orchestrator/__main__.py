@@ -26,8 +26,9 @@ ABOUT = """Serve clients over gRPC and lead the workers that register.
 
 Prints where it listens, and writes it to --endpoints-file for programs. Start workers with
 `python -m prefill`, `python -m decode` and --orchestrator set to the control address; requests are served once
-a prefill and a decode worker, or a colocated one, have registered. Workers on other machines need
---control-bind tcp://HOST:PORT here, and the same --secret-file everywhere.
+a prefill and a decode worker, or a colocated one, have registered. In place of decode workers, `python -m attn_nodes`
+with `python -m ffn_nodes` serve once these hold every expert (--ffn-workers, --ffn-replicas). Workers on other
+machines need --control-bind tcp://HOST:PORT here, and the same --secret-file everywhere.
 
 SIGTERM or Ctrl-C takes no new requests, finishes those in flight (--drain-timeout-s), tells workers to exit and
 ends with status 0; a second signal ends at once.

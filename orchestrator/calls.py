@@ -16,6 +16,7 @@ from anabranch.errors import (
     ConfigError,
     DeadlineExceeded,
     Draining,
+    FfnUnavailable,
     InvalidRequest,
     ModelError,
     NoWorkers,
@@ -41,6 +42,7 @@ _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestCancelled, grpc.StatusCode.CANCELLED),
     (WorkerDied, grpc.StatusCode.UNAVAILABLE),
+    (FfnUnavailable, grpc.StatusCode.UNAVAILABLE),
     (NoWorkers, grpc.StatusCode.UNAVAILABLE),
     (Draining, grpc.StatusCode.UNAVAILABLE),
     # Something went wrong between two workers; another try may meet others.

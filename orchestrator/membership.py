@@ -57,6 +57,7 @@ class Member:
         end: how it went; None while it lives.
         num_requests: attempts that it was given and that have not ended.
         prefill_tokens: prompt tokens of those attempts that are not yet known to be computed.
+        waits_for: what an attn worker cannot serve without, in words; empty: it can.
     """
 
     def __init__(self, info: WorkerInfo, peer: bytes, heard_at: float) -> None:
@@ -68,6 +69,7 @@ class Member:
         self.end: WorkerDied | None = None
         self.num_requests = 0
         self.prefill_tokens = 0
+        self.waits_for = "no ffn worker is known" if info.role == "attn" else ""
 
     @property
     def name(self) -> str:
@@ -89,7 +91,8 @@ class Member:
 
     @property
     def ready(self) -> bool:
-        return self.alive and not self.draining
+        """Whether it may be given requests."""
+        return self.alive and not self.draining and not self.waits_for
 
 
 class Membership:
@@ -133,11 +136,11 @@ class Membership:
     def context_limit(self) -> ContextLimit | None:
         """How long a request may be on the widest usable path; None where there is none."""
 
-        def widest(role: Role) -> WorkerInfo | None:
-            ready = (m.info for m in self._by_name.values() if m.ready and m.role == role)
+        def widest(*roles: Role) -> WorkerInfo | None:
+            ready = (m.info for m in self._by_name.values() if m.ready and m.role in roles)
             return max(ready, key=_context_of, default=None)
 
-        prefill, decode, colocated = widest("prefill"), widest("decode"), widest("colocated")
+        prefill, decode, colocated = widest("prefill"), widest("decode", "attn"), widest("colocated")
         paths = [colocated] if colocated is not None else []
         if prefill is not None and decode is not None:
             paths.append(min(prefill, decode, key=_context_of))
@@ -150,18 +153,25 @@ class Membership:
 
     @property
     def serving(self) -> bool:
-        """Whether a prefill and a decode worker, or a colocated one, are ready."""
+        """Whether a prefill and a decode or attn worker, or a colocated one, are ready."""
         return self.max_context() > 0
 
     def missing(self) -> NoWorkers | None:
         """What no request can be served without; None while one can."""
         if self.serving:
             return None
-        ready = {member.role for member in self._by_name.values() if member.ready}
-        wanted = [role for role in ("prefill", "decode") if role not in ready]
-        draining = [member.name for member in self._by_name.values() if member.draining]
+        members = self._by_name.values()
+        ready = {member.role for member in members if member.ready}
+        wanted = [] if "prefill" in ready else ["prefill"]
+        waiting = ""
+        if not ready & {"decode", "attn"}:
+            waiting = next((m.waits_for for m in members if m.waits_for and not m.draining), "")
+            if not waiting:
+                wanted.append("attn" if any(member.role == "ffn" for member in members) else "decode")
+        absent = f"no {' and no '.join(wanted)} worker takes requests, nor does a colocated one" if wanted else ""
+        draining = [member.name for member in members if member.draining]
         return NoWorkers(
-            f"no {' and no '.join(wanted)} worker takes requests, nor does a colocated one"
+            ", and ".join(filter(None, (waiting, absent)))
             + (f" ({', '.join(draining)} drain{'s' * (len(draining) == 1)})" if draining else "")
             + "; start one, and try again once health says SERVING"
         )
@@ -201,9 +211,13 @@ class Membership:
         for field in ("name", "model_fingerprint", "kv_dtype"):
             if not getattr(info, field):
                 raise ConfigError(field, "", f"a worker must send its {field}; run the same release everywhere")
-        for field in ("max_context", "num_blocks", "block_size", "vocab_size"):
+        # An ffn worker has no requests, and so no KV.
+        needed = ("incarnation",) if info.role == "ffn" else ("max_context", "num_blocks", "block_size")
+        for field in (*needed, "vocab_size"):
             if getattr(info, field) < 1:
                 raise ConfigError(field, getattr(info, field), "must be at least 1")
+        if info.role == "ffn" and not info.addresses:
+            raise ConfigError("addresses", {}, "an ffn worker must send where attn workers reach it")
         _check_alike(info, self._served, "the orchestrator", _MODEL_FIELDS)
         for member in self._by_name.values():
             _check_alike(info, member.info, member.name, (*_MODEL_FIELDS, "kv_dtype"))
@@ -261,12 +275,16 @@ class Membership:
     # Going ------------------------------------------------------------------------------------------------
 
     async def drain(self, member: Member) -> None:
-        """Give a worker no new work, and tell it to end once its work is done."""
+        """Give a worker no new work, and tell it to end once its work is done.
+
+        An ffn worker is told by the `FfnPool`, once others hold what it does.
+        """
         self.mark_draining(member)
-        await self.send(member, Drain())
+        if member.role != "ffn":
+            await self.send(member, Drain())
 
     def mark_draining(self, member: Member) -> None:
-        if member.ready:
+        if member.alive and not member.draining:
             member.draining = True
             logger.info("worker %s drains", member.name)
             self._on_change(member)

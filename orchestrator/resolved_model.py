@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anabranch.model.identity import read_identity
+from anabranch.model.size import expert_bytes, num_experts
 from anabranch.model.sources import resolve_model
 from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ class CheckpointModel:
     def __init__(self, name: str) -> None:
         source = resolve_model(name)
         config = source.config()
+        self._config = config
         self.tokenizer = Tokenizer(source)
         self.name = name
         self.identity = read_identity(source, config)
@@ -30,6 +32,13 @@ class CheckpointModel:
         self.eos_token_ids = stop_ids(config, self.tokenizer.eos_token_ids)
         self.has_chat_template = self.tokenizer.has_chat_template
         self.longest_token_chars = self.tokenizer.longest_token_chars
+
+    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
+        """For each layer how many experts it has, and bytes of one of them."""
+        return tuple(
+            (num_experts(self._config, layer), expert_bytes(self._config, dtype, layer))
+            for layer in range(self._config.num_layers)
+        )
 
     def text_stream(self, sampling: SamplingParams) -> CheckpointText:
         return CheckpointText(self.tokenizer, sampling)

@@ -13,7 +13,11 @@ from orchestrator.membership import Member
 
 @dataclass(frozen=True)
 class Route:
-    """A pair of workers, or one colocated worker (`prefill` is None, `decode` does both)."""
+    """A pair of workers, or one colocated worker (`prefill` is None, `decode` does both).
+
+    Attributes:
+        decode: who generates: a decode, attn or colocated worker.
+    """
 
     decode: Member
     prefill: Member | None = None
@@ -61,8 +65,8 @@ class LeastWork:
         total = total_tokens(request)
         prompt = len(request.token_ids)
 
-        def fitting(role: Role) -> list[Member]:
-            return [m for m in members if m.ready and m.role == role and m.info.max_context >= total]
+        def fitting(*roles: Role) -> list[Member]:
+            return [m for m in members if m.ready and m.role in roles and m.info.max_context >= total]
 
         def may_take(member: Member) -> bool:
             return member.prefill_tokens == 0 or member.prefill_tokens + prompt <= self._ahead_tokens
@@ -74,7 +78,7 @@ class LeastWork:
             return member.num_requests, -(member.stats.num_free_blocks if member.stats else 0)
 
         prefill = min(filter(may_take, fitting("prefill")), key=waiting, default=None)
-        decode = min(fitting("decode"), key=running, default=None)
+        decode = min(fitting("decode", "attn"), key=running, default=None)
         colocated = min(filter(may_take, fitting("colocated")), key=waiting, default=None)
         pair = Route(decode, prefill) if prefill is not None and decode is not None else None
         if colocated is None:

@@ -3,8 +3,8 @@
     clients --gRPC--> Gateway -> Lifecycle (one task each) --control channel--> workers
                                     ^--- its inbox <--- receive task <-------------'
 
-Tasks: one receives from workers, one beats and notices silence, one watches the processes that encode prompts, one
-per request.
+Tasks: one receives from workers, one beats and notices silence, one tells workers which FFN workers hold what, one
+watches the processes that encode prompts, one per request.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from anabranch.protocol.workers import (
     Beat,
     Ended,
     Failing,
+    Placed,
     Preempted,
     PrefillEnded,
     Register,
@@ -42,6 +43,7 @@ from orchestrator import admin, gateway
 from orchestrator.call_guard import CallGuard
 from orchestrator.connections import server_options
 from orchestrator.dispatcher import Dispatcher
+from orchestrator.ffn_pool import FfnPool
 from orchestrator.health import HealthReporter
 from orchestrator.membership import Member, Membership
 from orchestrator.router import LeastWork, Router
@@ -113,6 +115,7 @@ class Orchestrator:
             heartbeat_s=config.heartbeat_s,
             on_change=self._cluster_changed,
         )
+        self._ffn_pool = FfnPool(config, self._model, self.membership, self._serving_changed)
         self._dispatcher = Dispatcher(config, self._model, self._router, self.membership)
         self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
@@ -123,6 +126,7 @@ class Orchestrator:
             self._spawn(self._encoder.run(), "encoders")
             self._spawn(self._receive(), "receive")
             self._spawn(self.membership.watch(), "watch")
+            self._spawn(self._ffn_pool.run(), "ffn pool")
             if config.endpoints_file:
                 self._announce(Path(config.endpoints_file))
         except BaseException:
@@ -210,6 +214,10 @@ class Orchestrator:
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self.membership.lose(member, message.error.message)
+            elif isinstance(message, Placed):
+                member = await self.membership.heard(peer)
+                if member is not None:
+                    self._ffn_pool.placed(member, message)
             elif isinstance(message, Reserved | Tokens | Preempted | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:
@@ -218,6 +226,10 @@ class Orchestrator:
     def _cluster_changed(self, member: Member) -> None:
         if member.end is not None:
             self._dispatcher.worker_lost(member, member.end)
+        self._ffn_pool.changed(member)
+        self._serving_changed()
+
+    def _serving_changed(self) -> None:
         self._health.changed()
         self._dispatcher.queue.pump()
 
@@ -255,6 +267,7 @@ class Orchestrator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._ffn_pool.close()
         await self._encoder.close()
         await self._control.close()
         self._remove_run_folder()

@@ -3,6 +3,8 @@
     engine's thread:   send, send, launch ---> queue ---> this thread: obey, obey, step ---> Launched.result
                        (schedules the next step meanwhile)
 
+A rank with lanes (`LanedRank`) begins steps in this order and goes on with them in turn, between commands.
+
 Because each rank obeys in one order, whoever schedules may give blocks away while a step that uses them is still in
 flight: whatever is done with them next is sent later, and happens later, on every rank.
 """
@@ -14,6 +16,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Generic
 
 import torch
@@ -23,7 +26,7 @@ from anabranch.engine.pending import PendingResult
 from anabranch.errors import AnabranchError, DeadlineExceeded
 from anabranch.step.plan import StepPlan, StepResult
 from anabranch.system.clock import result_of
-from runtime.rank import Command, Rank
+from runtime.rank import Command, LanedRank, Rank
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +112,23 @@ class ComputeThread(Generic[Command]):
         torch.set_num_threads(self._num_threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # NCCL's groups use the current one of the thread that calls
-        while (item := self._queue.get()) is not None:
+        laned = self._rank if isinstance(self._rank, LanedRank) else None
+        while True:
+            try:
+                item = self._queue.get(block=laned is None or not laned.busy)
+            except queue.Empty:
+                assert laned is not None
+                self._advance(laned)
+                continue
+            if item is None:
+                return
             self.activity.begin()
-            if isinstance(item, Launched):
-                self._step(item)
-            else:
+            if not isinstance(item, Launched):
                 self._handle(item)
+            elif laned is not None:
+                laned.begin(item.plan, partial(self._done, item))
+            else:
+                self._step(item)
             self.activity.end()
 
     def _handle(self, command: Command) -> None:
@@ -131,6 +145,21 @@ class ComputeThread(Generic[Command]):
         try:
             pending = self._rank.step(launched.plan)
         except Exception as error:
-            launched.future.set_exception(self._failed(error))
+            self._done(launched, error)
         else:
-            launched.future.set_result(pending)
+            self._done(launched, pending)
+
+    def _advance(self, laned: LanedRank) -> None:
+        self.activity.begin()
+        try:
+            laned.advance()
+        except Exception as error:
+            logger.exception("a lane")
+            self._failed(error)
+        self.activity.end()
+
+    def _done(self, launched: Launched, result: PendingResult | Exception) -> None:
+        if isinstance(result, Exception):
+            launched.future.set_exception(self._failed(result))
+        else:
+            launched.future.set_result(result)

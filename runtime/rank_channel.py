@@ -106,6 +106,13 @@ class RankChannel:
         """The next command; waits without a deadline, for an idle driver has none to give."""
         return self._commands.recv()
 
+    def poll(self) -> bytes | None:
+        """The next command where there is one."""
+        try:
+            return self._commands.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
     def emit(self, event: msgspec.Struct) -> None:
         """Send a notice or an event; from any thread, never blocking. Raises Overloaded where the driver takes none."""
         kind = NOTICE if isinstance(event, RankNotice) else EVENT

@@ -57,7 +57,7 @@ class RankMesh:
         if mesh.cp > 1:
             cp = world.split(mesh.tp_rank(rank)) if mesh.tp > 1 else world
             self._groups.append(cp)
-        self.context = RankContext(mesh=mesh, rank=rank, tp=tp, cp=cp)
+        self.context = RankContext(mesh=mesh, rank=rank, tp=tp, cp=cp, world=world)
 
     def abort(self, reason: str) -> None:
         """End every wait of every rank of these groups."""

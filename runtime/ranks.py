@@ -11,7 +11,7 @@ from anabranch.engine.activity import Activity
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.fit import check_memory, check_worker, rank_config
 from anabranch.engine.warm_up import warm_up_plans
-from anabranch.errors import WorkerDied
+from anabranch.errors import FfnUnavailable, WorkerDied
 from anabranch.model.sources import resolve_model
 from anabranch.step.plan import StepPlan, StepResult
 from runtime.compute import ComputeThread, Launched
@@ -67,7 +67,7 @@ class Ranks(Generic[Command, Event]):
         """
         model = resolve_model(self._config.model).config()
         check_worker(self._config, model)
-        check_memory([self._config], model)
+        check_memory([self._config], model, {})
         context = self._group.start(model)
         own = rank_config(self._config, 0)
         engine = build_engine(own, context, model)
@@ -108,7 +108,8 @@ class Ranks(Generic[Command, Event]):
             self._local.close()
 
     def _failed(self, error: Exception) -> Exception:
-        if self.size == 1:
+        # What all ranks know of has torn nothing.
+        if self.size == 1 or isinstance(error, FfnUnavailable):
             return error
         # The others wait in the step, or have gone on without this rank.
         return self._group.broken(error)

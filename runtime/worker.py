@@ -118,8 +118,12 @@ class Worker(ABC):
         """
         self._engine_loop = EngineLoop("engine", step, self._give_up_on_steps)
         # The engine's thread may wait for the other one.
-        self._activities = [compute, self._engine_loop.activity]
+        self.watch(compute, self._engine_loop.activity)
         self._engine_loop.start()
+
+    def watch(self, *activities: Activity) -> None:
+        """Fail where one piece of work of these threads takes too long; those that wait for others come after them."""
+        self._activities = list(activities)
 
     def submit(self, command: Callable[[], None]) -> None:
         """Run `command` on the engine's thread, between steps; from any thread."""

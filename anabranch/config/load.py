@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from anabranch.config.topology import PoolConfig, Topology, file_key
+from anabranch.config.topology import AnyPoolConfig, Topology, file_key
 from anabranch.errors import ConfigError
 from anabranch.system.files import read_regular
 
@@ -108,7 +108,7 @@ def usable_cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def _check_cores(key: str, pool: PoolConfig) -> None:
+def _check_cores(key: str, pool: AnyPoolConfig) -> None:
     cores = pool.cores
     if not cores:
         return
@@ -145,8 +145,16 @@ def _by_field(data: object, options: type, prefix: str) -> object:
             value = _by_field(value, inner, f"{dotted}.")
         elif names[key] != key:
             value = parse_size(dotted, value)
+        elif isinstance(value, bool):
+            value = _word_of(value, hints[names[key]])
         found[names[key]] = value
     return found
+
+
+def _word_of(value: bool, hint: object) -> object:
+    """What YAML has read as a truth value although the option's words are `on` and `off`."""
+    word = "on" if value else "off"
+    return word if word in typing.get_args(hint) else value
 
 
 def _options_of(hint: object) -> type | None:

@@ -17,6 +17,9 @@ DtypeName = Literal["float32", "bfloat16", "float16", "auto"]
 KvTransport = Literal["auto", "inproc", "tcp", "ucx"]
 Preemption = Literal["auto", "recompute", "offload"]
 RingChoice = Literal["auto", "pass_kv", "pass_q"]
+FfnTransport = Literal["auto", "shm", "tcp"]
+RowExact = Literal["auto", "on", "off"]
+CombineChoice = Literal["auto", "slots", "sums"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,16 @@ class ClusterOptions(Options):
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
         step_stall_s: longest time that one step, or anything else that a worker's threads do in one piece, may take;
             then the worker ends.
+        ffn_transport: what rows travel by between attention and FFN workers: shm (one host), tcp, or auto (the best
+            that both ends have).
+        row_exact: FFN products in blocks of a fixed number of rows, so that a row's bits depend neither on the rows
+            beside it nor on the FFN worker; same tokens as without FFN workers need it. auto: on in float32.
+        combine: what an FFN worker answers of a sparse layer: slots (a row for each choice, summed by the attention
+            worker in the token's order, bit for bit as on one worker), sums (one partial sum in float32, fewer bytes),
+            or auto (slots in float32).
+        ffn_timeout_s: silence of an FFN worker after which its rows go to another that holds the expert.
+        ffn_unavailable_s: longest time that rows wait for some FFN worker that holds their expert; then their
+            requests end with `ffn_unavailable`.
     """
 
     model: Line = "smollm2-135m"
@@ -54,6 +67,11 @@ class ClusterOptions(Options):
     max_context: Annotated[int, Between(0, unit="tokens")] = 0
     collective_timeout_s: Seconds = 30.0
     step_stall_s: Seconds = 120.0
+    ffn_transport: FfnTransport = "auto"
+    row_exact: RowExact = "auto"
+    combine: CombineChoice = "auto"
+    ffn_timeout_s: Seconds = 5.0
+    ffn_unavailable_s: Seconds = 30.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,29 +80,46 @@ class ClusterOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolOptions(Options):
-    """What all workers of a pool have alike.
+class RankOptions(Options):
+    """What all workers of any pool have alike.
 
     Attributes:
-        tp, cp: tensor- and context-parallel degree: a worker has tp x cp ranks, one process each. Heads and features
-            are shared out over tp, tokens and their KV over cp; uneven shares are fine.
+        tp: tensor-parallel degree: heads and features are shared out over so many ranks, one process each; uneven
+            shares are fine.
         threads: compute threads of each rank; 0: an even share of the cores.
         cores: CPU ids to pin to, dealt out evenly; empty: not pinned.
+    """
+
+    tp: Count = 1
+    threads: Annotated[int, Between(0, 4096)] = 0
+    cores: Annotated[tuple[int, ...], Between(0, 1 << 16)] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of each worker."""
+        return self.tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions(RankOptions):
+    """What all workers of a pool that is given requests have alike.
+
+    Attributes:
+        cp: context-parallel degree: tokens and their KV are shared out over so many groups of tp ranks, so a worker has
+            tp x cp ranks; uneven shares are fine.
         kv_cache_bytes: size of the KV pool of each rank.
         offload_bytes: host memory of each rank for the KV of requests that are preempted when blocks run out, so that
-            they go on later without computing it again; 0: none. Taken by decode and colocated workers.
+            they go on later without computing it again; 0: none. Taken by workers that generate.
         preemption: what becomes of the KV of preempted requests: offload (to host memory, while there is room),
-            recompute (a decode worker sends them back to prefill), or auto (whichever costs less time, as measured).
+            recompute (a decode or attn worker sends them back to prefill), or auto (whichever costs less time, as
+            measured).
         max_running: most requests in one prefill step; where answers are generated, most requests at a time that
             hold KV blocks or are preempted, and never more than max_step_tokens: each has its place in every step.
         max_step_tokens: most new tokens in one step; longer prompts are computed in chunks.
         ring: what travels in ring attention (cp > 1): pass_kv, pass_q, or auto (by cost, step by step).
     """
 
-    tp: Count = 1
     cp: Count = 1
-    threads: Annotated[int, Between(0, 4096)] = 0
-    cores: Annotated[tuple[int, ...], Between(0, 1 << 16)] = ()
     kv_cache_bytes: Size = 512 << 20
     offload_bytes: SizeOrNone = 256 << 20
     preemption: Preemption = "auto"
@@ -102,3 +137,29 @@ class PoolOptions(Options):
     def num_ranks(self) -> int:
         """Ranks of each worker."""
         return self.tp * self.cp
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttnOptions(Options):
+    """What workers of the attn pool have beside `PoolOptions`.
+
+    Attributes:
+        lanes: groups that a worker's requests are dealt to, so that one computes attention while the rows of another
+            are at FFN workers; 1: one after the other; 0: as many as are best by what steps take.
+    """
+
+    lanes: Annotated[int, Between(0, 4)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnOptions(Options):
+    """What workers of the ffn pool have beside `RankOptions`.
+
+    Attributes:
+        capacity_bytes: most weights of FFNs and experts that a worker holds, all its ranks together; 0: no limit.
+        merge_wait_us: how long a layer's rows wait for those of other attention workers and lanes, so that all are
+            computed as one; 0: whatever waits is computed at once.
+    """
+
+    capacity_bytes: SizeOrNone = 0
+    merge_wait_us: Annotated[int, Between(0, 1_000_000, "microseconds")] = 0

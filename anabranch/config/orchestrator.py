@@ -58,6 +58,10 @@ class OrchestratorConfig(Options):
         token_timeout_s: wait for the next token, or for the end after the last.
         preempted_timeout_s: wait for the next token of a request that was preempted at its worker.
         report_timeout_s: wait for prefill's report (timings, KV bytes) once the answer is complete.
+        ffn_workers: FFN workers to wait for before experts are shared out among them; 0: whoever is there.
+        ffn_replicas: FFN workers that hold each expert; 0: all do.
+        ffn_gather_timeout_s: wait for all of ffn_workers from the first on; then those that are there hold everything.
+        ffn_place_timeout_s: wait for an FFN worker to load what it was told to hold; then it counts as dead.
         client_stall_s: wait for a client to read, or to send what its call begins with.
         handshake_timeout_s: wait for a new connection's first frames.
         connection_idle_s: time without a call after which a connection is closed.
@@ -94,6 +98,10 @@ class OrchestratorConfig(Options):
     token_timeout_s: Seconds = 30.0
     preempted_timeout_s: Seconds = 300.0
     report_timeout_s: Seconds = 2.0
+    ffn_workers: Annotated[int, Between(0, 256)] = 0
+    ffn_replicas: Annotated[int, Between(0, 256)] = 1
+    ffn_gather_timeout_s: Seconds = 60.0
+    ffn_place_timeout_s: Seconds = 120.0
     client_stall_s: Seconds = 10.0
     handshake_timeout_s: Seconds = 5.0
     connection_idle_s: Seconds = 300.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, get_args
 
-from anabranch.config.bounds import Between, is_port
-from anabranch.config.options import ClusterOptions, PoolOptions
+from anabranch.config.bounds import Between, Options, is_port
+from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions, RankOptions
 from anabranch.errors import ConfigError
+from anabranch.parallel.mesh import Mesh
 from anabranch.protocol.workers import Role
 from anabranch.system.hosts import is_loopback
 
@@ -18,8 +19,8 @@ def file_key(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolConfig(PoolOptions):
-    """A pool of like workers.
+class WorkerCount(Options):
+    """What every pool has.
 
     Attributes:
         workers: number of workers.
@@ -29,26 +30,67 @@ class PoolConfig(PoolOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pools:
-    """Either `prefill` and `decode`, or `colocated`, or all three.
+class PoolConfig(WorkerCount, PoolOptions):
+    """A pool of like workers that are given requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttnPoolConfig(PoolConfig, AttnOptions):
+    """A pool of like workers that generate with FFN workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnPoolConfig(WorkerCount, RankOptions, FfnOptions):
+    """A pool of like workers that keep FFNs and experts, and are given rows instead of requests.
 
     Attributes:
-        prefill: workers that compute prompts and stream the KV to decode workers; comes with `decode`.
+        replicas: FFN workers that hold each expert, so that the others go on at once where one is lost; 0: all do.
+    """
+
+    replicas: Annotated[int, Between(0, 256)] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Mesh(tp=self.tp)
+        if self.replicas > self.workers:
+            raise ConfigError(
+                "replicas", self.replicas, f"must be at most the pool's {self.workers} workers; 0: on all of them"
+            )
+
+
+AnyPoolConfig = PoolConfig | FfnPoolConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pools:
+    """`prefill` and who generates (`decode`, `attn` with `ffn`, or both), or `colocated`, or all of them.
+
+    Attributes:
+        prefill: workers that compute prompts and stream the KV to those that generate; comes with `decode` or `attn`.
         decode: workers that generate; comes with `prefill`.
-        colocated: workers that do both; alone or beside the other two.
+        colocated: workers that do both; alone or beside the others.
+        attn: workers that generate and keep no FFN; comes with `prefill` and `ffn`.
+        ffn: workers that compute the FFNs of `attn` workers; comes with `attn`.
     """
 
     prefill: PoolConfig | None = None
     decode: PoolConfig | None = None
     colocated: PoolConfig | None = None
+    attn: AttnPoolConfig | None = None
+    ffn: FfnPoolConfig | None = None
 
     def __post_init__(self) -> None:
-        if (self.prefill is None) != (self.decode is None):
-            missing = "prefill" if self.prefill is None else "decode"
-            raise ConfigError(missing, None, "prefill and decode pools come together; add the other one")
+        if (self.attn is None) != (self.ffn is None):
+            missing = "attn" if self.attn is None else "ffn"
+            raise ConfigError(missing, None, "attn and ffn pools come together; add the other one")
+        generating = "decode" if self.attn is None else "attn"
+        if self.prefill is None and (self.decode is not None or self.attn is not None):
+            raise ConfigError("prefill", None, f"prefill and {generating} pools come together; add the other one")
+        if self.prefill is not None and self.decode is None and self.attn is None:
+            raise ConfigError("decode", None, "prefill and decode pools come together; add decode, or attn and ffn")
 
     @property
-    def by_role(self) -> dict[Role, PoolConfig]:
+    def by_role(self) -> dict[Role, AnyPoolConfig]:
         """The pools that there are."""
         return {role: pool for role in get_args(Role) if (pool := getattr(self, role)) is not None}
 
@@ -68,7 +110,7 @@ class Topology(ClusterOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pools.by_role:
-            raise ConfigError("pools", {}, "give prefill and decode, or colocated")
+            raise ConfigError("pools", {}, "give prefill and decode, prefill, attn and ffn, or colocated")
         if self.step_stall_s <= self.collective_timeout_s:
             remedy = f"must be above collective_timeout_s ({self.collective_timeout_s} s)"
             raise ConfigError("step_stall_s", self.step_stall_s, remedy)

@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from anabranch.config.bounds import Line, Seconds, Text
-from anabranch.config.options import ClusterOptions, PoolOptions
+from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions
 from anabranch.config.orchestrator import check_secret_file
 from anabranch.errors import ConfigError
 from anabranch.protocol.workers import Role
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(PoolOptions, ClusterOptions):
-    """Configuration of one prefill, decode or colocated worker.
+class WorkerConfig(PoolOptions, AttnOptions, FfnOptions, ClusterOptions):
+    """Configuration of one worker; what its role has no use for is left alone.
 
     Attributes:
-        role: prefill, decode or colocated.
+        role: prefill, decode, colocated, attn or ffn.
         name: unique in the cluster; appears in logs, routes and tables.
         orchestrator: address of the orchestrator's control channel, ipc://path or, with a secret_file, tcp://host:port.
         secret_file: file of mode 0600 with the orchestrator's secret; required with tcp://.
-        listen_host: interface that tensor planes listen on.
+        listen_host: interface that tensor planes and FFN workers listen on.
         lease_s: a reservation that hears nothing for so long is aborted; covers the wait for prefill to begin.
         ack_timeout_s: longest wait of a prefill worker for the acknowledgement of a finished KV stream.
         heartbeat_s: time between beats.
@@ -48,6 +48,8 @@ class WorkerConfig(PoolOptions, ClusterOptions):
         check_secret_file("orchestrator", self.orchestrator, self.secret_file)
         if not self.name:
             raise ConfigError("name", self.name, "must have 1 to 100 characters")
+        if self.role == "ffn" and self.cp != 1:
+            raise ConfigError("cp", self.cp, "an ffn worker has no context to share out; leave it at 1, or raise tp")
 
     def _check_order(self) -> None:
         """What takes longer must be given longer, or the wrong one is blamed."""
@@ -64,7 +66,7 @@ class WorkerConfig(PoolOptions, ClusterOptions):
     @property
     def host_kv_bytes(self) -> int:
         """Host memory that each rank sets apart for KV: none where nothing is ever offloaded."""
-        return 0 if self.role == "prefill" or self.preemption == "recompute" else self.offload_bytes
+        return 0 if self.role in ("prefill", "ffn") or self.preemption == "recompute" else self.offload_bytes
 
     def cores_of(self, rank: int) -> tuple[int, ...]:
         """The CPU ids of a rank: the worker's, dealt out evenly; all of them where there are too few."""

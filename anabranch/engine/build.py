@@ -20,8 +20,9 @@ from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.record import StepRecorder
+from anabranch.model.attention_stack import AttentionStack
 from anabranch.model.config import ModelConfig
-from anabranch.model.load import load_model
+from anabranch.model.load import load_attention_stack, load_model
 from anabranch.model.progress import progress_bar
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
@@ -72,8 +73,10 @@ def build_engine(
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     kernels = select_kernels(device, dtype, config.native_kernels)
+    # An attention worker's FFN halves are elsewhere.
+    load = load_attention_stack if config.role == "attn" else load_model
     with progress_bar(f"loading {config.model}") as progress:
-        model_config, model = load_model(
+        model_config, model = load(
             config.model,
             dtype=dtype,
             device=device,
@@ -157,10 +160,12 @@ def _reduction(context: RankContext) -> Reduction | None:
 
 
 def _programs(
-    config: WorkerConfig, model: Transformer, kv: PagedKv, kernels: Kernels, max_context: int
+    config: WorkerConfig, model: Transformer | AttentionStack, kv: PagedKv, kernels: Kernels, max_context: int
 ) -> StepPrograms | None:
     """Room for recorded decode steps; None where they are not wanted, or cannot be recorded."""
-    if not config.step_programs or config.cp > 1 or not isinstance(kernels, StepRecorder):
+    if not isinstance(model, Transformer) or not isinstance(kernels, StepRecorder):
+        return None
+    if not config.step_programs or config.cp > 1:
         return None
     max_blocks = min(kv.num_blocks, -(-max_context // config.block_size))
     return StepPrograms(model, kv, kernels, max_rows=config.max_running, max_blocks=max_blocks)

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from anabranch.config.options import DtypeName
+from anabranch.config.options import DtypeName, RowExact
 from anabranch.errors import ConfigError
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,6 +48,11 @@ def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if fast_bfloat16(device) else torch.float32
     return TORCH_DTYPES[name]
+
+
+def resolve_row_exact(choice: RowExact, dtype: torch.dtype) -> bool:
+    """Whether FFN products are row-exact; `auto` has them so where tokens are to be those of one worker: in float32."""
+    return dtype is torch.float32 if choice == "auto" else choice == "on"
 
 
 def resolve_device(name: str) -> torch.device:

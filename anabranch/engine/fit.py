@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,13 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.errors import ConfigError
 from anabranch.model.config import ModelConfig
-from anabranch.model.size import weight_bytes
-from anabranch.model.transformer import smallest_ffn
+from anabranch.model.size import (
+    attention_bytes,
+    shared_features,
+    smallest_expert,
+    smallest_ffn,
+    weight_bytes,
+)
 from anabranch.parallel.layout import KvLayout
 from anabranch.parallel.mesh import Mesh, check_model, rank_devices
 
@@ -82,12 +87,24 @@ def rank_config(config: WorkerConfig, rank: int) -> WorkerConfig:
 def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
     """Raise ConfigError where the model cannot be cut so, a rank has no device, or a pool holds no block."""
     mesh = Mesh(tp=config.tp, cp=config.cp)
-    check_model(mesh, num_heads=model.num_heads, intermediate_size=smallest_ffn(model))
+    num_heads, num_features = _cuts(config, model)
+    check_model(mesh, num_heads=num_heads, intermediate_size=num_features)
     devices = _devices(config)
     if not config.rank_processes and devices[0] != "cpu":
         raise ConfigError("device", config.device, "ranks that are threads of one process compute on the cpu")
+    if config.role == "ffn":
+        return
     _check_context(config, model, kv_layout(config, model))
     num_host_blocks(config, kv_layout(config, model))
+
+
+def _cuts(config: WorkerConfig, model: ModelConfig) -> tuple[int, int]:
+    """Query heads and FFN features, of the narrowest FFN, that a worker's TP ranks share; its tp where it has none."""
+    if config.role == "ffn":
+        return config.tp, smallest_expert(model)
+    if config.role == "attn":
+        return model.num_heads, shared_features(model) or config.tp
+    return model.num_heads, smallest_ffn(model)
 
 
 def _check_context(config: WorkerConfig, model: ModelConfig, layout: KvLayout) -> None:
@@ -113,17 +130,20 @@ def _check_context(config: WorkerConfig, model: ModelConfig, layout: KvLayout) -
         )
 
 
-def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
-    """Raise ConfigError, with the numbers, where the workers together need more memory than is free."""
+def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig, ffn_shares: Mapping[str, int]) -> None:
+    """Raise ConfigError, with the numbers, where the workers together need more memory than is free.
+
+    Args:
+        ffn_shares: name of an ffn worker -> bytes of its experts, all ranks together; none: not known here.
+    """
     needs: dict[str, dict[str, list[_Need]]] = defaultdict(lambda: defaultdict(list))
     for config in workers:
-        weights = weight_bytes(model, kv_layout(config, model).dtype, config.tp)
+        weights = _weights(config, model, ffn_shares)
+        kv = 0 if config.role == "ffn" else config.kv_cache_bytes
         for device in _devices(config):
             process = PROCESS_BYTES if device == "cpu" else 0
             offloaded = config.host_kv_bytes if device == "cpu" else 0
-            needs[device][config.name].append(
-                _Need(weights=weights, kv=config.kv_cache_bytes, offloaded=offloaded, process=process)
-            )
+            needs[device][config.name].append(_Need(weights=weights, kv=kv, offloaded=offloaded, process=process))
             if device != "cpu" and config.host_kv_bytes:
                 in_host = _Need(weights=0, kv=0, offloaded=config.host_kv_bytes, process=0)
                 needs["cpu"][config.name].append(in_host)
@@ -138,6 +158,17 @@ def check_memory(workers: Sequence[WorkerConfig], model: ModelConfig) -> None:
                 f"would be needed on {device}, but {_text(free)} are free: {who}; "
                 "lower kv_cache or offload, or the number of ranks or workers",
             )
+
+
+def _weights(config: WorkerConfig, model: ModelConfig, ffn_shares: Mapping[str, int]) -> int:
+    """Bytes of the weights of the rank that holds most."""
+    if config.role == "ffn":
+        return -(-ffn_shares.get(config.name, 0) // config.tp)
+    dtype = kv_layout(config, model).dtype
+    if config.role == "attn":
+        ranks = range(config.tp)
+        return max(attention_bytes(model, dtype, config.tp, rank, shared_experts=True) for rank in ranks)
+    return weight_bytes(model, dtype, config.tp)
 
 
 def available_bytes(device: str) -> int:

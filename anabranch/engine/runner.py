@@ -3,10 +3,14 @@
 With one CP rank, a plan is one pass over its ragged batch. With several, its parts with many new tokens go
 round the ring (each rank computes its share of the tokens), and its decode rows are joined by a tree (each
 rank computes them all over its share of the KV): two passes where a plan has both.
+
+A rank that holds whole layers `launch`es a step. One that holds attention halves alone takes `steps`, which stop at
+each FFN half until somebody brings its answer.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Protocol
 
 import torch
@@ -24,6 +28,8 @@ from anabranch.engine.sampling import RankSampler
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
+from anabranch.model.attention_stack import AttentionStack
+from anabranch.model.ffn_half import FfnCalls
 from anabranch.model.transformer import Transformer
 from anabranch.parallel.context import RankContext
 from anabranch.sampling.logprobs import Logprobs
@@ -70,7 +76,7 @@ class Runner:
     """Executes step plans on one rank.
 
     Args:
-        model: weights of this rank.
+        model: weights of this rank: whole layers, or attention halves alone.
         kv: this rank's share of the KV pool.
         kernels: what the model computes with.
         context: the rank's place in its mesh.
@@ -80,7 +86,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | AttentionStack,
         kv: PagedKv,
         kernels: Kernels,
         device: torch.device,
@@ -97,12 +103,14 @@ class Runner:
         self.pass_rule = pass_rule
         self.reduction = reduction
         self.programs = programs
-        self.sampler = RankSampler(model.attention.lm_head, context, device)
-        self._last_tokens = LastTokens()
+        self.stack = model.attention if isinstance(model, Transformer) else model
+        self.sampler = RankSampler(self.stack.lm_head, context, device)
+        # By lane.
+        self._last_tokens: defaultdict[int, LastTokens] = defaultdict(LastTokens)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, sink: LayerSink | None = None) -> PendingResult:
-        """Start one step. On a GPU it returns as soon as the step is queued there.
+        """Start one step of whole layers. On a GPU it returns as soon as the step is queued there.
 
         Args:
             sink: called for each layer as soon as its KV is stored on this rank.
@@ -113,23 +121,34 @@ class Runner:
         Raises:
             AnabranchError: a sequence follows a step that failed.
         """
-        self._last_tokens.begin()
+        assert isinstance(self.model, Transformer)
+        return self.model.run(self.steps(plan, sink))
+
+    def steps(self, plan: StepPlan, sink: LayerSink | None = None) -> FfnCalls[PendingResult]:
+        """One step that stops at each FFN half; to be begun and gone on with in inference mode.
+
+        Steps of different lanes may go on in turn; a lane's next one begins when the last one has ended. See `launch`.
+        """
+        last_tokens = self._last_tokens[plan.lane]
+        last_tokens.begin()
         passes = self._passes(plan)
-        sampled = [self._forward(part, sink) for part in passes]
+        sampled = []
+        for part in passes:
+            sampled.append((yield from self._forward(part, sink, last_tokens)))
         tokens_S = sampled[0][0] if len(passes) == 1 else torch.cat([tokens for tokens, _ in sampled])
         sequences = [sequence for part in passes for sequence in part.sequences if sequence.sample is not None]
         if len(passes) == 1:
-            self._last_tokens.keep(tokens_S)
+            last_tokens.keep(tokens_S)
         else:
             places = {id(sequence): place for place, sequence in enumerate(sequences)}
             order = [places[id(sequence)] for sequence in plan.sequences if sequence.sample is not None]
-            self._last_tokens.keep(tokens_S[torch.tensor(order, dtype=torch.int64).to(self.device)])
+            last_tokens.keep(tokens_S[torch.tensor(order, dtype=torch.int64).to(self.device)])
         if not self.context.drives:
             return PendingResult(plan.step)
         return PendingResult(plan.step, sequences, tokens_S, [logprobs for _, logprobs in sampled])
 
     def execute(self, plan: StepPlan, sink: LayerSink | None = None) -> StepResult:
-        """Run one step to its end; see `launch`."""
+        """Compute one step of whole layers to its end; see `launch`."""
         return self.launch(plan, sink).result()
 
     def _passes(self, plan: StepPlan) -> list[StepPlan]:
@@ -139,19 +158,21 @@ class Runner:
         decodes = tuple(s for s in plan.sequences if s.num_new_tokens == 1)
         if not prompts or not decodes:
             return [plan]
-        return [StepPlan(step=plan.step, sequences=part) for part in (prompts, decodes)]
+        return [StepPlan(step=plan.step, sequences=part, lane=plan.lane) for part in (prompts, decodes)]
 
-    def _forward(self, plan: StepPlan, sink: LayerSink | None) -> tuple[torch.Tensor, Logprobs]:
+    def _forward(
+        self, plan: StepPlan, sink: LayerSink | None, last_tokens: LastTokens
+    ) -> FfnCalls[tuple[torch.Tensor, Logprobs]]:
         if sink is not None:
             sink.begin_pass(plan)
         if sink is None and self.programs is not None and self.programs.covers(plan):
-            share_SV = self.programs.forward(plan, self._last_tokens)
-            return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
+            share_SV = self.programs.forward(plan, last_tokens)
+            return self.sampler.sample(share_SV, last_tokens.specs(plan))
         batch, attention = self._lay_out(plan, sink)
-        self._last_tokens.fill_in(plan, batch.token_ids_T)
+        last_tokens.fill_in(plan, batch.token_ids_T)
         rows_S = batch.sample_rows_S if self.sampler.needs_logits else batch.sample_rows_S[:0]
-        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, rows_S)
-        return self.sampler.sample(share_SV, self._last_tokens.specs(plan))
+        share_SV = yield from self.stack.forward(batch.token_ids_T, batch.positions_T, attention, rows_S)
+        return self.sampler.sample(share_SV, last_tokens.specs(plan))
 
     def _lay_out(self, plan: StepPlan, sink: LayerSink | None) -> tuple[Batch, Attention]:
         size, cp = self.kv.block_size, self.context.cp

@@ -127,7 +127,7 @@ class StepPrograms:
             last_tokens: what the step before sampled, for sequences that follow it.
 
         Returns:
-            This rank's share of the logits (`Transformer.forward`), to be read before the next step.
+            This rank's share of the logits (`AttentionStack.forward`), to be read before the next step.
 
         Raises:
             PeerLost, DeadlineExceeded: another rank is gone or late.

@@ -19,7 +19,12 @@ GPU_DECODES = ((1, 40), (3, 90), (1, 700), (5, 900))
 
 
 def warm_up_plans(engine: Engine, role: Role) -> tuple[StepPlan, ...]:
-    """A prompt's chunk where the role computes prompts, a decode step where it decodes, on blocks that nobody holds."""
+    """A prompt's chunk where the role computes prompts, a decode step where it decodes, on blocks that nobody holds.
+
+    None for an attention worker: it computes no step without FFN workers.
+    """
+    if role == "attn":
+        return ()
     longest = max(1, min(PROMPT_TOKENS, engine.max_context - 1))
     prompts, decodes = [[(0, longest)]], [[(longest - 1 if role == "colocated" else 0, 1)]]
     if engine.runner.device.type == "cuda":

@@ -19,27 +19,35 @@ from anabranch.parallel.group import Group
 from anabranch.step.batch import ForwardBatch
 
 
-class Kernels(Protocol):
-    name: str
-
-    def rms_norm(self, x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMS norm over the last axis, accumulated in float32; returns x's dtype. Also for `[T, H, D]`."""
-        ...
+class Products(Protocol):
+    """What an FFN half is computed with."""
 
     def linear(self, x_TC: torch.Tensor, weight_FC: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         """`x @ weight.T + bias`; the weight is row-major and stays the only copy."""
-        ...
-
-    def add_rms_norm(
-        self, x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(sum, rms_norm(sum))` of `x + residual`: the end of one half and the beginning of the next, in one pass."""
         ...
 
     def linear_silu_mul(
         self, x_TC: torch.Tensor, gate_up_FC: torch.Tensor, bias_F: torch.Tensor | None
     ) -> torch.Tensor:
         """`silu_mul(linear(x))` in one pass: `[T, C] -> [T, F / 2]`."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """`group.all_reduce(x)`, known to the kernels, so that it can be a part of what they record."""
+        ...
+
+
+class Kernels(Products, Protocol):
+    name: str
+
+    def rms_norm(self, x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMS norm over the last axis, accumulated in float32; returns x's dtype. Also for `[T, H, D]`."""
+        ...
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(sum, rms_norm(sum))` of `x + residual`: the end of one half and the beginning of the next, in one pass."""
         ...
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
@@ -112,8 +120,4 @@ class Kernels(Protocol):
 
     def argmax(self, x_SV: torch.Tensor) -> torch.Tensor:
         """Place of each row's largest element, int64 `[S]`: the first of equals; NaN before all."""
-        ...
-
-    def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
-        """`group.all_reduce(x)`, known to the kernels, so that it can be a part of what they record."""
         ...

@@ -17,6 +17,7 @@ from anabranch.kernels.base import Kernels
 from anabranch.kernels.batch_plans import BatchPlans
 from anabranch.kernels.bindings import AttentionShape, bind_functions
 from anabranch.kernels.block_attention import flash_block
+from anabranch.kernels.combine import combine_slots
 from anabranch.kernels.compiler import load_library
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
@@ -421,7 +422,7 @@ class NativeKernels:
                 answers_XC[order_X[start:stop]] = self.linear(hidden, down_ECF[expert], None)
             start = stop
         answers_TSC = answers_XC.view(num_tokens, num_chosen, x_TC.shape[1])
-        return (answers_TSC * weights_TS.unsqueeze(-1)).sum(1).to(x_TC.dtype)
+        return combine_slots(answers_TSC, weights_TS)
 
     def argmax(self, x_SV: torch.Tensor) -> torch.Tensor:
         """See `Kernels.argmax`."""

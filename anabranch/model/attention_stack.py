@@ -1,6 +1,6 @@
 """The first halves of all layers on one rank, with what comes before the first and after the last.
 
-Shape suffixes: T new tokens of all sequences, S sampled rows, C hidden, V vocabulary.
+Shape suffixes: T new tokens of all sequences, S sampled rows, C hidden, R rotary dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 
 from anabranch.kernels.base import Kernels
+from anabranch.model.attention import Attention
 from anabranch.model.attention_half import AttentionHalf
 from anabranch.model.embedding import Embedding, LmHead, load_vocabulary
+from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.model.loader import WeightLoader
 from anabranch.model.rotary import Rotary
+from anabranch.model.shared_expert import SharedExpert, has_shared_expert
 from anabranch.model.tied_head import EMBEDDING, LM_HEAD
 from anabranch.parallel.group import Group
 
@@ -22,9 +25,13 @@ class AttentionStack:
     Args:
         loader: only this rank's slices of these tensors are read.
         group: ranks that the weights are sharded over.
+        shared_experts: whether these belong here: where the chosen experts are elsewhere, they are computed meanwhile.
+
+    Attributes:
+        shared_experts: per layer; None where there is none, or it belongs to the FFN half.
     """
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group) -> None:
+    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, *, shared_experts: bool = False) -> None:
         config = loader.config
         self.config = config
         self.dtype = loader.dtype
@@ -36,8 +43,11 @@ class AttentionStack:
         self.embedding = Embedding(embedding_VC, group)
         loader.part_done()
         self.layers: list[AttentionHalf] = []
+        self.shared_experts: list[SharedExpert | None] = []
         for layer in range(config.num_layers):
             self.layers.append(AttentionHalf(loader, kernels, group, layer))
+            with_shared = shared_experts and has_shared_expert(loader, layer)
+            self.shared_experts.append(SharedExpert(loader, kernels, group, layer) if with_shared else None)
             loader.part_done()
         self.norm_C = loader.whole("model.norm.weight", config.hidden_size)
         head_VC = embedding_VC if tied else load_vocabulary(loader, group, LM_HEAD)
@@ -45,6 +55,45 @@ class AttentionStack:
         self.rotary = Rotary(config.rope, loader.device)
         self._kernels = kernels
         loader.part_done()
+
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        attention: Attention,
+        sample_rows_S: torch.Tensor,
+    ) -> FfnCalls[torch.Tensor]:
+        """One pass over a ragged batch; `FfnCalls` says what it asks for on its way.
+
+        Args:
+            token_ids_T: int64.
+            positions_T: int64, each token's position in its sequence.
+            attention: keeps K and V; knows which rows belong to which sequence.
+            sample_rows_S: int64, rows whose logits are wanted.
+
+        Returns:
+            `[S, V]`, the logits of this rank's share of the vocabulary (`LmHead.share`).
+        """
+        angles = self.rotary.forward(positions_T)
+        hidden_TC, answer_TC = yield from self._layers(self.embed(token_ids_T), *angles, attention)
+        return self.logits(hidden_TC.index_select(0, sample_rows_S), answer_TC.index_select(0, sample_rows_S))
+
+    def decode(
+        self, hidden_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
+    ) -> FfnCalls[torch.Tensor]:
+        """`forward` of embedded rows that are all sampled, by calls of kernels alone: what is recorded."""
+        return self.logits(*(yield from self._layers(hidden_TC, cos_TR, sin_TR, attention)))
+
+    def _layers(
+        self, hidden_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
+    ) -> FfnCalls[tuple[torch.Tensor, torch.Tensor]]:
+        """All layers: the hidden states, and the last FFN's answer that is still to be added."""
+        answer_TC: torch.Tensor | None = None
+        for layer, half in enumerate(self.layers):
+            hidden_TC, rows = half.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
+            answer_TC = yield FfnCall(layer, rows)
+        assert answer_TC is not None
+        return hidden_TC, answer_TC
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """`[T] int64 -> [T, C]`."""

@@ -5,11 +5,12 @@ Shape suffixes: T tokens, C hidden, F features, S chosen experts of a token.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Generator
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from anabranch.kernels.base import Kernels
+from anabranch.kernels.base import Products
 from anabranch.model.linear import ColumnParallel, Part, RowParallel, fused
 from anabranch.model.loader import WeightLoader
 from anabranch.parallel.group import Group
@@ -30,6 +31,18 @@ class FfnInput(NamedTuple):
     experts_TS: torch.Tensor | None
 
 
+class FfnCall(NamedTuple):
+    """What a pass over the attention halves asks of whoever has the FFN halves: `FfnHalf.forward` of a layer."""
+
+    layer: int
+    rows: FfnInput
+
+
+T = TypeVar("T")
+FfnCalls: TypeAlias = Generator[FfnCall, torch.Tensor, T]
+"""A pass that stops at each FFN half, is sent its answer `[T, C]`, and goes on; at last it returns a `T`."""
+
+
 class FfnHalf(Protocol):
     def forward(self, rows: FfnInput) -> torch.Tensor:
         """`[T, C]`, the FFN's answer alone: the caller adds the residual."""
@@ -47,7 +60,7 @@ class DenseFfn:
     def __init__(
         self,
         loader: WeightLoader,
-        kernels: Kernels,
+        kernels: Products,
         group: Group,
         prefix: str,
         num_features: int,
@@ -82,3 +95,15 @@ class DenseFfn:
         """`[T, C] -> [T, C]`."""
         gate_up = self.gate_up
         return self.down.forward(self._linear_silu_mul(x_TC, gate_up.weight_FC, gate_up.bias_F))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.gate_up.num_bytes + self.down.num_bytes
+
+
+def layer_ffn(loader: WeightLoader, kernels: Products, group: Group, layer: int) -> DenseFfn:
+    """A dense layer's FFN."""
+    config = loader.config
+    prefix = f"model.layers.{layer}.mlp"
+    return DenseFfn(loader, kernels, group, prefix, config.intermediate_size, bias=config.mlp_bias)

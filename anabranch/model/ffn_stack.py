@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from anabranch.kernels.base import Kernels
-from anabranch.model.ffn_half import DenseFfn, FfnHalf
+from anabranch.model.ffn_half import FfnHalf, layer_ffn
 from anabranch.model.loader import WeightLoader
 from anabranch.model.moe import MoeFfn
 from anabranch.parallel.group import Group
@@ -17,20 +15,14 @@ class FfnStack:
     Args:
         loader: only this rank's slices of these tensors are read.
         group: ranks that the weights are sharded over.
-        experts: ids of the experts of each sparse layer that are held; None: all.
     """
 
-    def __init__(
-        self, loader: WeightLoader, kernels: Kernels, group: Group, experts: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group) -> None:
         config = loader.config
         self.layers: list[FfnHalf] = []
         for layer in range(config.num_layers):
             if config.is_sparse(layer):
-                self.layers.append(MoeFfn(loader, kernels, group, layer, experts))
+                self.layers.append(MoeFfn(loader, kernels, group, layer))
             else:
-                prefix = f"model.layers.{layer}.mlp"
-                self.layers.append(
-                    DenseFfn(loader, kernels, group, prefix, config.intermediate_size, bias=config.mlp_bias)
-                )
+                self.layers.append(layer_ffn(loader, kernels, group, layer))
             loader.part_done()

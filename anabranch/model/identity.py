@@ -7,7 +7,8 @@ import logging
 import msgspec
 
 from anabranch.model.config import ModelConfig
-from anabranch.model.load import check_weights, weights_digest
+from anabranch.model.digest import weights_digest
+from anabranch.model.load import check_weights
 from anabranch.model.sources import ModelSource
 from anabranch.protocol.workers import ModelIdentity
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from anabranch.kernels.base import Kernels
+from anabranch.kernels.base import Products
 from anabranch.model.loader import WeightLoader
 from anabranch.parallel.group import Group
 
@@ -46,7 +46,7 @@ class ColumnParallel:
     """Projections of one input merged into one weight; each rank computes some of every one's outputs."""
 
     def __init__(
-        self, loader: WeightLoader, kernels: Kernels, parts: Sequence[Part], num_inputs: int, *, bias: bool
+        self, loader: WeightLoader, kernels: Products, parts: Sequence[Part], num_inputs: int, *, bias: bool
     ) -> None:
         num_outputs = sum(len(part.rows) for part in parts)
         self.weight_FC = loader.empty(num_outputs, num_inputs)
@@ -67,6 +67,10 @@ class ColumnParallel:
         """`[T, C] -> [T, F of this rank]`, the parts one after another."""
         return self._linear(x_TC, self.weight_FC, self.bias_F)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_FC.nbytes + (0 if self.bias_F is None else self.bias_F.nbytes)
+
 
 class RowParallel:
     """A projection whose inputs are spread over the ranks; partial sums are all-reduced.
@@ -79,7 +83,7 @@ class RowParallel:
     def __init__(
         self,
         loader: WeightLoader,
-        kernels: Kernels,
+        kernels: Products,
         group: Group,
         name: str,
         num_outputs: int,
@@ -102,3 +106,7 @@ class RowParallel:
         """`[T, C of this rank] -> [T, F]`, the same on every rank once reduced."""
         out_TF = self._kernels.linear(x_TC, self.weight_FC, self.bias_F)
         return out_TF if self._group is None else self._kernels.all_reduce(out_TF, self._group)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight_FC.nbytes + (0 if self.bias_F is None else self.bias_F.nbytes)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
 
-from anabranch.kernels.base import Kernels
+from anabranch.kernels.base import Kernels, Products
 from anabranch.kernels.plain import PlainKernels
 from anabranch.model.attention_stack import AttentionStack
 from anabranch.model.config import ModelConfig
+from anabranch.model.digest import weights_digest
+from anabranch.model.expert_table import ExpertTable
 from anabranch.model.ffn_stack import FfnStack
-from anabranch.model.loader import Progress, WeightLoader, check_finite
+from anabranch.model.loader import Progress, WeightLoader
+from anabranch.model.size import shared_features, smallest_expert, smallest_ffn
 from anabranch.model.sources import ModelSource, resolve_model
-from anabranch.model.transformer import Transformer, smallest_ffn
+from anabranch.model.transformer import Transformer
 from anabranch.model.weights import WeightSource
 from anabranch.parallel.group import Group, SingleRank
 from anabranch.parallel.split import check_tp
-
-DIGEST_SAMPLE = 64
 
 
 def load_model(
@@ -46,15 +48,62 @@ def load_model(
         ModelError: unknown, not supported, or broken.
         ConfigError: the group does not fit the model.
     """
-    source = resolve_model(model) if isinstance(model, str) else model
-    config, weights = source.open() if config is None else (config, source.weights())
-    with weights:
-        check_weights(config, weights)
-        config = msgspec.structs.replace(config, weights_digest=weights_digest(weights))
+    with _opened(_source_of(model), config) as (config, weights):
         transformer = load_transformer(
             config, weights, dtype=dtype, device=device, kernels=kernels, group=group, progress=progress
         )
     return config, transformer
+
+
+def load_attention_stack(
+    model: str | ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    group: Group,
+    config: ModelConfig | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, AttentionStack]:
+    """`load_model` for a process whose FFN halves are elsewhere; shared experts are its own.
+
+    The whole checkpoint's headers are checked all the same, and the digest is that of all processes of the model.
+    """
+    with _opened(_source_of(model), config) as (config, weights):
+        check_tp(group.size, config.num_heads, shared_features(config) or group.size)
+        loader = WeightLoader(config, weights, dtype, device, num_parts=config.num_layers + 2, progress=progress)
+        attention = AttentionStack(loader, kernels, group, shared_experts=True)
+        loader.finish("attention")
+    return config, attention
+
+
+def load_expert_table(
+    model: str | ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    products: Products,
+    group: Group,
+    config: ModelConfig | None = None,
+) -> tuple[ModelConfig, ExpertTable]:
+    """`load_model` for a process that is to hold FFN halves alone: an empty table, for which all has been checked."""
+    source = _source_of(model)
+    with _opened(source, config) as (config, _):
+        check_tp(group.size, group.size, smallest_expert(config))
+    return config, ExpertTable(source, config, dtype=dtype, device=device, products=products, group=group)
+
+
+def _source_of(model: str | ModelSource) -> ModelSource:
+    return resolve_model(model) if isinstance(model, str) else model
+
+
+@contextmanager
+def _opened(source: ModelSource, config: ModelConfig | None) -> Iterator[tuple[ModelConfig, WeightSource]]:
+    """The configuration, with the weights' digest, and the weights, which have been checked."""
+    config, weights = source.open() if config is None else (config, source.weights())
+    with weights:
+        check_weights(config, weights)
+        yield msgspec.structs.replace(config, weights_digest=weights_digest(weights)), weights
 
 
 def check_weights(config: ModelConfig, weights: WeightSource) -> None:
@@ -96,22 +145,3 @@ def load_transformer(
     transformer = Transformer(AttentionStack(loader, kernels, group), FfnStack(loader, kernels, group))
     loader.finish("attention", "ffn")
     return transformer
-
-
-def weights_digest(source: WeightSource) -> str:
-    """Hash of all names and shapes and of a few values of each tensor outside the experts.
-
-    Raises:
-        CheckpointError: a tensor cannot be read, or the values looked at (its first row) are not finite.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(source.names()):
-        shape = source.shape(name)
-        digest.update(f"{name}{shape}".encode())
-        # A mixture of experts has tens of thousands of tensors; names and shapes are enough of those.
-        if ".experts." in name or not shape:
-            continue
-        sample = source.read(name, (slice(0, 1),)) if len(shape) > 1 else source.read(name)
-        check_finite(sample, name, source)
-        digest.update(sample.flatten()[:DIGEST_SAMPLE].float().numpy().tobytes())
-    return digest.hexdigest()

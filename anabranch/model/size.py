@@ -1,4 +1,4 @@
-"""How many bytes a rank's weights take: counted from the configuration, before anything is loaded."""
+"""How many bytes a rank's weights take, and how far they can be cut: counted before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ def weight_bytes(config: ModelConfig, dtype: str, tp: int = 1) -> int:
     return max(attention_bytes(config, dtype, tp, rank) + ffn_bytes(config, dtype, tp, rank) for rank in range(tp))
 
 
-def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
-    """Bytes of an `AttentionStack`."""
+def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int, *, shared_experts: bool = False) -> int:
+    """Bytes of an `AttentionStack`, with shared experts or without."""
     vocabulary = padded_share(config.vocab_size, tp, rank)[0] * config.hidden_size
     count = vocabulary if config.tie_embeddings else 2 * vocabulary
     for layer in range(config.num_layers):
         count += _attention_elements(config, tp, rank)
         if config.moe is not None and config.is_sparse(layer):
             count += config.moe.num_experts * config.hidden_size  # the gate
+            count += _shared_elements(config, config.moe, tp, rank) if shared_experts else 0
     return (count + config.hidden_size) * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.rope.rotary_dim
 
 
+def expert_bytes(config: ModelConfig, dtype: str, layer: int) -> int:
+    """Bytes of one expert of a layer, whole; a dense layer is one expert."""
+    if config.moe is not None and config.is_sparse(layer):
+        return _dense_elements(config, config.moe.expert_intermediate, 1, 0) * DTYPE_BYTES[dtype]
+    return _dense_elements(config, config.intermediate_size, 1, 0, bias=config.mlp_bias) * DTYPE_BYTES[dtype]
+
+
+def num_experts(config: ModelConfig, layer: int) -> int:
+    """Experts of a layer; a dense layer is one expert."""
+    return config.moe.num_experts if config.moe is not None and config.is_sparse(layer) else 1
+
+
 def ffn_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
-    """Bytes of an `FfnStack` with all experts, without the table of those that it holds."""
+    """Bytes of an `FfnStack`."""
     count = 0
     for layer in range(config.num_layers):
         if config.moe is not None and config.is_sparse(layer):
@@ -54,6 +67,29 @@ def _dense_elements(config: ModelConfig, num_features: int, tp: int, rank: int, 
 
 def _experts_elements(config: ModelConfig, moe: MoeConfig, tp: int, rank: int) -> int:
     experts = moe.num_experts * _dense_elements(config, moe.expert_intermediate, tp, rank)
+    return experts + _shared_elements(config, moe, tp, rank)
+
+
+def _shared_elements(config: ModelConfig, moe: MoeConfig, tp: int, rank: int) -> int:
     if not moe.shared_expert_intermediate:
-        return experts
-    return experts + _dense_elements(config, moe.shared_expert_intermediate, tp, rank) + config.hidden_size
+        return 0
+    return _dense_elements(config, moe.shared_expert_intermediate, tp, rank) + config.hidden_size
+
+
+def smallest_ffn(config: ModelConfig) -> int:
+    """Features of the narrowest FFN or expert: the most ranks that a whole model can be cut among."""
+    return min(smallest_expert(config), shared_features(config) or smallest_expert(config))
+
+
+def smallest_expert(config: ModelConfig) -> int:
+    """Features of the narrowest dense FFN or chosen expert: the most ranks that an FFN worker can have."""
+    if config.moe is None:
+        return config.intermediate_size
+    if all(config.moe.sparse_layers):
+        return config.moe.expert_intermediate
+    return min(config.moe.expert_intermediate, config.intermediate_size)
+
+
+def shared_features(config: ModelConfig) -> int:
+    """Features of the expert that every token of a sparse layer passes; 0 where there is none."""
+    return 0 if config.moe is None else config.moe.shared_expert_intermediate

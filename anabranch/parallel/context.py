@@ -16,12 +16,14 @@ class RankContext:
     Attributes:
         tp: ranks that share its layers.
         cp: ranks that share its sequences' tokens; None where there is one.
+        world: all ranks of the mesh.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
     rank: int = 0
     tp: Group = field(default_factory=SingleRank)
     cp: Exchange | None = None
+    world: Group = field(default_factory=SingleRank)
 
     @property
     def tp_rank(self) -> int:

@@ -18,18 +18,22 @@ known here yet (`SequencePlan.follows`). It is not where that would be wrong or 
     the token in flight will be the last by its number        the sequence is left out
     a prompt's chunk is in flight, which is long              nothing; who comes meanwhile joins the next step
     blocks have run out                                       nothing; then preemption sees every token
+
+Sequences may be dealt to lanes, each with steps of its own that follow each other: while one lane's step waits for
+something, another lane's goes on. What runs out of blocks waits until no lane has a step in flight.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.request.request import EndReason
 from anabranch.sampling.stop import StopChecker
+from anabranch.schedule.flights import Flight, Flights
 from anabranch.schedule.host_offload import HostOffload
 from anabranch.schedule.prompts import PromptQueue
 from anabranch.schedule.sequence import Sequence
@@ -54,22 +58,6 @@ class StepOutcome:
     ended: list[tuple[Sequence, EndReason]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flight:
-    """A step that is being computed.
-
-    Attributes:
-        sequences: of each part of the plan.
-        places: of the sequences that sample: which of the step's tokens is theirs.
-        chunks: whether it computes prompts.
-    """
-
-    plan: StepPlan
-    sequences: tuple[Sequence, ...]
-    places: dict[Sequence, int]
-    chunks: bool
-
-
 class GenerationScheduler:
     """`schedule() -> StepPlan -> update(plan, result)` for each step, in this order; the next `schedule` may go before.
 
@@ -86,6 +74,7 @@ class GenerationScheduler:
         max_step_tokens: most new tokens in one step.
         offload: where sequences that are preempted are kept with their KV; None: nowhere.
         ahead: plan a step while one is in flight.
+        lanes: most steps that go their own ways; one where prompts are computed.
         clock: gives seconds; only differences matter.
 
     Attributes:
@@ -103,6 +92,7 @@ class GenerationScheduler:
         max_step_tokens: int,
         offload: HostOffload | None = None,
         ahead: bool = True,
+        lanes: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
@@ -110,14 +100,19 @@ class GenerationScheduler:
         self.computes_prompts = computes_prompts
         self.max_running = min(max_running, max_step_tokens)
         self.max_step_tokens = max_step_tokens
-        self.max_in_flight = 2 if ahead else 1
+        assert lanes == 1 or not computes_prompts
         self.prompts = PromptQueue(cache)
         self.running: list[Sequence] = []
         self.offload = offload
         self.num_preempted = 0
         self.num_offloaded = 0
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._in_flight: deque[_Flight] = deque()
+        self._flights = Flights(lanes, max_ahead=2 if ahead else 1)
+        self._lanes: dict[Sequence, int] = {}
+        self._num_lanes = lanes
+        # Blocks have run out, or lanes are to be dealt: nothing is planned before all that is in flight has landed.
+        self._draining = False
+        self._dealing = False
         self._step = 0
         self._clock = clock
         # When the steps that have not ended were planned, and when the last one ended.
@@ -152,7 +147,7 @@ class GenerationScheduler:
         sequence.num_computed = sequence.num_tokens
         assert sequence.table is not None
         self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
-        self.running.append(sequence)
+        self._run(sequence)
         if self.offload is not None:
             # What it costs to send a sequence back: it would queue, be computed and be streamed again.
             seconds = self._clock() - sequence.arrival_s
@@ -160,6 +155,18 @@ class GenerationScheduler:
         outcome = StepOutcome()
         self._take(sequence, first, outcome)
         return outcome
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that sequences are dealt to."""
+        return self._num_lanes
+
+    def deal(self, num_lanes: int) -> None:
+        """Deal sequences to so many lanes from now on; all of them anew once nothing is in flight."""
+        if num_lanes == self._num_lanes:
+            return
+        self._num_lanes = num_lanes
+        self._draining = self._dealing = True
 
     def attempts(self) -> tuple[tuple[str, int], ...]:
         """The attempts that are here."""
@@ -182,10 +189,23 @@ class GenerationScheduler:
 
         With a step in flight, None may also mean that its result has to come first.
         """
-        before = self._in_flight[-1] if self._in_flight else None
-        if before is not None and not self._may_plan_behind(before):
+        if self._draining and self._flights:
             return None, []
+        self._draining = False
+        if self._dealing:
+            self._dealing = False
+            for index, sequence in enumerate(sorted(self.running, key=_age)):
+                self._lanes[sequence] = index % self._num_lanes
         sent_away: list[Sequence] = []
+        for lane in self._flights.order():
+            plan = self._plan(lane, sent_away) if self._flights.may_plan(lane) else None
+            if plan is not None or self._draining:
+                return plan, sent_away
+        return None, sent_away
+
+    def _plan(self, lane: int, sent_away: list[Sequence]) -> StepPlan | None:
+        """A lane's next step; adds those that lose their blocks for it to `sent_away`."""
+        before = self._flights.last(lane)
         rows: list[SequencePlan] = []
         sequences: list[Sequence] = []
         budget = self.max_step_tokens
@@ -193,23 +213,24 @@ class GenerationScheduler:
         for sequence in sorted(self.running, key=_age):
             if len(rows) >= self.max_running or budget <= 0:
                 break
-            if sequence not in self.running:
-                continue  # preempted for an older one in this very loop
+            if self._lanes.get(sequence) != lane:
+                continue  # of another lane, or preempted for an older one in this very loop
             place = None if before is None else before.places.get(sequence)
             if place is not None and self._ends_next(sequence):
                 continue
             assert sequence.table is not None
-            if before is None:
+            if not self._flights:
                 if not self._make_room(sequence, sent_away):
                     continue
             elif not self.cache.grow(sequence.table, sequence.num_tokens + (place is not None)):
-                return None, []
+                self._draining = True
+                return None
             rows.append(sequence.plan(1) if place is None else sequence.follow(place))
             sequences.append(sequence)
             budget -= 1
         # Not in the step that took blocks away: what was offloaded just now would come back at once, to no end.
         if self.num_preempted == num_preempted or not rows:
-            for sequence in self._restore():
+            for sequence in self._restore(lane):
                 rows.append(sequence.plan(1))
                 sequences.append(sequence)
                 budget -= 1
@@ -219,24 +240,24 @@ class GenerationScheduler:
             rows.extend(sequence.plan(num_new) for sequence, num_new in chunks)
             sequences.extend(sequence for sequence, _ in chunks)
         if not rows:
-            return None, sent_away
+            return None
         self._step += 1
-        plan = StepPlan(step=self._step, sequences=tuple(rows))
+        plan = StepPlan(step=self._step, sequences=tuple(rows), lane=lane)
         sampling = (sequence for sequence, row in zip(sequences, rows, strict=True) if row.sample is not None)
         places = {sequence: place for place, sequence in enumerate(sampling)}
-        self._in_flight.append(_Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
+        self._flights.launch(Flight(plan=plan, sequences=tuple(sequences), places=places, chunks=bool(chunks)))
         self._planned_s[self._step] = self._clock()
-        return plan, sent_away
+        return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> StepOutcome:
-        """Take the result of the oldest step in flight in; tokens of sequences that have left are dropped."""
+        """Take the result of a lane's oldest step in flight in; tokens of sequences that have left are dropped."""
         outcome = StepOutcome()
         self._measure(plan)
         sampled = {(token.request_id, token.epoch): token for token in result.tokens}
         for sequence, planned in self._land(plan):
             if sequence in self.prompts.computing:
                 if self.prompts.computed(sequence, planned.num_new_tokens):
-                    self.running.append(sequence)
+                    self._run(sequence)
             elif sequence.table is not None:
                 sequence.num_computed += planned.num_new_tokens
                 self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
@@ -248,17 +269,23 @@ class GenerationScheduler:
         return outcome
 
     def withdraw(self, plan: StepPlan) -> list[Sequence]:
-        """Forget the oldest step in flight, for it failed; returns its sequences that are still here."""
+        """Forget a lane's oldest step in flight, for it failed; returns its sequences that are still here."""
         return [sequence for sequence, _ in self._land(plan)]
 
     def _land(self, plan: StepPlan) -> list[tuple[Sequence, SequencePlan]]:
-        flight = self._in_flight.popleft()
-        assert flight.plan is plan, f"step {plan.step} landed before step {flight.plan.step}"
+        flight = self._flights.land(plan)
+        for table in flight.held:
+            self.cache.release(table)
         pairs = zip(flight.sequences, plan.sequences, strict=True)
         return [pair for pair in pairs if self._sequences.get(pair[0].key) is pair[0]]
 
-    def _may_plan_behind(self, flight: _Flight) -> bool:
-        return len(self._in_flight) < self.max_in_flight and not flight.chunks
+    def _run(self, sequence: Sequence, lane: int | None = None) -> None:
+        """Let a sequence have its place in a lane's steps: the lane with the fewest where none is named."""
+        if lane is None:
+            counts = Counter(self._lanes.values())
+            lane = min(range(self._num_lanes), key=lambda lane: counts[lane])
+        self._lanes[sequence] = lane
+        self.running.append(sequence)
 
     def _ends_next(self, sequence: Sequence) -> bool:
         """Whether one more token is the last, whatever it is."""
@@ -301,8 +328,11 @@ class GenerationScheduler:
         self._release(sequence)
         self.prompts.put_back(sequence)
 
-    def _restore(self) -> list[Sequence]:
-        """Let offloaded sequences go on, oldest first, while their blocks and one to grow fit; those that decode."""
+    def _restore(self, lane: int) -> list[Sequence]:
+        """Let offloaded sequences go on, oldest first, while their blocks and one to grow fit; those that decode.
+
+        These are in `lane` from now on.
+        """
         decoding: list[Sequence] = []
         pool = self.cache.pool
         while self.offload is not None and (sequence := self.offload.oldest) is not None:
@@ -316,7 +346,7 @@ class GenerationScheduler:
             if sequence.num_remaining > 1:
                 self.prompts.resume(sequence)
             else:
-                self.running.append(sequence)
+                self._run(sequence, lane)
                 decoding.append(sequence)
         return decoding
 
@@ -336,11 +366,11 @@ class GenerationScheduler:
         self._release(sequence)
 
     def _take_out(self, sequence: Sequence) -> None:
-        if sequence in self.running:
+        if self._lanes.pop(sequence, None) is not None:
             self.running.remove(sequence)
         self.prompts.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         table = sequence.let_go()
-        if table is not None:
+        if table is not None and not self._flights.hold(sequence, table):
             self.cache.release(table)

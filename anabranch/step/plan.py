@@ -38,7 +38,7 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
         block_ids: the block table, covering at least `start + len(token_ids)` tokens.
         sample: set when the last new token's logits are to be sampled.
         follows: set when the one new token is not known yet (`token_ids` holds a 0): its place among the tokens that
-            the step before this one samples, counted in the order of that plan's sequences that sample.
+            the lane's step before this one samples, counted in the order of that plan's sequences that sample.
     """
 
     request_id: str
@@ -60,10 +60,15 @@ class SequencePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One forward pass over a ragged batch."""
+    """One forward pass over a ragged batch.
+
+    Attributes:
+        lane: steps of one lane follow each other; those of another go their own way. `follows` counts within a lane.
+    """
 
     step: int
     sequences: tuple[SequencePlan, ...]
+    lane: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -63,7 +63,7 @@ def _unix_address(path: str, folder: Path) -> str:
         return "unix (without a name)"
     mode = f"mode {os.stat(path).st_mode & 0o777:04o}" if os.path.exists(path) else "path removed"
     # What is different in each run.
-    named = re.sub(r"ranks-[^/]+", "ranks-*", path.replace(str(folder), "FOLDER"))
+    named = re.sub(r"FOLDER/anabranch-[^/]+", "FOLDER/anabranch-*", path.replace(str(folder), "FOLDER"))
     return f"unix {named}, {mode}"
 
 

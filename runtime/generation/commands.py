@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from anabranch.protocol.ffn import FfnPlacement
 from anabranch.protocol.wire_error import WireError
 from anabranch.request.token import TokenLogprob
+from anabranch.schedule.lane_costs import LaneCosts
 from anabranch.step.plan import StepPlan
 
 
@@ -53,6 +55,12 @@ class Restore(Command, frozen=True, kw_only=True, tag="restore"):
     pairs: tuple[tuple[int, int], ...]
 
 
+class UseFfnNodes(Command, frozen=True, kw_only=True, tag="ffn_nodes"):
+    """Send rows to these FFN nodes from now on; to attention ranks alone. Not answered."""
+
+    placement: FfnPlacement
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="e"):
     """Base: news of one rank's part of a stream."""
 
@@ -91,5 +99,11 @@ class StreamFailed(Event, frozen=True, kw_only=True, tag="failed"):
     error: WireError
 
 
-GenerationCommand = OpenStream | CloseStream | Step | Offload | Restore
-GenerationEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed
+class LanesMeasured(Event, frozen=True, kw_only=True, tag="lanes"):
+    """What a lane's steps take, now and then, with stream 0; from the first rank of an attention node."""
+
+    costs: LaneCosts
+
+
+GenerationCommand = OpenStream | CloseStream | Step | Offload | Restore | UseFfnNodes
+GenerationEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed | LanesMeasured

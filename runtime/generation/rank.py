@@ -9,6 +9,7 @@ import msgspec
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
+from anabranch.errors import AnabranchError
 from anabranch.step.plan import StepPlan
 from runtime.generation.commands import (
     CloseStream,
@@ -20,6 +21,7 @@ from runtime.generation.commands import (
     Restore,
     Step,
     StreamOpened,
+    UseFfnNodes,
 )
 from runtime.generation.importer import KvImport
 from runtime.rank import RankRoom
@@ -40,7 +42,7 @@ class GenerationRank:
         self._lease_s = config.lease_s
         self._receiver = KvStreamReceiver()
         self._planes: dict[str, Plane] = {}
-        if config.role == "decode":
+        if config.role != "colocated":
             for name in configured_planes(config.kv_transport, config.listen_host):
                 self._planes[name] = create_plane(name, self._receiver, listen_host=config.listen_host)
         addresses = {name: plane.address for name, plane in self._planes.items()}
@@ -62,6 +64,8 @@ class GenerationRank:
             case Restore(pairs=pairs):
                 assert self.engine.host is not None
                 self.engine.host.load(pairs)
+            case UseFfnNodes():
+                raise AnabranchError("rows stay here: this rank holds whole layers")
 
     def step(self, plan: StepPlan) -> PendingResult:
         """Compute a step; see `Rank.step`."""
@@ -94,12 +98,14 @@ class GenerationRank:
         self._emit(StreamOpened(stream_id=command.stream_id))
 
 
-def generation_room(module: str) -> RankRoom[GenerationCommand, GenerationEvent]:
+def generation_room(
+    module: str, make_rank: Callable[[WorkerConfig, Engine, Callable[[GenerationEvent], None]], GenerationRank]
+) -> RankRoom[GenerationCommand, GenerationEvent]:
     """What the ranks of a room that generates have in common; `python -m MODULE` is the process of one of them."""
     return RankRoom[GenerationCommand, GenerationEvent](
         module=module,
         commands=msgspec.msgpack.Decoder(GenerationCommand),
         events=msgspec.msgpack.Decoder(tuple[int, GenerationEvent]),
         make_step=lambda plan: Step(plan=plan),
-        make_rank=GenerationRank,
+        make_rank=make_rank,
     )

@@ -7,7 +7,7 @@
 
 Steps are launched and their results taken in when they come; the ranks compute one while the next one is scheduled.
 
-    commands -> take in the oldest step's result -> admit, schedule, launch -> (two in flight: wait for the inbox)
+    commands -> take in each lane's oldest step -> admit, schedule, launch -> (two in flight: wait for the inbox)
 
 A lease that hears nothing for `lease_s`, a refused slice, a cancel or a lost peer ends the attempt with Ended;
 its blocks are free before Ended is sent.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 
 from anabranch.cache.lease import LeaseBook
 from anabranch.config.worker import WorkerConfig
@@ -52,6 +52,7 @@ from runtime.generation.commands import (
     CloseStream,
     GenerationCommand,
     GenerationEvent,
+    LanesMeasured,
     Offload,
     OpenStream,
     Restore,
@@ -76,16 +77,28 @@ class GenerationWorker(Worker):
 
     Args:
         room: what its ranks run.
+        num_lanes: most lanes, see `GenerationScheduler`.
+        chooses_lanes: whether it takes fewer where these are better.
     """
 
-    def __init__(self, config: WorkerConfig, room: RankRoom[GenerationCommand, GenerationEvent]) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        room: RankRoom[GenerationCommand, GenerationEvent],
+        *,
+        num_lanes: int = 1,
+        chooses_lanes: bool = False,
+    ) -> None:
         super().__init__(config)
+        self.num_lanes = num_lanes
+        self.chooses_lanes = chooses_lanes
         self.colocated = config.role == "colocated"
         self.ranks = GenerationRanks(config, room, self._on_stream, self.fail)
         self._preempted: set[tuple[str, int, int]] = set()
-        self._in_flight: deque[Launched] = deque()
-        # A step has failed, and those that were launched behind it are not over.
-        self._recovering = False
+        # Steps of each lane, the oldest first.
+        self._in_flight: defaultdict[int, deque[Launched]] = defaultdict(deque)
+        # Lanes in which a step has failed, and those that were launched behind it are not over.
+        self._recovering: set[int] = set()
 
     def build(self) -> WorkerInfo:
         self.engine: Engine = self.ranks.start()
@@ -99,6 +112,7 @@ class GenerationWorker(Worker):
             max_step_tokens=self.config.max_step_tokens,
             offload=self._host_offload(),
             ahead=self.config.schedule_ahead,
+            lanes=self.num_lanes,
         )
         self.leases = LeaseBook()
         self.reservations = Reservations(cache, self.leases, self.config.lease_s)
@@ -181,31 +195,30 @@ class GenerationWorker(Worker):
         return self._launch() or landed
 
     def _take_in(self) -> bool:
-        """Take the oldest step's result in; False where there is none yet."""
-        if not self._in_flight or not self._in_flight[0].done:
-            return False
-        launched = self._in_flight.popleft()
-        try:
-            result = launched.result(STEP_TIMEOUT_S)
-        except Exception as error:
-            self.step_failed(launched.plan.step, error)
-            self._fail_step(launched.plan, error)
-        else:
-            self.step_passed()
-            self._publish(self.scheduler.update(launched.plan, result))
-        return True
+        """Take in the result of each lane's oldest step; False where there is none yet."""
+        landed = [flights.popleft() for flights in self._in_flight.values() if flights and flights[0].done]
+        for launched in landed:
+            try:
+                result = launched.result(STEP_TIMEOUT_S)
+            except Exception as error:
+                self.step_failed(launched.plan.step, error)
+                self._fail_step(launched.plan, error)
+            else:
+                self.step_passed()
+                self._publish(self.scheduler.update(launched.plan, result))
+        return bool(landed)
 
     def _launch(self) -> bool:
-        if self._recovering and self._in_flight:
+        if any(self._in_flight[lane] for lane in self._recovering):
             return False
-        self._recovering = False
+        self._recovering.clear()
         plan, sent_away = self.scheduler.schedule()
         for sequence in sent_away:
             self._end(sequence.key, "preempted")
         if plan is None:
             return False
         launched = self.ranks.launch(plan)
-        self._in_flight.append(launched)
+        self._in_flight[plan.lane].append(launched)
         # Its end wakes the engine.
         launched.future.add_done_callback(lambda _: self.submit(_wake))
         return True
@@ -246,6 +259,8 @@ class GenerationWorker(Worker):
                 self._commit(committed)
             case StreamFailed(stream_id=stream_id, error=error):
                 self._abort(stream_id, "failed", error.to_error())
+            case LanesMeasured(costs=costs) if self.chooses_lanes:
+                self.scheduler.deal(costs.best(len(self.scheduler.running), self.scheduler.num_lanes))
 
     def _reserved(self, stream_id: int) -> None:
         reservation = self.reservations.get(stream_id)
@@ -334,9 +349,9 @@ class GenerationWorker(Worker):
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         sequences = self.scheduler.withdraw(plan)
-        if self._recovering:
+        if plan.lane in self._recovering:
             return  # it went on with what has failed; who joined it only then is not to blame, and is scheduled again
-        self._recovering = True
+        self._recovering.add(plan.lane)
         failure = error if isinstance(error, AnabranchError) else AnabranchError(f"decode step failed: {error}")
         for sequence in sequences:
             self.scheduler.remove(sequence.key)

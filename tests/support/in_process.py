@@ -23,7 +23,10 @@ from anabranch.engine.pending import PendingResult
 from anabranch.protocol.workers import Ended, Generate, Message, Prefill, PrefillEnded, Reserve, ToOrchestrator
 from anabranch.step.plan import StepPlan
 from anabranch_client import CallCancelled, Client, Unavailable
+from attn_nodes.rank import AttnRank
+from attn_nodes.worker import AttnWorker
 from decode.worker import DecodeWorker
+from ffn_nodes.worker import FfnWorker
 from orchestrator.resolved_model import CheckpointModel
 from orchestrator.service import Orchestrator
 from prefill.worker import PrefillWorker
@@ -90,6 +93,13 @@ class Throttle:
         return result
 
 
+def _calls_out(rank: AttnRank) -> list[str]:
+    """What an attention rank still waits for, in words."""
+    ffn = rank._ffn
+    left = [f"{len(node.calls)} calls at {node.name}" for node in ffn._nodes.values() if node.calls]
+    return left + ["lanes are busy"] * rank.busy + [f"{len(ffn._unsent)} parts wait"] * bool(ffn._unsent)
+
+
 class Minutes:
     """What a worker was given and what it said of it, for counting."""
 
@@ -143,6 +153,7 @@ class InProcessCluster:
                 "model": str(model),
                 "grpc_bind": "127.0.0.1:0",
                 "control_bind": f"ipc://{folder}/control",
+                "ffn_workers": roles.count("ffn"),
                 **(orchestrator or {}),
             }
         )
@@ -221,6 +232,8 @@ class InProcessCluster:
         """Wait until nothing is left of any request anywhere, then check the books."""
         wait_until(lambda: not self._left(), "idle; left", describe=self._left)
         for worker in self.workers:
+            if worker.config.role == "ffn":
+                continue
             worker.engine.cache.check_integrity()  # type: ignore[attr-defined]
             if worker.config.role != "prefill" and worker.scheduler.offload is not None:  # type: ignore[attr-defined]
                 worker.scheduler.offload.check_integrity()  # type: ignore[attr-defined]
@@ -237,11 +250,18 @@ class InProcessCluster:
             left.append(f"orchestrator: {error}")
         for worker in self.workers:
             stats = worker.stats()
+            if worker.config.role == "ffn":
+                # It is never idle while attention workers are linked to it.
+                if stats.num_running or stats.num_waiting:
+                    left.append(f"{worker.config.name}: {stats}")
+                continue
             rank = worker.ranks._local  # type: ignore[attr-defined]
             if worker.config.role == "prefill":
                 streams, staging = rank._senders | dict.fromkeys(rank._opening), rank._source.staging_bytes
             else:
                 streams, staging = rank._receiver._streams, rank._receiver.staging_bytes
+            if worker.config.role == "attn":
+                left += [f"{worker.config.name}: {calls}" for calls in _calls_out(rank)]
             held = stats.num_total_blocks - stats.num_free_blocks
             held += stats.num_total_host_blocks - stats.num_free_host_blocks
             if not worker.is_idle() or held or streams or staging:
@@ -306,7 +326,13 @@ class InProcessCluster:
         self._orchestrator = Orchestrator(self._orchestrator_config, model, ThreadEncoder.of(model.tokenizer))
         await self._orchestrator.start()
         self.endpoint = self._orchestrator.grpc_endpoint
-        rooms = {"prefill": PrefillWorker, "decode": DecodeWorker, "colocated": DecodeWorker}
+        rooms = {
+            "prefill": PrefillWorker,
+            "decode": DecodeWorker,
+            "colocated": DecodeWorker,
+            "attn": AttnWorker,
+            "ffn": FfnWorker,
+        }
         configs = [
             WorkerConfig(orchestrator=self._orchestrator.control_endpoint, **options) for options in self._options
         ]

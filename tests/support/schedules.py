@@ -38,7 +38,12 @@ def sequence(
 
 
 def scheduler(
-    num_blocks: int = 16, *, computes_prompts: bool, prefix_cache: bool = False, max_step_tokens: int = 16
+    num_blocks: int = 16,
+    *,
+    computes_prompts: bool,
+    prefix_cache: bool = False,
+    max_step_tokens: int = 16,
+    lanes: int = 1,
 ) -> GenerationScheduler:
     """One with 8 places and blocks of BLOCK tokens."""
     return GenerationScheduler(
@@ -47,6 +52,7 @@ def scheduler(
         computes_prompts=computes_prompts,
         max_running=8,
         max_step_tokens=max_step_tokens,
+        lanes=lanes,
     )
 
 

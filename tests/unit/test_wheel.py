@@ -12,7 +12,18 @@ from setuptools import find_packages
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = {"anabranch", "anabranch_client", "transport", "runtime", "prefill", "decode", "orchestrator", "launch"}
+SHIPPED = {
+    "anabranch",
+    "anabranch_client",
+    "transport",
+    "runtime",
+    "prefill",
+    "decode",
+    "attn_nodes",
+    "ffn_nodes",
+    "orchestrator",
+    "launch",
+}
 NOT_SHIPPED = {"benchmarks", "tests", "scripts", "docs", "examples"}
 
 

@@ -1,7 +1,7 @@
 """The two ends of the M2N channel as their callers see them.
 
 Both ends are driven by the thread that computes: no progress thread, no future, no callback. One thread calls all
-methods of an end. A message is a fixed, versioned header and then tensors, as they lie in memory.
+methods of an end but `dial` and `wake`. A message is a fixed, versioned header and then tensors, as they lie in memory.
 """
 
 from __future__ import annotations
@@ -71,11 +71,23 @@ class Link(Protocol):
         ...
 
 
+class Dialled(Protocol):
+    """A connection that a node has taken, on its way to be a link."""
+
+    def attach(self) -> Link:
+        """Make it a link; on the thread that computes. Raises PeerLost where the node has gone meanwhile."""
+        ...
+
+    def close(self) -> None:
+        """Give it up; from any thread. Nothing happens once it is attached."""
+        ...
+
+
 class LinkMaker(Protocol):
     """An attention rank's end: makes links and waits for all of them at once."""
 
-    def connect(self, addresses: dict[str, str], peer: str) -> Link:
-        """A new link over the best backend that both have. Blocks for at most `connect_timeout_s`.
+    def dial(self, addresses: dict[str, str], peer: str) -> Dialled:
+        """Reach a node over the best backend that both have. Blocks for at most `connect_timeout_s`; from any thread.
 
         Args:
             addresses: backend name -> address, as the node's `Listener.addresses` says.

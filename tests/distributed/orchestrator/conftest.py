@@ -49,6 +49,9 @@ from transport.control import ControlClient
 CONTEXT = 1024
 VOCAB = 256
 EOS = 0
+# A sparse layer and a dense one: how many experts, and bytes of each.
+EXPERTS = ((4, 10), (1, 20))
+ALL_EXPERTS = ((0, 1, 2, 3), (0,))
 
 M = TypeVar("M")
 
@@ -102,6 +105,10 @@ class ByteModel:
             raise InvalidRequest("the model's chat template refuses them: no user", "messages")
         return self.encode("".join(f"{role}:{content}\n" for role, content in messages))
 
+    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
+        assert dtype in ("float32", "bfloat16")
+        return EXPERTS
+
     def text_stream(self, sampling: SamplingParams) -> ByteText:
         return ByteText(sampling)
 
@@ -128,6 +135,9 @@ def worker_info(name: str, role: str, /, **changes: object) -> WorkerInfo:
         device="cpu",
         num_threads=1,
     )
+    if role == "ffn":
+        own = {"addresses": {"shm": f"/{name}"}, "incarnation": 100 + len(name), "max_context": 0, "num_blocks": 0}
+        info = msgspec.structs.replace(info, planes=(), block_size=0, **own)
     return msgspec.structs.replace(info, **changes)
 
 

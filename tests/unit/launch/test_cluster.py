@@ -10,17 +10,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.errors import WorkerDied
 from anabranch_client import Admin, Client, Sampling, Tokens
 from anabranch_client import WorkerDied as RequestLost
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.process import ProcessExit
+from launch.process_plan import plan_processes, plan_workers
 from tests.support.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.distributed
@@ -242,3 +244,25 @@ def test_the_demo_answers_and_leaves_nothing(tmp_path: Path, environment: dict[s
     assert "KV stream" in demo.stdout
     assert "0 processes and 0 folders left behind" in demo.stdout
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("living", "missing"),
+    [
+        ({"prefill", "attn", "ffn"}, ""),
+        ({"prefill", "attn", "ffn", "decode"}, ""),
+        ({"prefill", "decode"}, ""),
+        ({"prefill", "attn"}, "decode"),
+        ({"attn", "ffn", "decode"}, "prefill"),
+        (set(), "prefill"),
+    ],
+)
+def test_a_role_that_nobody_has_any_more(living: set[str], missing: str) -> None:
+    pools = Pools(prefill=PoolConfig(), decode=PoolConfig(), attn=AttnPoolConfig(), ffn=FfnPoolConfig())
+    cluster = LocalCluster(Topology(pools=pools))
+    cluster._plans = plan_processes(cluster.topology, plan_workers(cluster.topology, "ipc://x"))
+    cluster._children = {
+        plan.name: SimpleNamespace(alive=plan.workers[0].role in living)  # type: ignore[misc]
+        for plan in cluster._plans
+    }
+    assert cluster.missing_role == missing

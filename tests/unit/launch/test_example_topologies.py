@@ -17,6 +17,7 @@ MESHES = {
     "prefill_decode": ["prefill-0 1x1", "decode-0 1x1"],
     "two_decodes_tp2": ["prefill-0 1x1", "decode-0 2x1", "decode-1 2x1"],
     "cp2": ["prefill-0 1x2", "decode-0 1x2"],
+    "attention_and_ffn": ["prefill-0 1x1", "attn-0 1x1", "ffn-0 1x1", "ffn-1 1x1"],
     "gguf": ["prefill-0 1x1", "decode-0 1x1"],
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -8,7 +9,7 @@ import pytest
 from anabranch.config.flags import parse_flags
 from anabranch.config.load import check_topology
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.config.worker import WorkerConfig
 from launch.process_plan import plan_orchestrator, plan_processes, plan_workers
 
@@ -111,6 +112,43 @@ def test_the_orchestrator_listens_where_the_topology_says() -> None:
     assert config.endpoints_file == "/tmp/x/endpoints.json"
     assert config.secret_file == "/tmp/x/control.secret"
     assert config.admin_token_file == "/tmp/x/admin.token"
+
+
+def test_attention_and_ffn_workers_have_processes_of_their_own() -> None:
+    pools = Pools(
+        prefill=PoolConfig(),
+        attn=AttnPoolConfig(workers=2, lanes=3),
+        ffn=FfnPoolConfig(workers=2, replicas=2, capacity_bytes=1 << 30, merge_wait_us=7),
+    )
+    topology = Topology(pools=pools, row_exact="on", ffn_timeout_s=2.0)
+    processes = plan_processes(topology, plan_workers(topology, CONTROL, cores=tuple(range(5))))
+    assert [(p.name, p.module, p.num_threads) for p in processes] == [
+        ("prefill-0", "prefill", 1),
+        ("attn-0", "attn_nodes", 1),
+        ("attn-1", "attn_nodes", 1),
+        ("ffn-0", "ffn_nodes", 1),
+        ("ffn-1", "ffn_nodes", 1),
+    ]
+    attn, ffn = (parse_flags(WorkerConfig, processes[n].arguments, prog="worker", about="") for n in (1, 3))
+    assert (attn.role, attn.lanes, attn.row_exact, attn.ffn_timeout_s) == ("attn", 3, "on", 2.0)
+    assert (ffn.role, ffn.capacity_bytes, ffn.merge_wait_us, ffn.row_exact) == ("ffn", 1 << 30, 7, "on")
+    assert ffn.host_kv_bytes == 0
+    # Who streams KV in one process, and FFN workers beside it.
+    shared = replace(topology, kv_transport="inproc")
+    processes = plan_processes(shared, plan_workers(shared, CONTROL))
+    assert [p.name for p in processes] == ["inproc", "ffn-0", "ffn-1"]
+
+
+def test_the_orchestrator_knows_how_many_ffn_workers_to_wait_for() -> None:
+    def planned(topology: Topology) -> OrchestratorConfig:
+        files = dict.fromkeys(("secret_file", "admin_token_file", "endpoints_file"), Path("/tmp/x"))
+        plan = plan_orchestrator(topology, CONTROL, **files)
+        return parse_flags(OrchestratorConfig, plan.arguments, prog="orchestrator", about="")
+
+    pools = Pools(prefill=PoolConfig(), attn=AttnPoolConfig(), ffn=FfnPoolConfig(workers=3, replicas=0))
+    config = planned(Topology(pools=pools))
+    assert (config.ffn_workers, config.ffn_replicas) == (3, 0)
+    assert planned(Topology()).ffn_workers == 0
 
 
 def test_ranks_get_no_more_threads_than_there_are_cores() -> None:

@@ -67,6 +67,18 @@ def test_no_route_without_a_usable_path():
     assert names(router.choose(request(), [member("c", "colocated")])) == ("c",)
 
 
+def test_an_attention_worker_counts_as_decode_once_every_expert_has_an_owner():
+    attn = member("a", "attn")
+    members = [member("p", "prefill"), attn, member("f", "ffn")]
+    router = LeastWork(100)
+    assert attn.state == "ready"
+    assert router.choose(request(), members) is None
+    attn.waits_for = ""
+    assert names(router.choose(request(), members)) == ("p", "a")
+    Attempt(request(), Route(attn, members[0]))
+    assert names(router.choose(request(), [*members, member("d", "decode")])) == ("p", "d")
+
+
 def test_draining_dead_and_small_workers_are_passed_over():
     draining, small = member("d0", "decode"), member("d1", "decode", max_context=19)
     draining.draining = True

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from anabranch.config.topology import PoolConfig, Topology, file_key
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Topology, file_key
 
 pytestmark = pytest.mark.unit
 
@@ -32,8 +32,10 @@ def test_the_page_has_the_options_of_today(script: ModuleType) -> None:
 
 
 def test_every_key_of_a_file_has_a_row(script: ModuleType) -> None:
-    rows = {line.split(" | ")[0] for name in ("topology", "pool") for line in script.table(name).splitlines()}
-    keys = {file_key(field.name) for options in (Topology, PoolConfig) for field in fields(options)} - {"pools"}
+    tables = ("topology", "pool", "attn", "ffn")
+    rows = {line.split(" | ")[0] for name in tables for line in script.table(name).splitlines()}
+    classes: tuple[type, ...] = (Topology, PoolConfig, AttnPoolConfig, FfnPoolConfig)
+    keys = {file_key(field.name) for options in classes for field in fields(options)} - {"pools"}
     assert {f"| `{key}`" for key in keys} <= rows
 
 
@@ -41,6 +43,9 @@ def test_a_row_shows_default_unit_and_bounds(script: ModuleType) -> None:
     table = script.table("pool")
     assert "| `kv_cache` | `512MiB` | bytes | 1 to 1024TiB | size of the KV pool of each rank. |" in table
     assert "| `max_step_tokens` | 1024 | tokens | at least 1 |" in table
+    assert "| `lanes` | 2 |  | 1 to 4 |" in script.table("attn")
+    assert "| `capacity` | `0` | bytes | 0 to 1024TiB |" in script.table("ffn")
+    assert "kv_cache" not in script.table("attn") + script.table("ffn")
     assert "| `preemption` | `auto` |  | `auto`, `recompute`, `offload` |" in table
 
 

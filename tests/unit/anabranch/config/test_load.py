@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anabranch.config.load import check_topology, load_topology, parse_size, topology_from, usable_cores
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -43,6 +43,29 @@ def test_a_full_file_is_read(tmp_path: Path) -> None:
     assert topology.pools.decode.kv_cache_bytes == 1048576
     assert topology.pools.decode.max_running == 8
     assert topology.pools.colocated is None
+
+
+def test_attention_and_ffn_apart(tmp_path: Path) -> None:
+    topology = load_topology(
+        written(
+            tmp_path,
+            """
+            row_exact: on
+            combine: sums
+            pools:
+              prefill: {}
+              attn: {workers: 2, tp: 2, lanes: 3, kv_cache: 64MiB}
+              ffn: {workers: 3, replicas: 2, capacity: 1GiB, merge_wait_us: 20}
+            """,
+        )
+    )
+    pools = topology.pools
+    assert list(pools.by_role) == ["prefill", "attn", "ffn"]
+    assert (topology.row_exact, topology.combine) == ("on", "sums")
+    assert pools.attn == AttnPoolConfig(workers=2, tp=2, lanes=3, kv_cache_bytes=64 << 20)
+    assert pools.ffn == FfnPoolConfig(workers=3, replicas=2, capacity_bytes=1 << 30, merge_wait_us=20)
+    # YAML reads these words as truth values.
+    assert load_topology(written(tmp_path, "row_exact: off")).row_exact == "off"
 
 
 def test_an_empty_file_is_the_default_cluster(tmp_path: Path) -> None:
@@ -105,7 +128,29 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"pools": {"colocated": {"kv_cache_bytes": 1}}}, "pools.colocated.kv_cache_bytes", 1, "unknown key; did you"),
         ({"model": ""}, "model", "", "name a model"),
         ({"pools": {"prefill": {}}}, "pools.decode", None, "come together"),
-        ({"pools": {}}, "pools", {}, "give prefill and decode, or colocated"),
+        ({"pools": {"decode": {}}}, "pools.prefill", None, "prefill and decode pools come together"),
+        ({"pools": {"prefill": {}, "attn": {}}}, "pools.ffn", None, "attn and ffn pools come together"),
+        ({"pools": {"prefill": {}, "decode": {}, "ffn": {}}}, "pools.attn", None, "attn and ffn pools come together"),
+        ({"pools": {"attn": {}, "ffn": {}}}, "pools.prefill", None, "prefill and attn pools come together"),
+        ({"pools": {"ffn": {"workers": 2, "replicas": 3}}}, "pools.ffn.replicas", 3, "at most the pool's 2 workers"),
+        ({"pools": {"ffn": {"replicas": -1}}}, "pools.ffn.replicas", -1, "must be at least 0"),
+        ({"pools": {"ffn": {"tp": 65}}}, "pools.ffn.tp x cp", "65 x 1", "makes 65 ranks; at most 64"),
+        ({"pools": {"ffn": {"cp": 1}}}, "pools.ffn.cp", 1, "unknown key; "),
+        ({"pools": {"ffn": {"kv_cache": 1}}}, "pools.ffn.kv_cache", 1, "unknown key; "),
+        ({"pools": {"ffn": {"lanes": 2}}}, "pools.ffn.lanes", 2, "unknown key; "),
+        ({"pools": {"ffn": {"capacity": -1}}}, "pools.ffn.capacity", -1, "at least 0 (bytes)"),
+        ({"pools": {"ffn": {"merge_wait_us": 10**7}}}, "pools.ffn.merge_wait_us", 10**7, "at most 1000000 (micro"),
+        ({"pools": {"decode": {"lanes": 2}}}, "pools.decode.lanes", 2, "unknown key; "),
+        ({"pools": {"colocated": {"lanes": 2}}}, "pools.colocated.lanes", 2, "unknown key; "),
+        ({"pools": {"attn": {"lanes": -1}}}, "pools.attn.lanes", -1, "must be at least 0"),
+        ({"pools": {"attn": {"lanes": 5}}}, "pools.attn.lanes", 5, "must be at most 4"),
+        ({"pools": {"attn": {"replicas": 2}}}, "pools.attn.replicas", 2, "unknown key; "),
+        ({"row_exact": "maybe"}, "row_exact", "maybe", "must be one of auto, on, off"),
+        ({"prefix_cache": "on"}, "prefix_cache", "on", "expected `bool`"),
+        ({"combine": True}, "combine", True, "got `bool`"),
+        ({"ffn_transport": "ucx"}, "ffn_transport", "ucx", "must be one of auto, shm, tcp"),
+        ({"ffn_timeout_s": 0}, "ffn_timeout_s", 0.0, "must be above 0"),
+        ({"pools": {}}, "pools", {}, "give prefill and decode, prefill, attn and ffn, or colocated"),
         ({"block_size": 0}, "block_size", 0, "must be at least 1"),
         ({"block_size": 10**15}, "block_size", 10**15, "must be at most 65536 (tokens)"),
         ({"max_context": 1 << 40}, "max_context", 1 << 40, "must be at most 2147483647"),

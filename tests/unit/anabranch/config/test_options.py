@@ -14,16 +14,16 @@ import anabranch.config
 from anabranch.config.bounds import bounds_of
 from anabranch.config.flags import attribute_help, parse_flags, to_flags
 from anabranch.config.load import topology_from
-from anabranch.config.options import ClusterOptions, PoolOptions
+from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions, RankOptions
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.config.topology import PoolConfig, Topology, file_key
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Topology, file_key
 from anabranch.config.worker import WorkerConfig
 from anabranch.errors import ConfigError
 from launch.process_plan import plan_workers
 
 pytestmark = pytest.mark.unit
 
-ALL = (Topology, PoolConfig, WorkerConfig, OrchestratorConfig)
+ALL = (Topology, PoolConfig, AttnPoolConfig, FfnPoolConfig, WorkerConfig, OrchestratorConfig)
 # Another value than the default, for each option that a topology gives to workers.
 OTHER: dict[str, object] = {
     "model": "m",
@@ -48,6 +48,20 @@ OTHER: dict[str, object] = {
     "max_running": 5,
     "max_step_tokens": 99,
     "ring": "pass_q",
+    "ffn_transport": "tcp",
+    "row_exact": "off",
+    "combine": "sums",
+    "ffn_timeout_s": 4.0,
+    "ffn_unavailable_s": 20.0,
+    "lanes": 3,
+    "capacity_bytes": 1 << 30,
+    "merge_wait_us": 50,
+}
+# Role -> the classes that declare what its workers are given.
+DECLARED: dict[str, tuple[type, ...]] = {
+    "colocated": (ClusterOptions, PoolOptions),
+    "attn": (ClusterOptions, PoolOptions, AttnOptions),
+    "ffn": (ClusterOptions, RankOptions, FfnOptions),
 }
 
 
@@ -65,18 +79,23 @@ def test_an_option_of_a_topology_is_declared_once() -> None:
         for node in body.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     )
-    shared = names(ClusterOptions) | names(PoolOptions)
+    shared = set().union(*(names(options) for declared in DECLARED.values() for options in declared))
     assert {name: declared[name] for name in shared} == dict.fromkeys(shared, 1)
-    assert shared == names(WorkerConfig) & (names(Topology) | names(PoolConfig))
+    pools = names(PoolConfig) | names(AttnPoolConfig) | names(FfnPoolConfig)
+    assert shared == names(WorkerConfig) & (names(Topology) | pools)
     assert shared == set(OTHER)
 
 
-def test_a_topology_gives_workers_every_option() -> None:
+@pytest.mark.parametrize("role", DECLARED)
+def test_a_topology_gives_workers_every_option(role: str) -> None:
     """Whoever adds an option to a shared class has nothing to copy."""
     cluster = {file_key(name): OTHER[name] for name in names(ClusterOptions)}
-    pool = {file_key(name): OTHER[name] for name in names(PoolOptions)}
-    (worker,) = plan_workers(topology_from({**cluster, "colocated": pool}), "ipc://x", cores=(0,))
-    assert {name: getattr(worker, name) for name in OTHER} == OTHER
+    given = set().union(*(names(options) for options in DECLARED[role]))
+    pool = {file_key(name): OTHER[name] for name in given - names(ClusterOptions)}
+    pools: dict[str, object] = {"prefill": {}, "attn": {}, "ffn": {}, role: pool}
+    workers = plan_workers(topology_from({**cluster, "pools": pools}), "ipc://x", cores=(0,))
+    (worker,) = (worker for worker in workers if worker.role == role)
+    assert {name: getattr(worker, name) for name in given} == {name: OTHER[name] for name in given}
     assert parse_flags(WorkerConfig, to_flags(worker), prog="decode", about="") == worker
 
 

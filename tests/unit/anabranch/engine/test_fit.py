@@ -11,9 +11,10 @@ import torch
 from anabranch.cache.kv_manager import KvCacheManager
 from anabranch.config.worker import WorkerConfig
 from anabranch.engine import fit
+from anabranch.engine.ffn_shares import ffn_shares
 from anabranch.errors import ConfigError
 from anabranch.model.config import ModelConfig
-from anabranch.model.size import weight_bytes
+from anabranch.model.size import attention_bytes, expert_bytes, num_experts, weight_bytes
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.reshard import tokens_of
 from tests.support.families import build
@@ -112,15 +113,74 @@ def test_more_memory_than_there_is(model: ModelConfig, monkeypatch: pytest.Monke
         + fit.PROCESS_BYTES
     )
     monkeypatch.setattr(fit, "available_bytes", lambda device: needed)
-    fit.check_memory(workers, model)
+    fit.check_memory(workers, model, {})
     monkeypatch.setattr(fit, "available_bytes", lambda device: needed - 1)
     with pytest.raises(ConfigError) as caught:
-        fit.check_memory(workers, model)
+        fit.check_memory(workers, model, {})
     assert str(caught.value) == (
         "memory: '1,701 MiB': would be needed on cpu, but 1,701 MiB are free: "
         "decode-0 4 x (weights 1 MiB + KV 100 MiB + offloaded KV 50 MiB + process 160 MiB), "
         "prefill-0 1 x (weights 1 MiB + KV 300 MiB + process 160 MiB); "
         "lower kv_cache or offload, or the number of ranks or workers"
+    )
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder: Path = tmp_path_factory.mktemp("sparse")
+    build("qwen2-moe-mixed").save_pretrained(folder)  # 6 experts of 14 features, a shared one of 22, a dense FFN of 40
+    return resolve_model(str(folder)).config()
+
+
+def ffn_workers(count: int, **options: object) -> list[WorkerConfig]:
+    return [worker(role="ffn", name=f"ffn-{number}", **options) for number in range(count)]
+
+
+def test_ffn_workers_are_cut_by_their_experts_and_attention_workers_by_heads(
+    model: ModelConfig, sparse: ModelConfig
+) -> None:
+    fit.check_worker(worker(role="ffn", name="ffn-0", tp=14, kv_cache_bytes=1), sparse)
+    with pytest.raises(ConfigError, match=r"^tp: 15: must be at most the model's 14 FFN features"):
+        fit.check_worker(worker(role="ffn", name="ffn-0", tp=15), sparse)
+    with pytest.raises(ConfigError, match=r"^tp: 41: must be at most the model's 40 FFN features"):
+        fit.check_worker(worker(role="ffn", name="ffn-0", tp=41), model)
+    fit.check_worker(worker(role="attn", name="attn-0", tp=6), sparse)
+    with pytest.raises(ConfigError, match=r"^tp: 7: must be at most the model's 6 query heads"):
+        fit.check_worker(worker(role="attn", name="attn-0", tp=7), sparse)
+
+
+def test_attention_workers_need_no_ffn_and_ffn_workers_their_share(
+    sparse: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attn = worker(role="attn", name="attn-0", kv_cache_bytes=100 * MIB, offload_bytes=50 * MIB)
+    nodes = ffn_workers(2)
+    shares = ffn_shares([attn, *nodes], sparse, 1)
+    experts = sum(num_experts(sparse, layer) * expert_bytes(sparse, "float32", layer) for layer in range(3))
+    assert sum(shares.values()) == experts
+    needed = attention_bytes(sparse, "float32", 1, 0, shared_experts=True) + experts
+    needed += 150 * MIB + 3 * fit.PROCESS_BYTES
+    monkeypatch.setattr(fit, "available_bytes", lambda device: needed)
+    fit.check_memory([attn, *nodes], sparse, shares)
+    monkeypatch.setattr(fit, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(
+        ConfigError, match=r"attn-0 1 x \(weights .* \+ KV 100 .*, ffn-0 1 x \(weights 1 MiB \+ process"
+    ):
+        fit.check_memory([attn, *nodes], sparse, shares)
+
+
+def test_capacity_for_all_experts(sparse: ModelConfig) -> None:
+    experts = sum(num_experts(sparse, layer) * expert_bytes(sparse, "float32", layer) for layer in range(3))
+    assert ffn_shares(ffn_workers(3, capacity_bytes=experts), sparse, 0) == dict.fromkeys(
+        ("ffn-0", "ffn-1", "ffn-2"), experts
+    )
+    assert ffn_shares([worker()], sparse, 1) == {}
+    with pytest.raises(ConfigError) as caught:
+        ffn_shares(ffn_workers(3, capacity_bytes=experts // 2), sparse, 2)
+    assert caught.value.key == "capacity_bytes"
+    assert caught.value.value == experts // 2
+    assert caught.value.remedy == (
+        f"3 ffn workers hold {experts // 2 * 3} bytes; all experts, 2 times, take {2 * experts}: "
+        f"raise it to at least {-(-2 * experts // 3)}, or workers to {-(-2 * experts // (experts // 2))}"
     )
 
 

@@ -188,7 +188,7 @@ def test_nothing_follows_a_step_that_failed(folder: Path, monkeypatch: pytest.Mo
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.model, "forward", fail)
+        patch.setattr(runner.stack, "forward", fail)
         with pytest.raises(ZeroDivisionError):
             runner.launch(step(2, part("b", (0,), 5, 1, follows=0)))
     with pytest.raises(AnabranchError, match="the step before failed"):

@@ -135,7 +135,9 @@ def logits_of(engine: Engine, plan: StepPlan) -> torch.Tensor:
             assert runner.programs.covers(plan)
             return runner.programs.forward(plan, LastTokens())
         batch, attention = runner._lay_out(plan, None)
-        return runner.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        return runner.model.run(
+            runner.stack.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -80,7 +80,7 @@ class Session:
         rows = torch.arange(len(ids))
         positions = rows + self.position
         self.position += len(ids)
-        share_SV = self.model.forward(torch.tensor(ids), positions, self.attention, rows)
+        share_SV = self.model.run(self.model.attention.forward(torch.tensor(ids), positions, self.attention, rows))
         return self.model.attention.lm_head.gather(share_SV)
 
     def generate(self, prompt: list[int], count: int) -> list[int]:

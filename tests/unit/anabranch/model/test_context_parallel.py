@@ -51,7 +51,9 @@ class MeshRank:
         batch = RingBatch.from_plan(plan, BLOCK_SIZE, self.cp_rank, self.cp, CPU)
         variant = "pass_kv" if self.step % 2 else "pass_q"
         attention = RingAttention(PlainKernels(), self.kv, batch, self.cp_group, variant)
-        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        share_SV = self.model.run(
+            self.model.attention.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        )
         return self.model.attention.lm_head.gather(share_SV)
 
     def decode_step(self, sequences: list[SequencePlan]) -> torch.Tensor:
@@ -60,7 +62,9 @@ class MeshRank:
         plan = StepPlan(step=self.step, sequences=tuple(sequences))
         batch = TreeBatch.from_plan(plan, BLOCK_SIZE, self.cp_rank, self.cp, CPU)
         attention = TreeAttention(PlainKernels(), self.kv, batch, self.reduction)
-        share_SV = self.model.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        share_SV = self.model.run(
+            self.model.attention.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
+        )
         return self.model.attention.lm_head.gather(share_SV)
 
 

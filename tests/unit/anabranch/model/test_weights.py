@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anabranch.model import weights as weights_module
-from anabranch.model.load import weights_digest
+from anabranch.model.digest import weights_digest
 from anabranch.model.weights import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
 
 pytestmark = pytest.mark.unit

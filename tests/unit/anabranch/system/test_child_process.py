@@ -16,7 +16,18 @@ from tests.support.waiting import WAIT_S
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[4]
-ROOMS = ("anabranch", "anabranch_client", "transport", "runtime", "prefill", "decode", "orchestrator", "launch")
+ROOMS = (
+    "anabranch",
+    "anabranch_client",
+    "transport",
+    "runtime",
+    "prefill",
+    "decode",
+    "attn_nodes",
+    "ffn_nodes",
+    "orchestrator",
+    "launch",
+)
 # Names of ours that a user's file may have, and of the standard library.
 TAKEN = ("decode", "prefill", "runtime", "transport", "launch", "orchestrator", "anabranch", "json", "runpy")
 

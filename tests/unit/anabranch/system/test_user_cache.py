@@ -54,7 +54,17 @@ def test_a_relative_one_is_of_the_current_folder(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_other_place_chooses_a_folder_in_a_home() -> None:
-    for room in ("anabranch", "transport", "runtime", "prefill", "decode", "orchestrator", "launch"):
+    for room in (
+        "anabranch",
+        "transport",
+        "runtime",
+        "prefill",
+        "decode",
+        "attn_nodes",
+        "ffn_nodes",
+        "orchestrator",
+        "launch",
+    ):
         for path in (ROOT / room).rglob("*.py"):
             if path.name != "user_cache.py":
                 text = path.read_text()

@@ -1,0 +1,123 @@
+"""What of a ticket's rows goes to one FFN node, and the ticket itself.
+
+Shape suffixes: T rows of a ticket, S chosen experts of a row, A assignments (a row and one of its experts), R rows of
+a part, C hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from anabranch.kernels.combine import combine_slots
+from anabranch.model.ffn_half import FfnInput
+from transport.m2n.messages import Answer, Combine
+
+
+class Ticket:
+    """Rows of one layer that are out; it keeps them until all are answered.
+
+    Args:
+        rows: may have none.
+        deadline_s: `awake_s()` at which rows that no node has answered are given up.
+
+    Attributes:
+        num_open: parts that are not answered.
+        error: why it will not be answered.
+        compute_s: the longest product that answered a part, with whatever it was merged with.
+        way_s: of the part that took longest, what it neither waited at its node nor was computed.
+    """
+
+    def __init__(
+        self, *, step: int, lane: int, layer: int, rows: FfnInput, combine: Combine, deadline_s: float
+    ) -> None:
+        self.step = step
+        self.lane = lane
+        self.layer = layer
+        self.rows = rows
+        self.combine = combine
+        self.deadline_s = deadline_s
+        self.num_open = 0
+        self.error: Exception | None = None
+        self.compute_s = self.way_s = 0.0
+        num_rows, hidden = rows.normed_TC.shape
+        count = num_rows if rows.experts_TS is None else rows.experts_TS.numel()
+        # An answer for each row, or for each choice; sums are kept part by part, and added in the parts' order.
+        self._answers_AC = rows.normed_TC.new_zeros((count if combine is not Combine.SUMS else 0, hidden))
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.normed_TC.shape[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` can be had, or raises."""
+        return self.num_open == 0 or self.error is not None
+
+    def take(self, part: Part, answer: Answer, taken_s: float) -> None:
+        """A part's answer, which is copied, and how long it took."""
+        self.num_open -= 1
+        rows_RC = answer.rows_RC
+        self.compute_s = max(self.compute_s, answer.compute_us / 1e6)
+        self.way_s = max(self.way_s, taken_s - (answer.queue_us + answer.compute_us) / 1e6)
+        if self.combine is Combine.SUMS:
+            device = self._answers_AC.device
+            self._sums[part.number] = (part.picked_R.to(device), rows_RC.to(device, copy=True))
+        elif part.picked_A is None:
+            self._answers_AC.copy_(rows_RC)
+        else:
+            device = self._answers_AC.device
+            self._answers_AC.index_copy_(0, part.picked_A.to(device), rows_RC.to(device))
+
+    def result(self) -> torch.Tensor:
+        """`[T, C]` in the model's dtype: what the layer's FFN half answers. Raises `error`."""
+        if self.error is not None:
+            raise self.error
+        normed_TC, weights_TS, experts_TS = self.rows
+        if experts_TS is None:
+            return self._answers_AC
+        if self.combine is Combine.SUMS:
+            total_TC = torch.zeros(normed_TC.shape, dtype=torch.float32, device=normed_TC.device)
+            for number in sorted(self._sums):
+                total_TC.index_add_(0, *self._sums[number])
+            return total_TC.to(normed_TC.dtype)
+        assert weights_TS is not None
+        return combine_slots(self._answers_AC.view(*experts_TS.shape, normed_TC.shape[1]), weights_TS)
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Part:
+    """The assignments of a ticket that go to one node, in the ticket's order.
+
+    Attributes:
+        number: of the ticket's parts, ascending.
+        experts: of these assignments, each once.
+        picked_A: int64, places among the ticket's assignments (`T x S`, row by row); None: a dense layer, all rows.
+        picked_R: int64, the rows that these need, ascending.
+        rows_A: int32, each assignment's place in `picked_R`.
+        attempt: how often it was sent before.
+        tried: nodes that refused or lost it.
+        reason: what the last of these said.
+        refused: whether one of them could not compute it.
+        sent_to: nodes that it is out at.
+        open: whether it is not answered.
+    """
+
+    ticket: Ticket
+    number: int
+    experts: tuple[int, ...]
+    picked_A: torch.Tensor | None
+    picked_R: torch.Tensor
+    rows_A: torch.Tensor
+    attempt: int = 0
+    tried: set[str] = field(default_factory=set)
+    reason: str = ""
+    refused: bool = False
+    sent_to: set[str] = field(default_factory=set)
+    open: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return self.picked_R.shape[0]

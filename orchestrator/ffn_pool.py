@@ -1,0 +1,282 @@
+"""FFN workers: which experts each is told to hold, and what attention workers are told of it.
+
+An FFN worker's life here: came -> (all that are expected have come) -> told to hold experts (Place) -> holds them
+(Placed) -> published to every attention worker (FfnNodes) -> gone: published without it at once, and its experts go to
+those that are left. An expert is published of the workers that shall hold it as soon as all of them do; until then of
+whoever has it. An attention worker takes requests once it has been told of an owner of every expert, and while there
+is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+
+from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.errors import AnabranchError, ConfigError
+from anabranch.parallel.expert_placement import place
+from anabranch.protocol.ffn import FfnNode, FfnPlacement, Holding
+from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed
+from orchestrator.awake_timer import AwakeTimer
+from orchestrator.ffn_member import Experts, FfnMember, experts_of, holding_of, union
+from orchestrator.membership import Member, Membership
+from orchestrator.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+# Layers named in an error.
+MAX_NAMED_LAYERS = 3
+
+
+class FfnPool:
+    """Belongs to one event loop; `run` sends what the other methods decide.
+
+    Args:
+        on_change: called when attention workers have become able to serve, or unable.
+    """
+
+    def __init__(
+        self, config: OrchestratorConfig, model: ServedModel, membership: Membership, on_change: Callable[[], None]
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._membership = membership
+        self._on_change = on_change
+        self._nodes: dict[Member, FfnMember] = {}
+        # Attention workers, with the version of the placement that each was told last.
+        self._told: dict[Member, int] = {}
+        self._all: Experts = frozenset()
+        # For each layer how many experts it has, and bytes of one.
+        self._layers: tuple[tuple[int, int], ...] = ()
+        self._gathering: AwakeTimer | None = None
+        self._gathered = False
+        self._num_orders = 0
+        self._placement = FfnPlacement(version=0, nodes=())
+        self._problem = ""
+        self._news = asyncio.Event()
+
+    # What happens -----------------------------------------------------------------------------------------
+
+    def changed(self, member: Member) -> None:
+        """A worker of any role came, began to drain, or went."""
+        if member.role == "attn":
+            if member.alive:
+                self._told.setdefault(member, 0)
+            else:
+                self._told.pop(member, None)
+        elif member.role == "ffn":
+            if not member.alive:
+                node = self._nodes.pop(member, None)
+                if node is not None:
+                    node.close()
+            elif member not in self._nodes:
+                self._nodes[member] = FfnMember(member)
+            self._plan()
+        else:
+            return
+        self._renew()
+
+    def placed(self, member: Member, message: Placed) -> None:
+        """An FFN worker holds what it was told to, or says why not."""
+        node = self._nodes.get(member)
+        if node is None or not node.settle(message.version, failed=message.error is not None):
+            return
+        if message.error is not None:
+            logger.warning("worker %s does not hold what it was told to: %s", member.name, message.error.message)
+            node.problem = message.error.message
+            self._plan()
+        self._renew()
+
+    async def run(self) -> None:
+        """Send what is due, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            placement = self._placement
+            for member, version in list(self._told.items()):
+                if version < placement.version and await self._send(member, FfnNodes(placement=placement)):
+                    self._told[member] = placement.version
+            for node in list(self._nodes.values()):
+                for order in node.take_orders():
+                    await self._send(node.member, order)
+            published = {node.name for node in placement.nodes}
+            for node in list(self._nodes.values()):
+                # One that serves goes on until others hold what it does.
+                if node.member.draining and not node.told_to_drain and node.member.name not in published:
+                    node.told_to_drain = True
+                    await self._send(node.member, Drain())
+            self._say_who_serves()
+
+    def close(self) -> None:
+        """Take back all timers."""
+        if self._gathering is not None:
+            self._gathering.cancel()
+        for node in self._nodes.values():
+            node.close()
+
+    async def _send(self, member: Member, message: Place | FfnNodes | Drain) -> bool:
+        try:
+            await self._membership.send(member, message)
+        except AnabranchError as error:
+            logger.info("%s not sent to %s: %s", type(message).__name__, member.name, error)
+            return False
+        return True
+
+    def _renew(self) -> None:
+        """Do what follows from who shall hold what, and who does."""
+        self._publish()
+        self._order()
+        self._say_who_serves()
+        self._news.set()
+
+    # Who shall hold what ----------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Share the experts out among the workers that are there."""
+        usable = [node for node in self._nodes.values() if not node.member.draining]
+        if not usable or not self._may_begin(usable):
+            return
+        self._layers = self._model.expert_bytes(usable[0].member.info.kv_dtype)
+        counts = [count for count, _ in self._layers]
+        self._all = frozenset((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
+        targets = self._share([node for node in usable if not node.problem])
+        for node in self._nodes.values():
+            node.target = experts_of(targets.get(node.member.name, ()))
+
+    def _share(self, nodes: list[FfnMember]) -> dict[str, Holding]:
+        """What each worker shall hold, on fewer workers than configured where they have no more room.
+
+        Nothing, and `_problem`, where not all experts fit once.
+        """
+        self._problem = problem = ""
+        wanted = min(self._config.ffn_replicas or len(nodes), len(nodes))
+        for replicas in range(wanted, 0, -1):
+            try:
+                return place(
+                    self._layers,
+                    {node.member.name: node.member.info.capacity_bytes for node in nodes},
+                    replicas=replicas,
+                    current={node.member.name: holding_of(node.asked, len(self._layers)) for node in nodes},
+                )
+            except ConfigError as error:
+                problem = str(error)
+                logger.warning("experts cannot be on %d of %d ffn workers each: %s", replicas, len(nodes), error)
+        self._problem = problem
+        return {}
+
+    def _may_begin(self, usable: list[FfnMember]) -> bool:
+        if not self._gathered:
+            self._gathered = len(usable) >= self._config.ffn_workers
+            if not self._gathered and self._gathering is None:
+                self._gathering = AwakeTimer(self._config.ffn_gather_timeout_s, self._gather_no_longer)
+        return self._gathered
+
+    def _gather_no_longer(self) -> None:
+        if not self._gathered and self._nodes:
+            logger.warning(
+                "ffn_gather_timeout_s: %d of %d ffn workers have come in %g s; they hold everything",
+                len(self._nodes),
+                self._config.ffn_workers,
+                self._config.ffn_gather_timeout_s,
+            )
+            self._gathered = True
+            self._plan()
+            self._renew()
+        self._gathering = None
+
+    def _order(self) -> None:
+        """Tell workers that shall hold something else than they were told."""
+        unready = self._unready()
+        timeout_s = self._config.ffn_place_timeout_s
+        for node in self._nodes.values():
+            # What others do not hold yet stays where it is.
+            wanted = node.target | (node.held & unready)
+            if self._num_bytes(wanted) > (node.member.info.capacity_bytes or math.inf):
+                wanted = node.target
+            if wanted != node.asked and not node.problem and not node.member.draining:
+                self._num_orders += 1
+                node.order(
+                    self._num_orders,
+                    wanted,
+                    len(self._layers),
+                    timeout_s=timeout_s,
+                    on_late=partial(self._lose, node.member, timeout_s),
+                )
+
+    def _num_bytes(self, experts: Experts) -> int:
+        return sum(self._layers[layer][1] for layer, _ in experts)
+
+    def _lose(self, member: Member, timeout_s: float) -> None:
+        self._membership.lose(member, f"ffn_place_timeout_s: it has not loaded its experts in {timeout_s:g} s")
+
+    def _unready(self) -> Experts:
+        """What not all do hold yet that shall, or none shall: whoever has it is asked."""
+        nodes = self._nodes.values()
+        return union(node.target - node.held for node in nodes) | (self._all - union(node.target for node in nodes))
+
+    # What is published ------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Make a new version where who serves what has changed; the first one once every expert has an owner."""
+        unready = self._unready()
+        serving = [(node.member, node.held & (node.target | unready)) for node in self._nodes.values()]
+        published = tuple(
+            FfnNode(
+                name=member.name,
+                incarnation=member.info.incarnation,
+                addresses=member.info.addresses,
+                holding=holding_of(experts, len(self._layers)),
+            )
+            for member, experts in serving
+            if experts
+        )
+        if published != self._placement.nodes and (self._placement.version or not self._without_owner(published)):
+            self._placement = FfnPlacement(version=self._placement.version + 1, nodes=published)
+            shares = [f"{member.name} {len(experts)}" for member, experts in serving if experts]
+            shown = ", ".join(shares) or "nobody"
+            logger.info("FFN placement %d, of %d experts: %s", self._placement.version, len(self._all), shown)
+
+    def _without_owner(self, nodes: tuple[FfnNode, ...]) -> Experts:
+        return self._all - union(experts_of(node.holding) for node in nodes)
+
+    def _say_who_serves(self) -> None:
+        """Let attention workers take requests, or no more."""
+        lack = self._lack()
+        changed = False
+        for member, version in self._told.items():
+            waits_for = lack or ("" if version else f"no ffn worker is known to {member.name} yet")
+            changed = changed or bool(waits_for) != bool(member.waits_for)
+            member.waits_for = waits_for
+        if changed:
+            self._on_change()
+
+    def _lack(self) -> str:
+        """What attention workers cannot serve without; empty: every expert has an owner."""
+        if not self._nodes:
+            return "no ffn worker is there"
+        if not self._gathered:
+            expected = self._config.ffn_workers
+            return f"no ffn worker holds experts before {expected} have come (there: {self._names()})"
+        missing = self._without_owner(self._placement.nodes)
+        if not missing:
+            return ""
+        by_layer: dict[int, list[int]] = {}
+        for layer, expert in sorted(missing):
+            by_layer.setdefault(layer, []).append(expert)
+        named = [f"layer {layer}: {_few(experts)}" for layer, experts in list(by_layer.items())[:MAX_NAMED_LAYERS]]
+        more = f"; and of {len(by_layer) - len(named)} more layers" if len(by_layer) > len(named) else ""
+        why = [self._problem] if self._problem else []
+        why += [f"{node.member.name}: {node.problem}" for node in self._nodes.values() if node.problem]
+        why += [f"{node.member.name} loads" for node in self._nodes.values() if node.loading]
+        return f"no ffn worker holds experts of {'; '.join(named)}{more} ({'; '.join(why) or self._names()})"
+
+    def _names(self) -> str:
+        return ", ".join(node.member.name for node in self._nodes.values())
+
+
+def _few(experts: list[int]) -> str:
+    shown = ", ".join(map(str, experts[:4]))
+    return shown if len(experts) <= 4 else f"{shown}, ... ({len(experts)})"
