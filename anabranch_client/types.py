@@ -275,7 +275,7 @@ class FfnLoad:
     Attributes:
         num_rows: of all products.
         busy_s: computing, of the `up_s` that it has served.
-        bytes: of the weights that it holds now.
+        bytes: of the weights that its first rank holds now.
     """
 
     num_products: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -20,12 +21,16 @@ from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.parallel.group import Group
 from anabranch.protocol.ffn import FfnPlacement
 from anabranch.request.ffn_times import FfnTimes
+from anabranch.schedule.lane_costs import CostFit, LaneCosts
 from anabranch.step.plan import StepPlan
 from attn_nodes.part import Ticket
 from attn_nodes.remote_ffn import RemoteFfn
 from attn_nodes.shares import Shares
 from attn_nodes.turns import NOBODY, Turns
 from runtime.rank import ADVANCE_S, Done
+
+# How often the first rank says what steps take.
+MEASURED_STEPS = 16
 
 
 class _Lane:
@@ -39,6 +44,8 @@ class _Lane:
         broken: why the last step failed; whatever follows it fails alike.
         turn: when it last went on.
         times: what the step that has begun has cost at FFN nodes.
+        attention_s, ffn_s: what the step took so far, see `LaneCosts`.
+        ways_s: what each of its tickets took on its way; more where the answer came while another lane was computed.
     """
 
     def __init__(self) -> None:
@@ -52,6 +59,8 @@ class _Lane:
         self.broken: FfnUnavailable | None = None
         self.turn = 0
         self.times = FfnTimes()
+        self.attention_s = self.ffn_s = 0.0
+        self.ways_s: list[float] = []
 
     @property
     def ready(self) -> bool:
@@ -77,15 +86,21 @@ class Lanes:
     Args:
         runner: of attention halves.
         world: all ranks of the node.
+        measured: told now and then, on the first rank, what steps take.
     """
 
-    def __init__(self, runner: Runner, ffn: RemoteFfn, world: Group, num_lanes: int) -> None:
+    def __init__(
+        self, runner: Runner, ffn: RemoteFfn, world: Group, num_lanes: int, measured: Callable[[LaneCosts], None]
+    ) -> None:
         self._runner = runner
         self._ffn = ffn
         self._shares = Shares(world)
         self._turns = Turns(world)
         self._lanes = [_Lane() for _ in range(num_lanes)]
         self._num_turns = 0
+        self._measured = measured
+        self._attention_fit, self._ffn_fit, self._way_fit = CostFit(), CostFit(), CostFit()
+        self._num_steps = 0
         # On ranks that do not decide: the lane whose turn it is, where its step has not come yet.
         self._due: int | None = None
 
@@ -156,6 +171,7 @@ class Lanes:
     def _go_on(self, lane: _Lane) -> None:
         self._num_turns += 1
         lane.turn = self._num_turns
+        start_s = time.perf_counter()
         try:
             if lane.calls is None:
                 call = self._first(lane)
@@ -164,15 +180,31 @@ class Lanes:
             else:
                 call = lane.calls.send(self._answer(lane))
             self._ask(lane, call)
+            lane.attention_s += time.perf_counter() - start_s
         except StopIteration as end:
             end.value.ffn, end.value.ffn_traffic = lane.times, self._ffn.traffic.report()
+            lane.attention_s += time.perf_counter() - start_s
+            self._measure(lane)
             lane.end(end.value)
         except Exception as error:
             lane.end(error)
 
+    def _measure(self, lane: _Lane) -> None:
+        """A step has ended: what it took."""
+        rows = lane.plan.num_tokens
+        self._attention_fit.add(rows, lane.attention_s)
+        self._ffn_fit.add(rows, lane.ffn_s)
+        self._way_fit.add(rows, min(lane.ways_s, default=0.0) * len(lane.ways_s))
+        self._num_steps += 1
+        if self._turns.decides and self._num_steps % MEASURED_STEPS == 0:
+            way_s = self._way_fit.cost().at(rows)
+            self._measured(LaneCosts(attention=self._attention_fit.cost(), ffn=self._ffn_fit.cost(), way_s=way_s))
+
     def _first(self, lane: _Lane) -> FfnCall | None:
         """Begin the next step; None where it follows one that failed for lack of FFN nodes."""
         lane.plan, lane.done = lane.waiting.popleft()
+        lane.attention_s = lane.ffn_s = 0.0
+        lane.ways_s.clear()
         if lane.broken is not None and any(sequence.follows is not None for sequence in lane.plan.sequences):
             lane.end(lane.broken)
             return None
@@ -190,4 +222,6 @@ class Lanes:
         assert lane.ticket is not None
         lane.times += lane.ticket.times
         answer_TC = self._shares.join(lane.ticket, lane.num_rows)
+        lane.ffn_s += lane.ticket.compute_s
+        lane.ways_s.append(lane.ticket.way_s)
         return answer_TC if lane.beside_TC is None else answer_TC + lane.beside_TC

@@ -14,10 +14,11 @@ from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
 from anabranch.errors import FfnUnavailable
 from anabranch.model.identity import identity_of
+from anabranch.schedule.lane_costs import MAX_LANES
 from anabranch.step.plan import StepPlan
 from attn_nodes.lanes import Lanes
 from attn_nodes.remote_ffn import RemoteFfn
-from runtime.generation.commands import GenerationCommand, GenerationEvent, Step, UseFfnNodes
+from runtime.generation.commands import GenerationCommand, GenerationEvent, LanesMeasured, Step, UseFfnNodes
 from runtime.generation.rank import GenerationRank, generation_room
 from runtime.rank import Done
 from runtime.rank_process import run_rank
@@ -39,7 +40,13 @@ class AttnRank(GenerationRank):
             ffn_timeout_s=config.ffn_timeout_s,
             ffn_unavailable_s=config.ffn_unavailable_s,
         )
-        self._lanes = Lanes(engine.runner, self._ffn, engine.context.world, config.lanes)
+        self._lanes = Lanes(
+            engine.runner,
+            self._ffn,
+            engine.context.world,
+            config.lanes or MAX_LANES,
+            lambda costs: emit(LanesMeasured(stream_id=0, costs=costs)),
+        )
 
     @property
     def busy(self) -> bool:
@@ -84,7 +91,7 @@ def _shape(config: WorkerConfig, engine: Engine) -> ChannelShape:
         max_rows=min(config.max_running, config.max_step_tokens),
         max_choices=1 if model.moe is None else model.moe.top_k,
         # What is out, what was sent again, and what is late and will be answered all the same.
-        num_slots=2 * config.lanes + 2,
+        num_slots=2 * (config.lanes or MAX_LANES) + 2,
     )
 
 

@@ -362,7 +362,8 @@ class RemoteFfn:
             self._send_twice(node, now_s)
 
     def _answered(self, node: Node, answer: Answer) -> None:
-        sent = node.answered(answer.ticket, awake_s())
+        now_s = awake_s()
+        sent = node.answered(answer.ticket, now_s)
         if sent is None:
             return
         part = sent.part
@@ -379,7 +380,7 @@ class RemoteFfn:
             self._refused(part, node, "answered values that are not finite")
         else:
             part.open = False
-            part.ticket.take(part, answer, awake_s())
+            part.ticket.take(part, answer, now_s - sent.sent_s, now_s)
             traffic = self.traffic
             traffic.num_answers += 1
             traffic.queue_us += answer.queue_us

@@ -29,6 +29,7 @@ from anabranch.request.sampling_params import SamplingParams
 from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan
 from attn_nodes.lanes import Lanes
 from attn_nodes.remote_ffn import RemoteFfn
+from ffn_nodes.experts import NodeExperts
 from ffn_nodes.serving import Serving
 from transport.m2n import ChannelShape, Combine, create_link_maker, create_listener
 
@@ -60,7 +61,7 @@ class FfnSide:
         self.addresses = listener.addresses
         self.holding = holding
         self.bytes = table.num_bytes
-        self._serving = Serving(listener, table, num_threads=1, merge_wait_s=0.0, on_failure=_fail)
+        self._serving = Serving(listener, NodeExperts(table), num_threads=1, merge_wait_s=0.0, on_failure=_fail)
         self._serving.start()
         self._before = (0, 0.0)
 
@@ -133,7 +134,7 @@ class DecodeSide:
         self._ffn = RemoteFfn(
             create_link_maker(shape, transport), combine=Combine.SUMS, ffn_timeout_s=20.0, ffn_unavailable_s=60.0
         )
-        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes)
+        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes, lambda costs: None)
         self._lanes.use(
             FfnPlacement(
                 version=1,

@@ -11,12 +11,14 @@ by one core and against a stream over a socket.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import statistics
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +51,7 @@ SHM_TARGET = 2.0
 TCP_TARGET_US = 25.0
 BANDWIDTH_TARGET = 0.8
 NUM_SLOTS = 4
+NUM_ROUNDS = 3
 TIMEOUT_S = 60.0
 HEADER_BYTES = 128
 _NO_INDEX = torch.empty(0, dtype=torch.int32)
@@ -127,35 +130,42 @@ def rank_main(group: ShmGroup, task: Task) -> Figures:
 
 
 def _measure(group: ShmGroup, backend: str, rows: int, hidden: int, task: Task) -> Figures:
+    """Medians of several rounds, each of the channel and then of its bound."""
     name, effort = name_of(backend, rows, hidden), float(str(task["effort"]))
     shape = shape_of(rows, hidden)
-    num_bytes = rows * hidden * 2
-    num_calls = max(20, int(effort * min(2000, 400_000_000 / num_bytes)))
-    figures: Figures = {}
-    if group.rank:
-        listener = create_listener(shape, backend)
-        _share(group, listener.addresses[backend])
-        while not listener.num_links:
-            listener.poll()
-        times = _serve(listener, num_calls, Status.OK)
-        figures[f"{name} one way p50"], figures[f"{name} one way p99"] = _percentiles(times)
-        _serve(listener, num_calls, Status.NOT_HELD)
-        group.barrier()
-        listener.close()
-    else:
-        maker = create_link_maker(shape, backend)
-        link = maker.dial({backend: _share(group, "")}, "node").attach()
-        times = _round_trips(link, maker, shape, rows, num_calls)
-        figures[f"{name} round trip p50"], figures[f"{name} round trip p99"] = _percentiles(times)
-        figures[f"{name} bandwidth"] = _bandwidth(link, maker, shape, rows, num_calls)
-        group.barrier()
-        maker.close()
+    x = torch.randn(rows, hidden).to(shape.dtype)
+    num_calls = max(20, int(effort * min(2000, 400_000_000 / x.nbytes)) // NUM_ROUNDS)
+    rounds: dict[str, list[float]] = defaultdict(list)
+
+    def add(what: str, times: Sequence[float]) -> None:
+        kept = times[len(times) // 10 :]  # the first tenth warms up
+        rounds[f"{what} p50"].append(statistics.median(kept))
+        rounds[f"{what} p99"].append(statistics.quantiles(kept, n=100)[98])
+
     raw = _raw_shm if backend == "shm" else _raw_tcp
-    bound, bandwidth = raw(group, torch.zeros(rows * hidden, dtype=torch.bfloat16), num_calls, name, task)
-    if not group.rank:
-        figures[f"{name} bound"] = bound
-        figures[f"{name} raw bandwidth"] = bandwidth
-    return figures
+    with contextlib.ExitStack() as stack:
+        if group.rank:
+            listener = create_listener(shape, backend)
+            stack.callback(listener.close)
+            _share(group, listener.addresses[backend])
+        else:
+            maker = create_link_maker(shape, backend)
+            stack.callback(maker.close)
+            link = maker.dial({backend: _share(group, "")}, "node").attach()
+        for turn in range(NUM_ROUNDS):
+            if group.rank:
+                add("one way", _serve(listener, num_calls, Status.OK))
+                _serve(listener, num_calls, Status.NOT_HELD)
+            else:
+                add("round trip", _round_trips(link, maker, x, num_calls, 2 * turn * num_calls))
+                rounds["bandwidth"].append(_bandwidth(link, maker, x, num_calls, (2 * turn + 1) * num_calls))
+            group.barrier()
+            bound, bandwidth = raw(group, x.clone(), num_calls, f"{name} {turn}", task)
+            if not group.rank:
+                rounds["bound"].append(bound)
+                rounds["raw bandwidth"].append(bandwidth)
+        group.barrier()
+    return {f"{name} {what}": statistics.median(values) for what, values in rounds.items()}
 
 
 def shape_of(rows: int, hidden: int) -> ChannelShape:
@@ -210,45 +220,36 @@ def _receive(link: Link, maker: LinkMaker) -> Answer:
     return answer
 
 
-def _round_trips(link: Link, maker: LinkMaker, shape: ChannelShape, rows: int, num_calls: int) -> list[float]:
-    rows_TC = torch.randn(rows, shape.hidden_size).to(shape.dtype)
+def _round_trips(link: Link, maker: LinkMaker, x: torch.Tensor, num_calls: int, first: int) -> list[float]:
     times: list[float] = []
-    for ticket in range(num_calls):
-        call = _call(ticket, rows_TC)
+    for ticket in range(first, first + num_calls):
+        call = _call(ticket, x)
         link.send(call)
-        _receive(link, maker)
+        answer = _receive(link, maker)
         times.append((time.monotonic_ns() - call.step) / 1e3)
+        assert torch.equal(answer.rows_RC, x), "other rows came back"
     return times
 
 
-def _bandwidth(link: Link, maker: LinkMaker, shape: ChannelShape, rows: int, num_calls: int) -> float:
-    rows_TC = torch.randn(rows, shape.hidden_size).to(shape.dtype)
+def _bandwidth(link: Link, maker: LinkMaker, x: torch.Tensor, num_calls: int, first: int) -> float:
     began = time.perf_counter()
-    for ticket in range(num_calls, 2 * num_calls):
+    for ticket in range(first, first + num_calls):
         if not link.num_free:
             _receive(link, maker)
-        link.send(_call(ticket, rows_TC))
+        link.send(_call(ticket, x))
     while link.num_free < NUM_SLOTS:
         _receive(link, maker)
-    return num_calls * rows_TC.nbytes / (time.perf_counter() - began) / 1e9
-
-
-def _percentiles(times: Sequence[float]) -> tuple[float, float]:
-    """The median and the 99th percentile, without the first tenth, which warms up."""
-    kept = times[len(times) // 10 :]
-    return statistics.median(kept), statistics.quantiles(kept, n=100)[98]
+    return num_calls * x.nbytes / (time.perf_counter() - began) / 1e9
 
 
 def _raw_shm(group: ShmGroup, x: torch.Tensor, num_calls: int, name: str, task: Task) -> tuple[float, float]:
     """Microseconds one way by native code, and GB/s of one core that copies to shared memory."""
-    times: list[float] = []
-    for turn in range(3):
-        path = f"{name}-{turn}".replace(" ", "")
-        folder = Path(str(task["folder"]))
-        if group.rank == 0:
-            make_segment(folder, path, x.nbytes)
-        group.barrier()
-        times.append(ping_s(folder / path, group.rank, x, num_calls) * 1e6)
+    path = name.replace(" ", "")
+    folder = Path(str(task["folder"]))
+    if group.rank == 0:
+        make_segment(folder, path, x.nbytes)
+    group.barrier()
+    bound = ping_s(folder / path, group.rank, x, num_calls) * 1e6
     shared = [group.buffer_like(x) for _ in range(NUM_SLOTS)]
     group.barrier()
     began = time.perf_counter()
@@ -256,7 +257,7 @@ def _raw_shm(group: ShmGroup, x: torch.Tensor, num_calls: int, name: str, task: 
         shared[turn % NUM_SLOTS].copy_(x)
     bandwidth = num_calls * x.nbytes / (time.perf_counter() - began) / 1e9
     group.barrier()
-    return statistics.median(times), bandwidth
+    return bound, bandwidth
 
 
 def _raw_tcp(group: ShmGroup, x: torch.Tensor, num_calls: int, name: str, task: Task) -> tuple[float, float]:
@@ -294,7 +295,7 @@ def _raw_tcp(group: ShmGroup, x: torch.Tensor, num_calls: int, name: str, task: 
         else:
             _fill(sock, data[:1])
         bandwidth = num_calls * x.nbytes / (time.perf_counter() - began) / 1e9
-    return _percentiles(times)[0], bandwidth
+    return statistics.median(times), bandwidth
 
 
 def _fill(sock: socket.socket, data: memoryview) -> None:
@@ -371,8 +372,8 @@ def _wire_figures() -> list[Figure]:
             HEADER_BYTES + _up(answer_rows * hidden * rows_RC.dtype.itemsize),
         ]
         assert counted == formula, f"{combine.name}: {counted} bytes on the wire, {formula} by the formula"
-        for what, value, reference in zip(("call", "answer"), counted, formula, strict=True):
-            key = f"bytes of a {what}, {rows} x {hidden}, {combine.name.lower()}"
+        for what, value, reference in zip(("a call", "an answer"), counted, formula, strict=True):
+            key = f"bytes of {what}, {rows} x {hidden}, {combine.name.lower()}"
             figures.append(
                 Figure(key=key, value=value, unit="B", reference=reference, reference_name="formula", target=1.0)
             )

@@ -10,7 +10,6 @@ of what is to be loaded, it goes before.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -19,17 +18,15 @@ import torch
 
 from anabranch.engine.fit import available_bytes
 from anabranch.errors import AnabranchError, ConfigError, MalformedMessage
-from anabranch.model.expert_table import ExpertTable
 from anabranch.model.size import expert_bytes, num_experts
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Place, Placed
-from ffn_nodes.serving import Experts, Serving
+from ffn_nodes.experts import Experts, NodeExperts, experts_of
+from ffn_nodes.rank import be_nice
+from ffn_nodes.serving import Serving
 
 logger = logging.getLogger(__name__)
-
-# Where a core is contended, the compute thread gets ten times as much of it.
-NICE = 10
 
 
 class Placing:
@@ -45,7 +42,7 @@ class Placing:
 
     def __init__(
         self,
-        table: ExpertTable,
+        experts: NodeExperts,
         serving: Serving,
         *,
         capacity_bytes: int,
@@ -54,7 +51,7 @@ class Placing:
         keep_s: float,
         post: Callable[[Placed], None],
     ) -> None:
-        self._table = table
+        self._experts = experts
         self._serving = serving
         self._capacity_bytes = capacity_bytes
         self._num_threads = num_threads
@@ -83,7 +80,7 @@ class Placing:
     # On its own thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        be_nice()
         while (message := self._next()) is not None:
             if not self._told.empty():
                 continue
@@ -111,13 +108,13 @@ class Placing:
     def _let_go(self) -> None:
         self._keeps = False
         try:
-            self._serving.set_excess(_experts_of(self._table.holding()) - self._before, self._stall_s)
+            self._serving.set_excess(self._experts.present() - self._before, self._stall_s)
         except AnabranchError as error:
             # Whoever watches the compute thread ends the worker, or the next placement says it again.
             logger.warning("experts that nobody needs any more stay: %s", error)
 
     def _wanted(self, holding: Holding) -> Experts:
-        config = self._table.config
+        config = self._experts.config
         if len(holding) != config.num_layers:
             raise MalformedMessage(f"a placement of {len(holding)} layers for a model of {config.num_layers}")
         for layer, experts in enumerate(holding):
@@ -125,11 +122,11 @@ class Placing:
                 raise MalformedMessage(
                     f"a placement of expert {max(experts)} of layer {layer}, which has {num_experts(config, layer)}"
                 )
-        return _experts_of(holding)
+        return experts_of(holding)
 
     def _place(self, wanted: Experts) -> bool:
         """Whether all is here now; False where something else is to be placed instead."""
-        held = _experts_of(self._table.holding())
+        held = self._experts.present()
         if self._capacity_bytes and self._bytes(wanted) > self._capacity_bytes:
             raise ConfigError(
                 "capacity",
@@ -143,33 +140,18 @@ class Placing:
         self._serving.set_excess(held - kept, self._stall_s)
         self._before = wanted
         self._keeps = bool((held & kept) - wanted)
-        missing = wanted - _experts_of(self._table.holding())
+        missing = wanted - self._experts.usable()
         self._check_memory(missing, held - kept)
-        return self._load(missing)
+        torch.set_num_threads(1 if self._serving.num_links else self._num_threads)
+        return self._experts.load(missing, lambda: not self._told.empty())
 
     def _check_memory(self, missing: Experts, excess: Experts) -> None:
-        needed, free = self._bytes(missing), available_bytes(str(self._table.device))
+        needed, free = self._bytes(missing), available_bytes(str(self._experts.device))
         if needed > free + self._bytes(excess):
             raise ConfigError(
                 "memory", needed, f"bytes of experts are to be loaded, and {free} are free; lower replicas or capacity"
             )
 
-    def _load(self, missing: Experts) -> bool:
-        if not missing:
-            return True
-        with self._table.reading() as loader:
-            for layer, expert in sorted(missing):
-                if not self._told.empty():
-                    return False
-                torch.set_num_threads(1 if self._serving.num_links else self._num_threads)
-                self._table.load(loader, layer, (expert,))
-        logger.info("loaded %d experts, %.0f MiB in all", len(missing), self._table.num_bytes / 2**20)
-        return True
-
     def _bytes(self, experts: Iterable[tuple[int, int]]) -> int:
-        dtype = str(self._table.dtype).removeprefix("torch.")
-        return sum(expert_bytes(self._table.config, dtype, layer) for layer, _ in experts)
-
-
-def _experts_of(holding: Holding) -> Experts:
-    return frozenset((layer, expert) for layer, experts in enumerate(holding) for expert in experts)
+        dtype = str(self._experts.dtype).removeprefix("torch.")
+        return sum(expert_bytes(self._experts.config, dtype, layer) for layer, _ in experts)

@@ -5,37 +5,35 @@ Shape suffixes: T rows, A assignments (a row and one of its experts), R rows of 
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from anabranch.kernels.combine import sum_assignments
-from anabranch.model.expert_table import ExpertTable
 from anabranch.model.size import num_experts
+from ffn_nodes.experts import NodeExperts
 from transport.m2n.messages import Call, Combine, Status
-
-logger = logging.getLogger(__name__)
 
 Made = tuple[Status, torch.Tensor]
 """A status, and the rows `[R, C]` of the answer: none unless it is OK."""
 
 
 class Product:
-    """Computes calls with an expert table. One thread calls.
+    """Computes calls with the experts that are here. One thread calls.
 
     Args:
         failed: told of what a computation raised, which is answered with FAILED.
     """
 
-    def __init__(self, table: ExpertTable, failed: Callable[[Exception], None]) -> None:
-        self._table = table
+    def __init__(self, experts: NodeExperts, failed: Callable[[Exception], None]) -> None:
+        self._experts = experts
         self._failed = failed
 
     def compute(self, calls: Sequence[Call]) -> list[Made]:
         """What each call of one layer is answered with; never raises.
 
-        A row's bits do not depend on the calls beside it where the table's products are row-exact.
+        A row's bits do not depend on the calls beside it where products are row-exact.
         """
         statuses = [self._check(call) for call in calls]
         good = [call for call, status in zip(calls, statuses, strict=True) if status is Status.OK]
@@ -43,23 +41,23 @@ class Product:
         return [(status, _none(call)) if status else next(made) for call, status in zip(calls, statuses, strict=True)]
 
     def _check(self, call: Call) -> Status:
-        config = self._table.config
+        config = self._experts.config
         num_rows = call.rows_TC.shape[0]
-        if call.layer >= config.num_layers or not torch.isfinite(call.rows_TC).all():
+        if call.layer >= config.num_layers or not _all_finite(call.rows_TC):
             return Status.MALFORMED
         if (call.combine is Combine.ROWS) is config.is_sparse(call.layer):
             return Status.MALFORMED
         if call.combine is Combine.ROWS:
-            return Status.OK if self._table.holds(call.layer, (0,)) else Status.NOT_HELD
+            return Status.OK if self._experts.holds(call.layer, (0,)) else Status.NOT_HELD
         num_weights = call.experts_A.numel() if call.combine is Combine.SUMS else 0
         if call.rows_A.numel() != call.experts_A.numel() or call.weights_A.numel() != num_weights:
             return Status.MALFORMED
-        if not (_all_below(call.rows_A, num_rows) and _all_below(call.experts_A, num_experts(config, call.layer))):
+        chosen = set(call.experts_A.tolist())
+        if not (_all_below(call.rows_A, num_rows) and all(0 <= e < num_experts(config, call.layer) for e in chosen)):
             return Status.MALFORMED
-        if not torch.isfinite(call.weights_A).all():
+        if not _all_finite(call.weights_A):
             return Status.MALFORMED
-        held = self._table.holds(call.layer, set(call.experts_A.tolist()))
-        return Status.OK if held else Status.NOT_HELD
+        return Status.OK if self._experts.holds(call.layer, chosen) else Status.NOT_HELD
 
     def _merged(self, calls: Sequence[Call]) -> list[Made]:
         """All calls as one; where that fails, each by itself, so that none fails for another."""
@@ -74,15 +72,17 @@ class Product:
             return [(Status.FAILED, _none(calls[0]))]
 
     def _rows(self, calls: Sequence[Call]) -> list[torch.Tensor]:
-        table, layer = self._table, calls[0].layer
+        experts, layer = self._experts, calls[0].layer
         num_rows = [call.rows_TC.shape[0] for call in calls]
-        rows_TC = _joined([call.rows_TC for call in calls]).to(table.device)
+        rows_TC = _joined([call.rows_TC for call in calls]).to(experts.device)
         if calls[0].combine is Combine.ROWS:
-            return list(table.compute_rows(layer, rows_TC).cpu().split_with_sizes(num_rows))
+            return list(experts.compute_rows(layer, rows_TC).cpu().split_with_sizes(num_rows))
         first_rows = [sum(num_rows[:place]) for place in range(len(calls))]
         rows_A = _joined([call.rows_A + first for call, first in zip(calls, first_rows, strict=True)])
         experts_A = _joined([call.experts_A for call in calls])
-        answers_AC = table.compute_slots(layer, rows_TC, rows_A.to(table.device), experts_A.to(table.device)).cpu()
+        answers_AC = experts.compute_slots(
+            layer, rows_TC, rows_A.to(experts.device), experts_A.to(experts.device)
+        ).cpu()
         parts = answers_AC.split_with_sizes([call.experts_A.numel() for call in calls])
         return [
             sum_assignments(part_AC, call.weights_A, call.rows_A, call.rows_TC.shape[0])
@@ -94,6 +94,12 @@ class Product:
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or no number; mostly in one pass."""
+    # What is not finite makes the sum so; a sum that is not may also be of large values.
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _all_below(numbers_A: torch.Tensor, limit: int) -> bool:

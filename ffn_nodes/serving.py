@@ -18,8 +18,8 @@ import torch
 from anabranch.engine.activity import Activity
 from anabranch.engine.faults import Faults
 from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
-from anabranch.model.expert_table import ExpertTable
 from anabranch.system.clock import result_of
+from ffn_nodes.experts import Experts, NodeExperts
 from ffn_nodes.product import Product
 from ffn_nodes.waiting_calls import WaitingCalls
 from transport.m2n.base import Arrived, Listener
@@ -28,9 +28,6 @@ from transport.m2n.messages import Answer, Status
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5
-
-Experts = frozenset[tuple[int, int]]
-"""(layer, expert)"""
 
 
 class Serving:
@@ -52,7 +49,7 @@ class Serving:
     def __init__(
         self,
         listener: Listener,
-        table: ExpertTable,
+        experts: NodeExperts,
         *,
         num_threads: int,
         merge_wait_s: float,
@@ -63,11 +60,11 @@ class Serving:
         self.num_products = self.num_rows = 0
         self.busy_s = 0.0
         self._listener = listener
-        self._table = table
+        self._experts = experts
         self._num_threads = num_threads
         self._on_failure = on_failure
         self._faults = Faults("a product")
-        self._product = Product(table, self._product_failed)
+        self._product = Product(experts, self._product_failed)
         self._waiting = WaitingCalls(merge_wait_s)
         self._excess: Experts = frozenset()
         self._told: queue.SimpleQueue[tuple[Experts, Future[None]]] = queue.SimpleQueue()
@@ -112,6 +109,8 @@ class Serving:
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
+        if self._experts.device.type == "cuda":
+            torch.cuda.set_device(self._experts.device)  # NCCL's groups use the current one of the thread that calls
         try:
             with torch.inference_mode():
                 while not self._ending:
@@ -149,8 +148,7 @@ class Serving:
             self._excess, done = self._told.get()
             done.set_result(None)
         if self._excess and not self._waiting.name_any(self._excess):
-            for layer, expert in self._excess:
-                self._table.drop(layer, (expert,))
+            self._experts.drop(self._excess)
             logger.info("dropped %d experts", len(self._excess))
             self._excess = frozenset()
 

@@ -12,20 +12,24 @@ from __future__ import annotations
 import logging
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine.device import resolve_device, resolve_dtype, resolve_row_exact
 from anabranch.engine.fit import rank_config
-from anabranch.errors import AnabranchError, ConfigError
-from anabranch.kernels.native import select_kernels
-from anabranch.kernels.row_exact import RowExact
+from anabranch.errors import AnabranchError
 from anabranch.model.expert_table import ExpertTable
-from anabranch.model.load import load_expert_table
-from anabranch.parallel.group import SingleRank
+from anabranch.model.size import smallest_expert
+from anabranch.model.sources import resolve_model
+from anabranch.parallel.split import check_tp
 from anabranch.protocol.ffn import FfnLoad
 from anabranch.protocol.workers import Message, Place, WorkerInfo, WorkerStats
 from anabranch.system.clock import awake_s
+from ffn_nodes.commands import AnyCommand, Loaded
+from ffn_nodes.experts import NodeExperts
 from ffn_nodes.placing import Placing
+from ffn_nodes.rank import ROOM
+from ffn_nodes.ranked_experts import RankedExperts
 from ffn_nodes.serving import Serving
+from ffn_nodes.table import make_table
 from runtime.info import ffn_worker_info
+from runtime.rank_group import RankGroup
 from runtime.worker import Worker, unexpected
 from transport.m2n import create_listener
 from transport.m2n.base import ChannelShape
@@ -42,6 +46,8 @@ class FfnWorker(Worker):
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__(config)
+        self._ranks = RankGroup[AnyCommand, Loaded](config, ROOM, self._heard, self.fail)
+        self._experts: RankedExperts | None = None
         self._serving: Serving | None = None
         self._placing: Placing | None = None
         self._table: ExpertTable | None = None
@@ -50,34 +56,36 @@ class FfnWorker(Worker):
 
     def build(self) -> WorkerInfo:
         config = rank_config(self.config, 0)
+        source = resolve_model(config.model)
+        model = source.config()
+        check_tp(config.tp, config.tp, smallest_expert(model))
+        context = self._ranks.start(model)
+        table = make_table(config, model, context.tp)
         if config.tp > 1:
-            raise ConfigError("tp", config.tp, "an ffn worker has one rank so far; leave it at 1, and add workers")
-        device = resolve_device(config.device)
-        dtype = resolve_dtype(config.dtype, device)
-        kernels = select_kernels(device, dtype, config.native_kernels)
-        products = RowExact(kernels) if resolve_row_exact(config.row_exact, dtype) else kernels
-        model, table = load_expert_table(
-            config.model, dtype=dtype, device=device, products=products, group=SingleRank()
-        )
+            self._experts = RankedExperts(table, self._ranks)
+        self._ranks.wait_ready()
+        experts = self._experts or NodeExperts(table)
         self._table = table
+        model = table.config
         shape = ChannelShape(
             model=model.fingerprint(),
-            dtype=dtype,
+            dtype=table.dtype,
             hidden_size=model.hidden_size,
+            # These two are each attention rank's own.
             max_rows=1,
-            max_choices=1 if model.moe is None else model.moe.top_k,
             num_slots=1,
+            max_choices=1 if model.moe is None else model.moe.top_k,
         )
         listener = create_listener(shape, config.ffn_transport, config.listen_host)
         self._serving = Serving(
             listener,
-            table,
+            experts,
             num_threads=config.threads,
             merge_wait_s=config.merge_wait_us / 1e6,
             on_failure=self.fail,
         )
         self._placing = Placing(
-            table,
+            experts,
             self._serving,
             capacity_bytes=config.capacity_bytes,
             num_threads=config.threads,
@@ -89,17 +97,8 @@ class FfnWorker(Worker):
         self._serving.start()
         self._placing.start()
         self.watch(self._serving.activity)
-        logger.info(
-            "%s in %s on %s, %s kernels%s, %d threads; rows come by %s",
-            config.model,
-            str(dtype).removeprefix("torch."),
-            device,
-            kernels.name,
-            " in blocks" if products is not kernels else "",
-            config.threads,
-            ", ".join(listener.addresses),
-        )
-        return ffn_worker_info(self.config, model, dtype, device, listener.addresses)
+        logger.info("rows come by %s", ", ".join(listener.addresses))
+        return ffn_worker_info(self.config, model, table.dtype, table.device, listener.addresses)
 
     def handle(self, message: Message) -> None:
         match message:
@@ -148,8 +147,15 @@ class FfnWorker(Worker):
             logger.warning("an expert is still being loaded after %s s", STOP_TIMEOUT_S)
         if self._serving is not None and self._serving.num_links:
             logger.warning("ffn_drain_timeout_s: %d attention ranks are still linked", self._serving.num_links)
-        if self._serving is not None and not self._serving.stop(STOP_TIMEOUT_S):
+        stopped = self._serving is None or self._serving.stop(STOP_TIMEOUT_S)
+        # Where a product waits for the other ranks, their end is what ends it.
+        self._ranks.close()
+        if self._serving is not None and not stopped and not self._serving.stop(STOP_TIMEOUT_S):
             logger.warning("a product is still being computed after %s s", STOP_TIMEOUT_S)
 
     def abandon(self, error: AnabranchError) -> None:
         """No request is held here."""
+
+    def _heard(self, rank: int, event: Loaded) -> None:
+        if self._experts is not None:
+            self._experts.heard(rank, event)

@@ -33,7 +33,7 @@ from anabranch.parallel.threads import ThreadGroup, thread_groups
 from anabranch.system.child_process import python_environment, python_module, signal_name
 from anabranch.system.clock import awake_s, wait_for
 from anabranch.system.private_files import private_folder
-from runtime.rank import Command, Event, RankRoom
+from runtime.rank import Command, Event, FollowerRoom
 from runtime.rank_channel import (
     END,
     MAX_COMMAND_BYTES,
@@ -74,7 +74,7 @@ class RankGroup(Generic[Command, Event]):
     def __init__(
         self,
         config: WorkerConfig,
-        room: RankRoom[Command, Event],
+        room: FollowerRoom[Command, Event],
         on_event: Callable[[int, Event], None],
         on_failure: Callable[[WorkerDied], None],
     ) -> None:

@@ -17,13 +17,12 @@ from pathlib import Path
 import msgspec
 import torch
 
-from anabranch.engine.build import build_engine
 from anabranch.engine.device import pin_process
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError, Overloaded, PeerLost
 from anabranch.parallel.mesh import Mesh
 from anabranch.system.logs import configure_logging
-from runtime.rank import Command, Event, LanedRank, Rank, RankRoom
+from runtime.rank import Command, Event, Follower, FollowerRoom, LanedRank
 from runtime.rank_channel import END, Context, RankChannel, RankFailed, RankReady, RankStart, RankStarted
 from runtime.rank_mesh import RankMesh, join_world
 from transport.collectives.base import CollectiveGroup
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 JoinWorld = Callable[[RankStart], CollectiveGroup]
 
 
-def run_rank(room: RankRoom[Command, Event]) -> None:
+def run_rank(room: FollowerRoom[Command, Event]) -> None:
     """The body of `python -m <room>.rank FOLDER RANK`."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -53,7 +52,7 @@ def run_rank(room: RankRoom[Command, Event]) -> None:
     os._exit(0 if ended_well else 1)
 
 
-def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, rank: int, join_: JoinWorld) -> bool:
+def serve_rank(room: FollowerRoom[Command, Event], context: Context, where: str, rank: int, join_: JoinWorld) -> bool:
     """Be rank `rank` until the driver says that it is over; False where it failed.
 
     A command that fails ends the rank: its peers would wait for it in the next collective.
@@ -64,7 +63,7 @@ def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, ran
     """
     channel = RankChannel(context, where, rank)
     mesh: RankMesh | None = None
-    local: Rank[Command] | None = None
+    local: Follower[Command] | None = None
     try:
         channel.emit(RankStarted())
         first = channel.receive()
@@ -74,7 +73,7 @@ def serve_rank(room: RankRoom[Command, Event], context: Context, where: str, ran
         own = rank_config(start.config, rank)
         mesh = RankMesh(join_(start), Mesh(tp=own.tp, cp=own.cp))
         torch.set_num_threads(own.threads)
-        local = room.make_rank(own, build_engine(own, mesh.context, start.model), channel.emit)
+        local = room.follow(own, mesh.context, start.model, channel.emit)
         channel.emit(RankReady())
         laned = local if isinstance(local, LanedRank) else None
         while (command := channel.poll() if laned is not None and laned.busy else channel.receive()) != END:

@@ -145,10 +145,10 @@ class AttnOptions(Options):
 
     Attributes:
         lanes: groups that a worker's requests are dealt to, so that one computes attention while the rows of another
-            are at FFN workers; 1: one after the other.
+            are at FFN workers; 1: one after the other; 0: as many as are best by what steps take.
     """
 
-    lanes: Annotated[int, Between(1, 4)] = 2
+    lanes: Annotated[int, Between(0, 4)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ class FfnLoad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         num_rows: of all products.
         busy_s: computing, of the `up_s` that it has served.
-        num_bytes: of the weights that it holds now.
+        num_bytes: of the weights that its first rank holds now.
     """
 
     num_products: Count = 0

@@ -37,6 +37,7 @@ class Flights:
     """The flights of each lane.
 
     Args:
+        num_lanes: most lanes.
         max_ahead: most steps of a lane in flight.
     """
 

@@ -74,7 +74,7 @@ class GenerationScheduler:
         max_step_tokens: most new tokens in one step.
         offload: where sequences that are preempted are kept with their KV; None: nowhere.
         ahead: plan a step while one is in flight.
-        lanes: steps that go their own ways; one where prompts are computed.
+        lanes: most steps that go their own ways; one where prompts are computed.
         clock: gives seconds; only differences matter.
 
     Attributes:
@@ -109,8 +109,10 @@ class GenerationScheduler:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._flights = Flights(lanes, max_ahead=2 if ahead else 1)
         self._lanes: dict[Sequence, int] = {}
-        # Blocks have run out: nothing is planned before all that is in flight has landed.
+        self._num_lanes = lanes
+        # Blocks have run out, or lanes are to be dealt: nothing is planned before all that is in flight has landed.
         self._draining = False
+        self._dealing = False
         self._step = 0
         self._clock = clock
         # When the steps that have not ended were planned, and when the last one ended.
@@ -154,6 +156,18 @@ class GenerationScheduler:
         self._take(sequence, first, outcome)
         return outcome
 
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that sequences are dealt to."""
+        return self._num_lanes
+
+    def deal(self, num_lanes: int) -> None:
+        """Deal sequences to so many lanes from now on; all of them anew once nothing is in flight."""
+        if num_lanes == self._num_lanes:
+            return
+        self._num_lanes = num_lanes
+        self._draining = self._dealing = True
+
     def attempts(self) -> tuple[tuple[str, int], ...]:
         """The attempts that are here."""
         return tuple(self._sequences)
@@ -178,6 +192,10 @@ class GenerationScheduler:
         if self._draining and self._flights:
             return None, []
         self._draining = False
+        if self._dealing:
+            self._dealing = False
+            for index, sequence in enumerate(sorted(self.running, key=_age)):
+                self._lanes[sequence] = index % self._num_lanes
         sent_away: list[Sequence] = []
         for lane in self._flights.order():
             plan = self._plan(lane, sent_away) if self._flights.may_plan(lane) else None
@@ -267,7 +285,7 @@ class GenerationScheduler:
         """Let a sequence have its place in a lane's steps: the lane with the fewest where none is named."""
         if lane is None:
             counts = Counter(self._lanes.values())
-            lane = min(range(self._flights.num_lanes), key=lambda lane: counts[lane])
+            lane = min(range(self._num_lanes), key=lambda lane: counts[lane])
         self._lanes[sequence] = lane
         self.running.append(sequence)
 

@@ -7,6 +7,7 @@ import msgspec
 from anabranch.protocol.ffn import FfnPlacement
 from anabranch.protocol.wire_error import WireError
 from anabranch.request.token import TokenLogprob
+from anabranch.schedule.lane_costs import LaneCosts
 from anabranch.step.plan import StepPlan
 
 
@@ -98,5 +99,11 @@ class StreamFailed(Event, frozen=True, kw_only=True, tag="failed"):
     error: WireError
 
 
+class LanesMeasured(Event, frozen=True, kw_only=True, tag="lanes"):
+    """What a lane's steps take, now and then, with stream 0; from the first rank of an attention node."""
+
+    costs: LaneCosts
+
+
 GenerationCommand = OpenStream | CloseStream | Step | Offload | Restore | UseFfnNodes
-GenerationEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed
+GenerationEvent = RankListens | StreamOpened | StreamAlive | StreamCommitted | StreamFailed | LanesMeasured

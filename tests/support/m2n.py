@@ -28,6 +28,7 @@ from transport.m2n import (
     create_listener,
     usable_backends,
 )
+from transport.m2n.base import Dialled
 from transport.m2n.header import HEADER_BYTES
 
 
@@ -89,13 +90,13 @@ class Channel:
 
 
 def connect(listener: Listener, maker: LinkMaker) -> Link:
-    """A link within this process; raises what `connect` raises."""
-    made: list[Link] = []
+    """A link within this process; raises what `dial` raises."""
+    made: list[Dialled] = []
     failed: list[Exception] = []
 
     def dial() -> None:
         try:
-            made.append(maker.connect(listener.addresses, "node"))
+            made.append(maker.dial(listener.addresses, "node"))
         except Exception as error:
             failed.append(error)
 
@@ -106,7 +107,7 @@ def connect(listener: Listener, maker: LinkMaker) -> Link:
         thread.join(0.001)
     if failed:
         raise failed[0]
-    return made[0]
+    return made[0].attach()
 
 
 @contextmanager

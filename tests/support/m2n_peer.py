@@ -42,7 +42,7 @@ def main(backend: str, hidden_size: int) -> None:
             case "links":
                 answer = {"links": listener.num_links}
             case "connect":
-                links.append(maker.connect(command["addresses"], "node"))
+                links.append(maker.dial(command["addresses"], "node").attach())
             case "send":
                 for ticket in range(command["first"], command["first"] + command["times"]):
                     links[-1].send(a_call(ticket, shape, num_rows=shape.max_rows))

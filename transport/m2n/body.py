@@ -6,6 +6,7 @@ answer's is its rows. Each part begins at a multiple of ALIGNMENT.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from transport.m2n.header import ALIGNMENT, COMBINES, STATUSES, aligned, answer_
 from transport.m2n.messages import Answer, Call, Combine, Status
 from transport.m2n.pipe import Message
 
+# Of any length: what is looked at is cut from it.
+_Bytes = ctypes.c_char * (1 << 40)
 _NO_INDEX = torch.empty(0, dtype=torch.int32)
 _NO_WEIGHTS = torch.empty(0)
 _FEW = 64  # up to here a loop is faster than numpy's call
@@ -76,12 +79,12 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def body_of(parts: Sequence[torch.Tensor]) -> list[memoryview]:
-    """The bytes that the parts make, in order."""
+    """The bytes that the parts make, in order; valid as long as the parts are held."""
     body: list[memoryview] = []
     for part in parts:
         num_bytes = part.nbytes
         if num_bytes:
-            body.append(part.view(-1).view(torch.uint8).numpy().data)
+            body.append(memoryview(_Bytes.from_address(part.data_ptr())).cast("B")[:num_bytes])
             if num_bytes % ALIGNMENT:
                 body.append(_PADDING[num_bytes % ALIGNMENT :])
     return body

@@ -21,6 +21,8 @@ from transport.m2n.pipe import Message, Opener, Packer, Region
 from transport.m2n.waiter import Waiter
 
 SOCKET_BUFFER_BYTES = 4 << 20
+READ_AHEAD_BYTES = 32 << 10
+"""A message up to here comes with one system call."""
 # A peer whose host is gone without a word: its link ends within half a minute.
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
@@ -62,10 +64,14 @@ class TcpPipe:
         self._free_in = list(range(num_in))
         self._free_out = list(range(num_out))
         self._unsent: deque[tuple[int, memoryview]] = deque()
-        self._header_bytes = memoryview(bytearray(HEADER_BYTES))
-        self._num_read = 0
+        self._ahead = memoryview(bytearray(READ_AHEAD_BYTES))
+        self._from, self._to = 0, 0
+        # The last read took all there was: the next one is left to who has waited.
+        self._drained = False
+        # The message whose body is on its way.
         self._header: Header | None = None
         self._slot = 0
+        self._num_read = 0
         waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
@@ -120,31 +126,56 @@ class TcpPipe:
         if self._lost:
             raise PeerLost(self._lost)
         if self._header is None:
-            if not self._read(self._header_bytes):
+            if self._to - self._from < HEADER_BYTES and not self._read_ahead():
                 return None
-            header = self._opener(bytes(self._header_bytes))
-            if not self._free_in:
-                raise MalformedMessage(f"{self._peer}: slots: it sends more calls than its link may have out")
-            self._header, self._slot = header, self._free_in.pop()
-        if not self._read(self._in[self._slot].memory[: self._header.body_bytes]):
-            return None
-        header, self._header = self._header, None
-        return Message(self._slot, header, self._in[self._slot], 0)
-
-    def _read(self, target: memoryview) -> bool:
-        """Go on filling `target`; whether it is full."""
-        while self._num_read < target.nbytes:
-            try:
-                num_bytes = self._sock.recv_into(target[self._num_read :])
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                raise self._lose(str(error)) from error
+            self._begin(self._opener(bytes(self._ahead[self._from : self._from + HEADER_BYTES])))
+        header, region = self._header, self._in[self._slot]
+        assert header is not None
+        rest = region.memory[self._num_read : header.body_bytes]
+        while rest:
+            num_bytes = self._receive(rest)
             if not num_bytes:
-                raise self._lose("it closed the link")
+                return None
             self._num_read += num_bytes
-        self._num_read = 0
-        return True
+            rest = rest[num_bytes:]
+        self._header = None
+        return Message(self._slot, header, region, 0)
+
+    def _begin(self, header: Header) -> None:
+        """Find a buffer for a message, and copy what is there of its body."""
+        if not self._free_in:
+            raise MalformedMessage(f"{self._peer}: slots: it sends more calls than its link may have out")
+        self._header, self._slot = header, self._free_in.pop()
+        start = self._from + HEADER_BYTES
+        end = min(self._to, start + header.body_bytes)
+        self._num_read = end - start
+        self._in[self._slot].memory[: self._num_read] = self._ahead[start:end]
+        self._from = end
+
+    def _read_ahead(self) -> bool:
+        """Read what there is, up to some bytes; whether there is a header."""
+        if self._drained:
+            self._drained = False
+            return False
+        rest = bytes(self._ahead[self._from : self._to])
+        self._from, self._to = 0, len(rest)
+        self._ahead[: self._to] = rest
+        num_bytes = self._receive(self._ahead[self._to :])
+        self._to += num_bytes
+        self._drained = num_bytes > 0 and self._to < READ_AHEAD_BYTES
+        return self._to >= HEADER_BYTES
+
+    def _receive(self, target: memoryview) -> int:
+        """Bytes read, 0 for none now."""
+        try:
+            num_bytes = self._sock.recv_into(target)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._lose(str(error)) from error
+        if not num_bytes:
+            raise self._lose("it closed the link")
+        return num_bytes
 
     def give_back(self, slot: int) -> None:
         self._free_in.append(slot)
@@ -154,6 +185,7 @@ class TcpPipe:
         self._sock.close()
 
     def _handle(self, events: int) -> bool:
+        self._drained = False
         if events & select.EPOLLOUT:
             self._flush()
         return bool(events & ~select.EPOLLOUT) or bool(self._lost)

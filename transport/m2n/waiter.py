@@ -7,14 +7,15 @@ a peer that writes to shared memory sends a byte through the link's socket.
 from __future__ import annotations
 
 import array
-import os
 import select
 import time
 from collections.abc import Callable
 
 from transport.m2n.build import load_library
 
-SPIN_S = 100e-6
+# A wait spins for the longer time where waits have lately been that short, else for the shorter: where others compute,
+# who spins loses the core for milliseconds, while a sleeper that is woken runs at once.
+MIN_SPIN_S, MAX_SPIN_S = 20e-6, 200e-6
 LOOK_S = 1e-3
 """Sockets are looked at this often while messages keep coming through shared memory."""
 
@@ -30,6 +31,7 @@ class Waiter:
         self._handlers: dict[int, Handler] = {}
         self._ends = array.array("Q")
         self._looked_s = 0.0
+        self._spin_s = MIN_SPIN_S
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` when a descriptor has one of the events, or is at its end."""
@@ -57,12 +59,15 @@ class Waiter:
     def look(self) -> bool:
         """Handle what the sockets have now; whether there may be something to take."""
         self._looked_s = time.monotonic()
-        found = False
-        for fd, events in self._epoll.poll(0):
+        return self._handle(self._epoll.poll(0))
+
+    def _handle(self, found: list[tuple[int, int]]) -> bool:
+        may_take = False
+        for fd, events in found:
             handler = self._handlers.get(fd)  # an earlier handler may have ended it
             if handler is not None and handler(events):
-                found = True
-        return found
+                may_take = True
+        return may_take
 
     def look_sometimes(self) -> None:
         """Like `look`, unless that was a moment ago."""
@@ -71,33 +76,37 @@ class Waiter:
 
     def wait(self, timeout_s: float) -> None:
         """Return as soon as there may be something to take, at the latest after `timeout_s`."""
-        end_s = time.monotonic() + timeout_s
-        while True:
-            left_s = max(0.0, end_s - time.monotonic())
-            if self._wait_native(left_s) if self._ends else self._wait_sockets(left_s):
-                self.look_sometimes()
-                return
-            if self.look() or time.monotonic() >= end_s:
-                return
+        began_s = time.monotonic()
+        left_s = timeout_s
+        while not (self._wait_native(left_s) if self._ends else self._wait_sockets(left_s)):
+            left_s = began_s + timeout_s - time.monotonic()
+            if left_s <= 0.0:
+                break
+        was_short = time.monotonic() - began_s < MAX_SPIN_S
+        self._spin_s = min(2 * self._spin_s, MAX_SPIN_S) if was_short else max(self._spin_s / 2, MIN_SPIN_S)
 
     def _wait_native(self, timeout_s: float) -> bool:
-        """Whether a message is there in shared memory; else a socket may have events, or the time is over."""
+        """Whether there may be something to take; at the latest after `timeout_s`."""
         address, num_ends = self._ends.buffer_info()
         library = load_library()
-        spin_ns, timeout_ns = int(SPIN_S * 1e9), int(timeout_s * 1e9)
-        return bool(library.anabranch_m2n_wait(address, num_ends, self._epoll.fileno(), spin_ns, timeout_ns) == 1)
+        spin_ns, timeout_ns = int(self._spin_s * 1e9), int(timeout_s * 1e9)
+        if library.anabranch_m2n_wait(address, num_ends, self._epoll.fileno(), spin_ns, timeout_ns) != 1:
+            return self.look()
+        self.look_sometimes()
+        return True
 
     def _wait_sockets(self, timeout_s: float) -> bool:
         """The same without shared memory."""
         start_s = time.monotonic()
-        waited_s = 0.0
-        while not self._epoll.poll(0, 1):
+        while True:
+            found = self._epoll.poll(0)
             waited_s = time.monotonic() - start_s
-            if waited_s >= min(timeout_s, SPIN_S):
-                self._epoll.poll(max(0.0, timeout_s - waited_s), 1)
+            if found or waited_s >= min(timeout_s, self._spin_s):
                 break
-            os.sched_yield()
-        return False
+        if not found and waited_s < timeout_s:
+            found = self._epoll.poll(timeout_s - waited_s)
+        self._looked_s = time.monotonic()
+        return self._handle(found)
 
     def close(self) -> None:
         self._handlers.clear()

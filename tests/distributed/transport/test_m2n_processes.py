@@ -77,7 +77,7 @@ def call_of(ticket: int) -> Call:
 
 def test_calls_cross_and_a_node_that_is_killed_is_noticed(maker: LinkMaker, start: Callable[[], PeerProcess]) -> None:
     peer, other = a_node(start), a_node(start)
-    link, survivor = (maker.connect(addresses_of(each), "node") for each in (peer, other))
+    link, survivor = (maker.dial(addresses_of(each), "node").attach() for each in (peer, other))
     for turn in range(10):
         for each in (link, survivor):
             each.send(call_of(turn))
@@ -95,7 +95,7 @@ def test_calls_cross_and_a_node_that_is_killed_is_noticed(maker: LinkMaker, star
     survivor.send(call_of(30))
     assert_same(next_answer(survivor, maker), an_answer(call_of(30)))
     with pytest.raises(PeerLost):
-        maker.connect(addresses_of(peer), "node")
+        maker.dial(addresses_of(peer), "node").attach()
 
 
 def serve(listener: Listener, until: Callable[[], object], what: str) -> None:
@@ -141,7 +141,7 @@ def test_nothing_blocks_where_the_node_is_stopped_and_all_comes_when_it_goes_on(
     maker: LinkMaker, start: Callable[[], PeerProcess]
 ) -> None:
     peer = a_node(start)
-    link = maker.connect(addresses_of(peer), "node")
+    link = maker.dial(addresses_of(peer), "node").attach()
     peer.process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, peer.process.pid, os.WSTOPPED | os.WNOWAIT)
     for ticket in range(16):
@@ -182,7 +182,7 @@ def test_peers_that_are_killed_leave_nothing_behind(
 ) -> None:
     def die_once() -> None:
         peer = a_node(start)
-        link = maker.connect(addresses_of(peer), "node")
+        link = maker.dial(addresses_of(peer), "node").attach()
         with_peer(listener, peer, do="connect", addresses=listener.addresses)
         peer.ask(do="send", first=0, times=4)
         for ticket in range(4):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,15 +14,17 @@ import pytest
 import torch
 
 from anabranch.config.worker import WorkerConfig
-from anabranch.errors import ConfigError, WorkerDied
+from anabranch.errors import CheckpointError, ConfigError, WorkerDied
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.kernels.row_exact import RowExact
+from anabranch.model.ffn_half import FfnInput
 from anabranch.model.load import load_model
 from anabranch.parallel.group import SingleRank
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.workers import Drain, Failing, Generate, Place, Placed
 from anabranch.system import clock
+from ffn_nodes import rank, ranked_experts
 from ffn_nodes import worker as worker_module
 from ffn_nodes.product import Product
 from ffn_nodes.worker import FfnWorker
@@ -231,9 +235,90 @@ def test_a_product_that_hangs_ends_the_worker_with_its_reason(with_worker, monke
     with_worker(act, step_stall_s=0.5)
 
 
-def test_more_ranks_than_there_can_be_are_refused(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("tp", [2, 3])
+def test_ranks_answer_together(tp: int, with_worker, folder: Path, monkeypatch) -> None:
+    # So that a call's rows reach the other ranks in several parts.
+    monkeypatch.setattr(ranked_experts, "MAX_ROWS_BYTES", 4 * 4 * 48)
+    device = torch.device("cpu")
+    _, whole = load_model(str(folder), dtype=torch.float32, device=device, kernels=PlainKernels(), group=SingleRank())
+    rows_TC = torch.randn(9, 48, generator=torch.Generator().manual_seed(0))
+    experts_TS = torch.rand(9, 6, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :3]
+    weights_TS = torch.rand(9, 3, generator=torch.Generator().manual_seed(2))
+    layer = whole.ffn.layers[2]
+    layer.shared = None
+
+    async def act(orchestrator: ScriptedOrchestrator, worker: FfnWorker) -> None:
+        assert orchestrator.info.tp == tp
+        with linked(orchestrator) as peer:
+            assert (await place(orchestrator, 1, ((), (0,), (0, 1, 2)))).error is None
+            answer = await asyncio.to_thread(peer.ask, make_call(rows_TC, layer=1, ticket=1))
+            expected = whole.ffn.layers[1].forward(FfnInput(rows_TC, None, None))
+            torch.testing.assert_close(answer.rows_RC, expected, rtol=1e-5, atol=1e-4)
+            row = await asyncio.to_thread(peer.ask, make_call(rows_TC[4:5], layer=1, ticket=2))
+            assert torch.equal(row.rows_RC, answer.rows_RC[4:5])
+            sums = make_call(rows_TC, layer=2, ticket=3, experts_TS=experts_TS, weights_TS=weights_TS)
+            assert (await asyncio.to_thread(peer.ask, sums)).status is Status.NOT_HELD
+            # The second time, what only the first placement named goes.
+            for version in (2, 3):
+                assert (await place(orchestrator, version, ((), (), tuple(range(6))))).error is None
+            answer = await asyncio.to_thread(peer.ask, sums)
+            expected = layer.forward(FfnInput(rows_TC, weights_TS, experts_TS))
+            torch.testing.assert_close(answer.rows_RC, expected, rtol=1e-5, atol=1e-4)
+            row = make_call(rows_TC[8:], layer=2, ticket=4, experts_TS=experts_TS[8:], weights_TS=weights_TS[8:])
+            assert torch.equal((await asyncio.to_thread(peer.ask, row)).rows_RC, answer.rows_RC[8:])
+            dense = make_call(rows_TC, layer=1, ticket=5)
+            assert (await asyncio.to_thread(peer.ask, dense)).status is Status.NOT_HELD
+
+    with_worker(act, tp=tp, rank_processes=False)
+
+
+def test_what_a_rank_cannot_load_is_said_and_not_used(with_worker, monkeypatch) -> None:
+    broken = [True]
+    load = rank.load_experts
+
+    def load_experts(*arguments: object) -> bool:
+        if broken[0]:
+            raise CheckpointError("the disk is gone")
+        return load(*arguments)
+
+    monkeypatch.setattr(rank, "load_experts", load_experts)
+
+    async def act(orchestrator: ScriptedOrchestrator, worker: FfnWorker) -> None:
+        with linked(orchestrator) as peer:
+            refused = await place(orchestrator, 1, ((), (0,), ()))
+            assert refused.error is not None
+            assert (refused.error.code, refused.error.message) == ("checkpoint", "the disk is gone")
+            dense = make_call(torch.ones(1, 48), layer=1, ticket=1)
+            assert (await asyncio.to_thread(peer.ask, dense)).status is Status.NOT_HELD
+            broken[0] = False
+            assert (await place(orchestrator, 2, ((), (0,), ()))).error is None
+            dense = make_call(torch.ones(1, 48), layer=1, ticket=2)
+            assert (await asyncio.to_thread(peer.ask, dense)).status is Status.OK
+
+    with_worker(act, tp=2, rank_processes=False)
+
+
+def test_ranks_die_together(with_worker, monkeypatch) -> None:
+    monkeypatch.setattr(runtime_worker, "FAREWELL_TIMEOUT_S", WAIT_S)
+
+    async def act(orchestrator: ScriptedOrchestrator, worker: FfnWorker) -> None:
+        assert (await place(orchestrator, 1, ALL)).error is None
+        with linked(orchestrator) as peer:
+            assert (await asyncio.to_thread(peer.ask, make_call(torch.ones(1, 48), layer=1))).status is Status.OK
+            [pid] = worker._ranks.pids.values()
+            os.kill(pid, signal.SIGKILL)
+            failing = await orchestrator.expect(Failing)
+            assert "rank 1 of ffn-0" in failing.error.message
+            assert "was killed by SIGKILL" in failing.error.message
+            with pytest.raises(WorkerDied, match="SIGKILL"):
+                await ended(orchestrator)
+
+    with_worker(act, tp=2)
+
+
+def test_more_ranks_than_features_are_refused(tmp_path: Path, folder: Path) -> None:
     config = WorkerConfig(
-        role="ffn", name="ffn-0", model=str(folder), orchestrator=f"ipc://{tmp_path}/x", dtype="float32", tp=2
+        role="ffn", name="ffn-0", model=str(folder), orchestrator=f"ipc://{tmp_path}/x", dtype="float32", tp=15
     )
-    with pytest.raises(ConfigError, match="tp: 2: an ffn worker has one rank so far"):
+    with pytest.raises(ConfigError, match="tp: 15: must be at most the model's 14 FFN features"):
         FfnWorker(config).build()

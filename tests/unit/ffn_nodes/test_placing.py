@@ -15,6 +15,7 @@ from anabranch.model.size import expert_bytes
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.workers import Place, Placed
 from ffn_nodes import placing
+from ffn_nodes.experts import NodeExperts
 from ffn_nodes.placing import Placing
 from ffn_nodes.serving import Serving
 from tests.support.ffn_calls import MemoryListener
@@ -30,9 +31,10 @@ class Setup:
     def __init__(self, table: ExpertTable, capacity_bytes: int, keep_s: float) -> None:
         self.table = table
         self.placed: list[Placed] = []
-        self.serving = Serving(MemoryListener(), table, num_threads=1, merge_wait_s=0.0, on_failure=print)
+        experts = NodeExperts(table)
+        self.serving = Serving(MemoryListener(), experts, num_threads=1, merge_wait_s=0.0, on_failure=print)
         self.placing = Placing(
-            table,
+            NodeExperts(table),
             self.serving,
             capacity_bytes=capacity_bytes,
             num_threads=1,

@@ -14,6 +14,7 @@ from anabranch.kernels.combine import sum_assignments
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.kernels.row_exact import RowExact
+from ffn_nodes.experts import NodeExperts
 from ffn_nodes.product import Product
 from tests.support.ffn_calls import make_call
 from transport.m2n.messages import Call, Combine, Status
@@ -60,12 +61,12 @@ def test_a_call_has_the_same_answer_alone_merged_and_of_another_table(
         )
         for i, size in enumerate(sizes)
     ]
-    merged = Product(table, no_failure).compute(calls)
+    merged = Product(NodeExperts(table), no_failure).compute(calls)
     for call, (status, rows_RC) in zip(calls, merged, strict=True):
         assert status is Status.OK
         needed = sorted(set(call.experts_A.tolist())) or [0]
         other = make_table({call.layer: needed}, RowExact(kernels))
-        [(alone_status, alone_RC)] = Product(other, no_failure).compute([call])
+        [(alone_status, alone_RC)] = Product(NodeExperts(other), no_failure).compute([call])
         assert alone_status is Status.OK
         assert torch.equal(rows_RC, alone_RC)
         expected_rows = call.experts_A.numel() if call.combine is Combine.SLOTS else call.rows_TC.shape[0]
@@ -74,7 +75,7 @@ def test_a_call_has_the_same_answer_alone_merged_and_of_another_table(
 
 
 def test_sums_are_those_of_the_slots(make_table) -> None:
-    product = Product(make_table(ALL), no_failure)
+    product = Product(NodeExperts(make_table(ALL)), no_failure)
     call = draw_call(Combine.SUMS, 9, 1)
     slots = replace(call, combine=Combine.SLOTS, weights_A=torch.empty(0))
     (_, slots_AC), (_, sums_TC) = product.compute([slots, call])
@@ -82,7 +83,7 @@ def test_sums_are_those_of_the_slots(make_table) -> None:
 
 
 def test_a_call_that_is_wrong_is_refused_and_those_beside_it_are_not(make_table) -> None:
-    product = Product(make_table({**ALL, 0: [0, 1, 2]}), no_failure)
+    product = Product(NodeExperts(make_table({**ALL, 0: [0, 1, 2]})), no_failure)
     ints = {"dtype": torch.int32}
     held = make_call(draw_rows(2, 0), experts_TS=torch.tensor([[0, 1], [2, 0]]))
     nan = draw_rows(2, 0).index_fill(0, torch.tensor([1]), torch.nan)
@@ -106,7 +107,9 @@ def test_a_call_that_is_wrong_is_refused_and_those_beside_it_are_not(make_table)
     assert product.compute([replace(held, layer=3)])[0][0] is Status.MALFORMED
     assert product.compute([replace(held, layer=1)])[0][0] is Status.MALFORMED
     assert product.compute([make_call(draw_rows(1, 0), layer=0)])[0][0] is Status.MALFORMED
-    other = Product(make_table({}), no_failure)
+    large = make_call(torch.full((1, HIDDEN), 3e38), layer=1)
+    assert product.compute([large])[0][0] is Status.OK
+    other = Product(NodeExperts(make_table({})), no_failure)
     assert other.compute([make_call(draw_rows(1, 0), layer=1)])[0][0] is Status.NOT_HELD
     assert not other.compute([])
 
@@ -124,13 +127,13 @@ class Failing(PlainKernels):
 
 def test_a_call_whose_product_raises_fails_alone(make_table) -> None:
     errors: list[Exception] = []
-    product = Product(make_table(ALL, RowExact(Failing())), errors.append)
+    product = Product(NodeExperts(make_table(ALL, RowExact(Failing()))), errors.append)
     good = [draw_call(Combine.SLOTS, size, size) for size in (3, 20)]
     bad = draw_call(Combine.SLOTS, 5, 5)
     bad.rows_TC[2, 0] = 13
     made = product.compute([good[0], bad, good[1]])
     assert [status for status, _ in made] == [Status.OK, Status.FAILED, Status.OK]
     assert [str(error) for error in errors] == ["no room for 13"]
-    undisturbed = Product(make_table(ALL), no_failure).compute(good)
+    undisturbed = Product(NodeExperts(make_table(ALL)), no_failure).compute(good)
     assert torch.equal(made[0][1], undisturbed[0][1])
     assert torch.equal(made[2][1], undisturbed[1][1])

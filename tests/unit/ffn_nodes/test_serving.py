@@ -12,6 +12,7 @@ from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
 from anabranch.kernels.plain import PlainKernels
 from anabranch.kernels.row_exact import RowExact
 from anabranch.model.expert_table import ExpertTable
+from ffn_nodes.experts import NodeExperts
 from ffn_nodes.product import Product
 from ffn_nodes.serving import Serving
 from tests.support.ffn_calls import MemoryListener, make_call
@@ -49,7 +50,7 @@ class Setup:
         self.failures: list[AnabranchError] = []
         self.listener = MemoryListener(num_links)
         self.serving = Serving(
-            self.listener, table, num_threads=1, merge_wait_s=merge_wait_s, on_failure=self.failures.append
+            self.listener, NodeExperts(table), num_threads=1, merge_wait_s=merge_wait_s, on_failure=self.failures.append
         )
         self.serving.start()
 

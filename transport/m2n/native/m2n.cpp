@@ -63,21 +63,19 @@ int anabranch_m2n_take(End* end) {
 }
 
 // Wait until a message has come for one of the ends (1) or `epoll` has an event (2), at the latest until the time is
-// over (0): spin, then offer the core, then sleep.
+// over (0): spin, then sleep. It never offers the core: where others compute, it would come back milliseconds later,
+// while a sleeper that is woken runs at once.
 int anabranch_m2n_wait(End* const* ends, int num_ends, int epoll, int64_t spin_ns, int64_t timeout_ns) {
-  for (int i = 0; i < kPauses; ++i) {
-    if (any_message(ends, num_ends)) return 1;
-    pause_core();
-  }
+  if (any_message(ends, num_ends)) return 1;
   const int64_t start = now_ns();
-  for (;;) {
+  const int64_t spin_end = start + (spin_ns < timeout_ns ? spin_ns : timeout_ns);
+  do {
     if (any_event(epoll, 0)) return 2;
-    if (any_message(ends, num_ends)) return 1;
-    const int64_t waited = now_ns() - start;
-    if (waited >= timeout_ns) return 0;
-    if (waited >= spin_ns) break;
-    sched_yield();
-  }
+    for (int i = 0; i < kPauses; ++i) {
+      if (any_message(ends, num_ends)) return 1;
+      pause_core();
+    }
+  } while (now_ns() < spin_end);
   for (int i = 0; i < num_ends; ++i) ends[i]->in->sleeping.store(1);
   int result = any_message(ends, num_ends) ? 1 : 0;
   if (!result) {

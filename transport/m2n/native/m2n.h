@@ -9,7 +9,6 @@
 #pragma once
 
 #include <poll.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -23,7 +22,7 @@
 namespace anabranch_m2n {
 
 constexpr uint32_t kMaxSlots = 1024;  // a power of two: ring positions wrap with the counter
-constexpr int kPauses = 100;          // before the core is first offered to others
+constexpr int kPauses = 50;           // between two looks at the sockets
 constexpr size_t kAlignment = 8;      // of each part of a message
 
 struct Ring {

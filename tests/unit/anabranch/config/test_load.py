@@ -142,7 +142,7 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"pools": {"ffn": {"merge_wait_us": 10**7}}}, "pools.ffn.merge_wait_us", 10**7, "at most 1000000 (micro"),
         ({"pools": {"decode": {"lanes": 2}}}, "pools.decode.lanes", 2, "unknown key; "),
         ({"pools": {"colocated": {"lanes": 2}}}, "pools.colocated.lanes", 2, "unknown key; "),
-        ({"pools": {"attn": {"lanes": 0}}}, "pools.attn.lanes", 0, "must be at least 1"),
+        ({"pools": {"attn": {"lanes": -1}}}, "pools.attn.lanes", -1, "must be at least 0"),
         ({"pools": {"attn": {"lanes": 5}}}, "pools.attn.lanes", 5, "must be at most 4"),
         ({"pools": {"attn": {"replicas": 2}}}, "pools.attn.replicas", 2, "unknown key; "),
         ({"row_exact": "maybe"}, "row_exact", "maybe", "must be one of auto, on, off"),

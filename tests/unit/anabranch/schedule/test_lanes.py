@@ -107,6 +107,25 @@ def test_who_runs_out_of_blocks_waits_until_nothing_is_in_flight() -> None:
     assert [item.request.request_id for item in sent_away] == ["b"]
 
 
+def test_another_number_of_lanes_is_dealt_once_nothing_is_in_flight() -> None:
+    scheduler = make(lanes=4)
+    scheduler.deal(2)
+    for index, name in enumerate("abcd"):
+        join(scheduler, sequence(name, arrival_s=index))
+    first, second = launch(scheduler), launch(scheduler)
+    assert (names(first), names(second)) == (["a", "c"], ["b", "d"])
+    scheduler.deal(3)
+    assert scheduler.schedule() == (None, [])
+    scheduler.update(second, answer(second))
+    assert scheduler.schedule() == (None, [])
+    scheduler.update(first, answer(first))
+    plans = [launch(scheduler) for _ in range(3)]
+    assert sorted(names(plan) for plan in plans) == [["a", "d"], ["b"], ["c"]]
+    assert all(part.follows is None for plan in plans for part in plan.sequences)
+    scheduler.deal(3)
+    assert launch(scheduler).sequences[0].follows == 0
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(15))
 def test_any_order_of_ends_gives_each_sequence_its_tokens(lanes: int, seed: int) -> None:
@@ -130,6 +149,8 @@ def test_any_order_of_ends_gives_each_sequence_its_tokens(lanes: int, seed: int)
             name = rng.choice(scheduler.running).request.request_id
             scheduler.remove((name, 0))
             ended.add(name)
+        elif choice < 0.26:
+            scheduler.deal(rng.randint(1, lanes))
         elif choice < 0.6:
             plan, sent_away = scheduler.schedule()
             ended |= {item.request.request_id for item in sent_away}

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.waiting import eventually
 from transport.collectives.segment import make_segment
 from transport.m2n import ChannelShape, Listener, create_link_maker, create_listener, hello, listener
 from transport.m2n import acceptor as acceptor_module
+from transport.m2n.base import Dialled
 from transport.m2n.channel import usable_backends
 from transport.m2n.doors import parse_shm_address
 from transport.m2n.hello import SHM_KIND, TCP_KIND, Welcome, introduce, read_welcome
@@ -269,7 +271,7 @@ def test_no_backend_in_common_is_said() -> None:
     with listening("tcp") as made:
         maker = create_link_maker(SHAPE, "tcp")
         with pytest.raises(TransportUnavailable, match="node offers shm, this rank has tcp"):
-            maker.connect({"shm": "shm:00:/x"}, "node")
+            maker.dial({"shm": "shm:00:/x"}, "node")
         maker.close()
         assert list(made.addresses) == ["tcp"]
     with pytest.raises(ConfigError, match="ffn_transport"):
@@ -281,7 +283,7 @@ def test_nobody_there_is_a_lost_peer(backend: str) -> None:
         addresses = dict(made.addresses)
     maker = create_link_maker(SHAPE, backend)
     with pytest.raises(PeerLost):
-        maker.connect(addresses, "node")
+        maker.dial(addresses, "node")
     maker.close()
 
 
@@ -289,7 +291,7 @@ def test_a_node_that_does_not_answer_is_given_up_in_time(backend: str) -> None:
     with listening(backend) as made:
         maker = create_link_maker(SHAPE, backend, connect_timeout_s=0.05)
         with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
-            maker.connect(made.addresses, "node")
+            maker.dial(made.addresses, "node")
         maker.close()
         check_listener(made, backend)
 
@@ -302,7 +304,7 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
     else:
         maker = create_link_maker(SHAPE, "tcp")
         with pytest.raises(ConfigError, match="must be tcp:"):
-            maker.connect({"tcp": address}, "node")
+            maker.dial({"tcp": address}, "node")
         maker.close()
 
 
@@ -326,3 +328,29 @@ def test_closing_twice_does_nothing(backend: str) -> None:
     pair = Channel(backend)
     pair.close()
     pair.close()
+
+
+@pytest.mark.parametrize("node_goes", [False, True], ids=["given up", "node gone"])
+def test_a_connection_that_is_given_up_leaves_nothing(backend: str, node_goes: bool) -> None:
+    with listening(backend) as made:
+        maker = create_link_maker(SHAPE, backend)
+        eventually(lambda: not made.poll())
+        before, mapped = holdings(), mappings()
+        dialled: list[Dialled] = []
+        dials = threading.Thread(target=lambda: dialled.append(maker.dial(made.addresses, "node")))
+        dials.start()
+        while dials.is_alive():
+            assert not made.poll()
+        if node_goes:
+            made.close()
+            link = dialled[0].attach()
+            with pytest.raises(PeerLost):
+                next_answer(link, maker)
+            link.close()
+        else:
+            dialled[0].close()
+            dialled[0].close()
+            eventually(lambda: not made.poll() and not made.num_links, "the node notices")
+        gc.collect()
+        assert not holdings().beyond(before) and mappings() == mapped
+        maker.close()

@@ -131,7 +131,8 @@ def test_a_second_answer_is_not_sent(backend: str) -> None:
 
 @pytest.mark.parametrize("spin_s", [0.0, 100e-6], ids=["asleep", "spinning"])
 def test_both_waits_end_with_a_message(backend: str, spin_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiter, "SPIN_S", spin_s)
+    monkeypatch.setattr(waiter, "MIN_SPIN_S", spin_s)
+    monkeypatch.setattr(waiter, "MAX_SPIN_S", spin_s)
     with channel(backend, num_links=2) as pair:
         num_calls = 200
 
