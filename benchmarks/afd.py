@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from anabranch.system.child_process import python_environment, python_module
 from benchmarks.report import Figure, parse_options, report
 
 MODEL = "smollm2-135m"
@@ -51,12 +51,11 @@ class Side:
             "threads": len(cores) if role == "whole" else 1,
             "kv_bytes": kv_bytes,
         }
-        environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.afd_side", json.dumps(options)],
+            python_module("benchmarks.afd_side", json.dumps(options)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=python_environment({"OMP_NUM_THREADS": str(options["threads"])}),
             text=True,
         )
 

@@ -43,7 +43,7 @@ def test_a_row_shows_default_unit_and_bounds(script: ModuleType) -> None:
     table = script.table("pool")
     assert "| `kv_cache` | `512MiB` | bytes | 1 to 1024TiB | size of the KV pool of each rank. |" in table
     assert "| `max_step_tokens` | 1024 | tokens | at least 1 |" in table
-    assert "| `lanes` | 2 |  | 1 to 4 |" in script.table("attn")
+    assert "| `lanes` | 0 |  | 0 to 4 |" in script.table("attn")
     assert "| `capacity` | `0` | bytes | 0 to 1024TiB |" in script.table("ffn")
     assert "kv_cache" not in script.table("attn") + script.table("ffn")
     assert "| `preemption` | `auto` |  | `auto`, `recompute`, `offload` |" in table
