@@ -86,7 +86,7 @@ def test_a_rank_holds_its_share_to_the_block(
                 (sequence,) = worker.scheduler.running  # type: ignore[attr-defined]
                 num_used = stats.num_total_blocks - stats.num_free_blocks
                 # Steps in flight bring a token each beside what has been computed.
-                num_tokens = sequence.num_computed + len(worker._in_flight)  # type: ignore[attr-defined]
+                num_tokens = sequence.num_computed + len(worker._in_flight[0])  # type: ignore[attr-defined]
                 assert num_used == -(-num_tokens // (BLOCK * cp))
                 placement = BlockCyclic(block_size=BLOCK, cp=cp)
                 wanted = [placement.num_local(num_tokens, r.engine.context.cp_rank) for r in held_ranks]

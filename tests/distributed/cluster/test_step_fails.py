@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def flying(worker) -> list[int]:
     """How many sequences each step in flight has."""
-    return [len(launched.plan.sequences) for launched in tuple(worker._in_flight)]
+    return [len(launched.plan.sequences) for launched in tuple(worker._in_flight[0])]
 
 
 def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, still_serves, good) -> None:
@@ -37,7 +37,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
             assert time.monotonic() < deadline_s
             throttle.allow(1)
             wait_until(lambda: len(flying(worker)) == 2, "a step behind the one that waits")
-        forward = runner.model.forward
+        forward = runner.stack.forward
         failing: list[StepPlan] = []
         step = throttle._step
 
@@ -45,7 +45,7 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
             raise ZeroDivisionError("of this step")
 
         def run(plan: StepPlan) -> PendingResult:
-            runner.model.forward = forward if failing else fail
+            runner.stack.forward = forward if failing else fail
             failing.append(plan)
             return step(plan)
 
