@@ -264,7 +264,8 @@ class Worker(ABC):
                     self.drain()
                 case Registered(error=error):
                     if error is not None:
-                        raise WorkerDied(f"refused by the orchestrator: {error.message}")
+                        # Whoever has said that it fails is taken for dead at once: the reason is what it said.
+                        raise self._failure or WorkerDied(f"refused by the orchestrator: {error.message}")
                 case Beat():
                     pass
                 case _:
