@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
 from dataclasses import dataclass
 
-from anabranch.errors import AnabranchError
+from anabranch.engine.faults import Faults
 from anabranch.protocol.ffn import FfnNode
 from transport.m2n.base import Dialled, LinkMaker
-
-logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S = 0.05
 MAX_PAUSE_S = 2.0
@@ -32,6 +29,7 @@ class Connector:
 
     def __init__(self, links: LinkMaker) -> None:
         self._links = links
+        self._faults = Faults("reaching an FFN node")
         self._made: queue.SimpleQueue[Connected] = queue.SimpleQueue()
         self._changed = threading.Condition()
         # Nodes to try, by name, and when.
@@ -71,8 +69,8 @@ class Connector:
         while (node := self._next()) is not None:
             try:
                 dialled = self._links.dial(node.addresses, node.name)
-            except AnabranchError as error:
-                logger.warning("no link to %s: %s", node.name, error)
+            except Exception as error:  # whatever it is: nobody else would try again
+                self._faults.log(error)
                 self._put_off(node)
             else:
                 with self._changed:

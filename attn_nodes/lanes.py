@@ -44,7 +44,7 @@ class _Lane:
         broken: why the last step failed; whatever follows it fails alike.
         turn: when it last went on.
         times: what the step that has begun has cost at FFN nodes.
-        attention_s, ffn_s: what the step took so far, see `LaneCosts`.
+        attention_s: what the step's attention halves took so far.
         ways_s: what each of its tickets took on its way; more where the answer came while another lane was computed.
     """
 
@@ -59,7 +59,7 @@ class _Lane:
         self.broken: FfnUnavailable | None = None
         self.turn = 0
         self.times = FfnTimes()
-        self.attention_s = self.ffn_s = 0.0
+        self.attention_s = 0.0
         self.ways_s: list[float] = []
 
     @property
@@ -193,7 +193,7 @@ class Lanes:
         """A step has ended: what it took."""
         rows = lane.plan.num_tokens
         self._attention_fit.add(rows, lane.attention_s)
-        self._ffn_fit.add(rows, lane.ffn_s)
+        self._ffn_fit.add(rows, lane.times.compute_s)
         self._way_fit.add(rows, min(lane.ways_s, default=0.0) * len(lane.ways_s))
         self._num_steps += 1
         if self._turns.decides and self._num_steps % MEASURED_STEPS == 0:
@@ -203,7 +203,7 @@ class Lanes:
     def _first(self, lane: _Lane) -> FfnCall | None:
         """Begin the next step; None where it follows one that failed for lack of FFN nodes."""
         lane.plan, lane.done = lane.waiting.popleft()
-        lane.attention_s = lane.ffn_s = 0.0
+        lane.attention_s = 0.0
         lane.ways_s.clear()
         if lane.broken is not None and any(sequence.follows is not None for sequence in lane.plan.sequences):
             lane.end(lane.broken)
@@ -222,6 +222,5 @@ class Lanes:
         assert lane.ticket is not None
         lane.times += lane.ticket.times
         answer_TC = self._shares.join(lane.ticket, lane.num_rows)
-        lane.ffn_s += lane.ticket.compute_s
-        lane.ways_s.append(lane.ticket.way_s)
+        lane.ways_s.append(lane.ticket.times.way_s)
         return answer_TC if lane.beside_TC is None else answer_TC + lane.beside_TC

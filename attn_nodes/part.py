@@ -28,8 +28,6 @@ class Ticket:
         num_open: parts that are not answered.
         error: why it will not be answered.
         times: what it cost, once it is answered.
-        compute_s: the longest product that answered a part, with whatever it was merged with.
-        way_s: of the part that took longest, what it neither waited at its node nor was computed.
     """
 
     def __init__(
@@ -45,7 +43,6 @@ class Ticket:
         self.num_open = 0
         self._began_s = began_s
         self.error: Exception | None = None
-        self.compute_s = self.way_s = 0.0
         num_rows, hidden = rows.normed_TC.shape
         count = num_rows if rows.experts_TS is None else rows.experts_TS.numel()
         # An answer for each row, or for each choice; sums are kept part by part, and added in the parts' order.
@@ -61,18 +58,15 @@ class Ticket:
         """Whether `result` can be had, or raises."""
         return self.num_open == 0 or self.error is not None
 
-    def take(self, part: Part, answer: Answer, taken_s: float, now_s: float) -> None:
+    def take(self, part: Part, answer: Answer, now_s: float) -> None:
         """A part's answer, which is copied, and what it cost.
 
         Args:
-            taken_s: since the part was sent.
             now_s: `awake_s()`.
         """
         self.num_open -= 1
         rows_RC = answer.rows_RC
         queue_s, compute_s = answer.queue_us / 1e6, answer.compute_us / 1e6
-        self.compute_s = max(self.compute_s, compute_s)
-        self.way_s = max(self.way_s, taken_s - queue_s - compute_s)
         self.times = FfnTimes(
             queue_s=queue_s,
             compute_s=compute_s,

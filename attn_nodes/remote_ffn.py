@@ -235,9 +235,10 @@ class RemoteFfn:
         node: Node | None,
         again: Part | None,
     ) -> None:
+        number, self._next_part = self._next_part, self._next_part + 1
         part = Part(
             ticket=ticket,
-            number=self._next_ticket,
+            number=number,
             experts=experts,
             picked_A=picked_A,
             picked_R=picked_R,
@@ -380,7 +381,7 @@ class RemoteFfn:
             self._refused(part, node, "answered values that are not finite")
         else:
             part.open = False
-            part.ticket.take(part, answer, now_s - sent.sent_s, now_s)
+            part.ticket.take(part, answer, now_s)
             traffic = self.traffic
             traffic.num_answers += 1
             traffic.queue_us += answer.queue_us
@@ -406,9 +407,12 @@ class RemoteFfn:
                 part.tried.add(name)
                 part.reason = reason
                 self.traffic.num_retries += 1
+                # What nobody can answer any more is not sent to another node first, or each could wait once more.
+                part.ticket.error = self._hopeless(part, awake_s())
             else:
                 part.attempt -= 1
-            self._plan(part.ticket, part)
+            if part.ticket.error is None:
+                self._plan(part.ticket, part)
 
     def _send_twice(self, node: Node, now_s: float) -> None:
         """Send the late calls of a node to a replica too."""

@@ -52,7 +52,8 @@ class ClusterOptions(Options):
             or auto (slots in float32).
         ffn_timeout_s: silence of an FFN worker after which its rows go to another that holds the expert.
         ffn_unavailable_s: longest time that rows wait for some FFN worker that holds their expert; then their
-            requests end with `ffn_unavailable`.
+            requests end with `ffn_unavailable`. With ffn_timeout_s it must be below collective_timeout_s where an attn
+            worker has several ranks, which wait for each other meanwhile.
     """
 
     model: Line = "smollm2-135m"
@@ -71,7 +72,7 @@ class ClusterOptions(Options):
     row_exact: RowExact = "auto"
     combine: CombineChoice = "auto"
     ffn_timeout_s: Seconds = 5.0
-    ffn_unavailable_s: Seconds = 30.0
+    ffn_unavailable_s: Seconds = 20.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,6 +62,15 @@ class WorkerConfig(PoolOptions, AttnOptions, FfnOptions, ClusterOptions):
         longer = "heartbeat_s" if self.num_ranks == 1 else "collective_timeout_s"
         if self.step_stall_s <= getattr(self, longer):
             raise ConfigError("step_stall_s", self.step_stall_s, f"must be above {longer} ({getattr(self, longer)} s)")
+        # A rank's rows may wait so long, and once more for the node that has them, while the others wait for it.
+        waited_s = self.ffn_unavailable_s + self.ffn_timeout_s
+        if self.role == "attn" and self.num_ranks > 1 and waited_s >= self.collective_timeout_s:
+            raise ConfigError(
+                "ffn_unavailable_s",
+                self.ffn_unavailable_s,
+                f"must with ffn_timeout_s ({self.ffn_timeout_s} s) be below collective_timeout_s "
+                f"({self.collective_timeout_s} s): the ranks of {self.name} wait for each other",
+            )
 
     @property
     def host_kv_bytes(self) -> int:

@@ -294,6 +294,18 @@ def test_rows_that_nobody_holds_wait_and_then_fail_with_the_key_and_the_experts(
         ticket.result()
 
 
+def test_rows_whose_time_is_over_are_not_sent_to_another_node_first(world, clock) -> None:
+    nodes = [node("ffn-0"), node("ffn-1")]
+    here = world(nodes)
+    ticket = here.ffn.dispatch(1, 0, DENSE, dense(2))
+    clock.now_s += 30.1
+    here.ffn.poll()
+    assert ticket.done
+    with pytest.raises(FfnUnavailable, match=r"ffn_unavailable_s: layer 0, expert 0: .* no answer in 5 s"):
+        ticket.result()
+    assert not any(known.calls for known in here.ffn._nodes.values())
+
+
 def test_rows_that_nobody_holds_go_to_who_comes_to_hold_them(world) -> None:
     only = node("ffn-0", 0, 1, 2)
     here = world([only])
