@@ -50,13 +50,13 @@ class Functions:
     import_kv: NativeFunction
     linear: NativeFunction
     attention_short: NativeFunction
-    attention_long: NativeFunction | None
+    attention_long: NativeFunction
     argmax: NativeFunction
 
     def watched(self, recorder: Recorder) -> Functions:
         """The same, noted by a recorder."""
         functions = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Functions(**{name: function and recorder.watch(function) for name, function in functions.items()})
+        return Functions(**{name: recorder.watch(function) for name, function in functions.items()})
 
 
 def bind_functions(library: ctypes.CDLL, suffix: str) -> Functions:
@@ -73,7 +73,6 @@ def bind_functions(library: ctypes.CDLL, suffix: str) -> Functions:
 
     declare(library)
     attention = *[pointer] * 8, ctypes.POINTER(AttentionShape), c_int
-    long = bind("ab_attention_long_bfloat16", *attention, result=c_int) if suffix == "bfloat16" else None
     return Functions(
         rms_norm=bind(f"ab_rms_norm_{suffix}", *[pointer] * 3, *[number] * 5, c_float, c_int),
         add_rms_norm=bind(f"ab_add_rms_norm_{suffix}", *[pointer] * 5, *[number] * 2, c_float, c_int),
@@ -84,6 +83,6 @@ def bind_functions(library: ctypes.CDLL, suffix: str) -> Functions:
         import_kv=bind("ab_import_kv", *[pointer] * 3, *[number] * 5),
         linear=bind(f"ab_linear_{suffix}", *[pointer] * 4, *[number] * 5, c_int, c_int),
         attention_short=bind(f"ab_attention_short_{suffix}", *attention),
-        attention_long=long,
+        attention_long=bind(f"ab_attention_long_{suffix}", *attention, result=c_int),
         argmax=bind(f"ab_argmax_{suffix}", *[pointer] * 2, *[number] * 3, c_int),
     )

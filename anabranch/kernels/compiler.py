@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from anabranch.kernels.cpu_level import LEVELS, VARIABLE, CpuLevel, check_reached, flags_of, forced_level
 from anabranch.system.native_code import NativeUnavailable, find_compiler, load_compiled
 
 SOURCE = Path(__file__).parent / "cpu" / "kernels.cpp"
@@ -28,8 +29,6 @@ FLAGS = (
     "-w",
 )
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
-# What `ab_level` returns, for people.
-LEVELS = ("portable", "AVX-512", "AVX-512 BF16", "AMX BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +54,34 @@ def native_status() -> NativeStatus:
     compiler = version = None
     try:
         compiler, version = find_compiler()
-        level = LEVELS[load_library().ab_level()]
+        forced = forced_level()
+        shown = LEVELS[load_library(forced).ab_level()].shown + (f", forced by {VARIABLE}" if forced else "")
     except NativeUnavailable as error:
         return NativeStatus(compiler=compiler, version=version, usable=False, reason=str(error))
-    return NativeStatus(compiler=compiler, version=version, usable=True, reason=f"kernels built for {level}")
+    return NativeStatus(compiler=compiler, version=version, usable=True, reason=f"kernels built for {shown}")
 
 
 @functools.cache
-def load_library(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load_library(level: CpuLevel | None = None) -> ctypes.CDLL:
     """The compiled kernels, built now unless the cache folder has them.
 
     Args:
-        extra_flags: after the standard ones; tests build for lesser machines with them.
+        level: the most that they may use of the CPU; None: all that it has.
 
     Raises:
+        ConfigError: the CPU does not reach the level.
         NativeUnavailable: no compiler, a failed build, or no OpenMP runtime to share with torch.
     """
+    if level is not None:
+        native = load_library()
+        reached = LEVELS[native.ab_level()]
+        check_reached(level, reached)
+        if level is reached:
+            return native
     openmp = find_openmp()
     # Compiling knows -fopenmp, linking does not: it would add the compiler's own runtime.
     link_flags = (str(openmp), f"-Wl,-rpath,{openmp.parent}")
-    library = load_compiled("kernels", SOURCE, (*FLAGS, *extra_flags), link_flags)
+    library = load_compiled("kernels", SOURCE, (*FLAGS, *flags_of(level)), link_flags)
     if mapped_openmp() != mapped_openmp(including=openmp):
         raise NativeUnavailable("loading the kernels brought in a second OpenMP runtime")
     return library

@@ -19,6 +19,7 @@ from anabranch.kernels.bindings import AttentionShape, bind_functions
 from anabranch.kernels.block_attention import flash_block
 from anabranch.kernels.combine import combine_slots
 from anabranch.kernels.compiler import load_library
+from anabranch.kernels.cpu_level import forced_level
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
 from anabranch.kernels.program import Recorder
@@ -64,7 +65,7 @@ def select_kernels(device: torch.device, dtype: torch.dtype, native: bool = True
         log.warning("no native CPU kernels for %s: running PyTorch operations", dtype)
         return PlainKernels()
     try:
-        return NativeKernels(load_library(), dtype)
+        return NativeKernels(load_library(forced_level()), dtype)
     except NativeUnavailable as error:
         log.warning("no native CPU kernels, running PyTorch operations: %s", error)
         return PlainKernels()
@@ -83,7 +84,6 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._plain = PlainKernels()
         self._dtype = dtype
-        self._level: int = library.ab_level()
         self._library = library
         self._functions = bind_functions(library, SUFFIXES[dtype])
         self._recorder: Recorder | None = None
@@ -320,8 +320,7 @@ class NativeKernels:
         )
         if call.any_short:
             self._functions.attention_short.released(*arguments)
-        run_long = self._functions.attention_long
-        if call.long_sequences and (run_long is None or run_long.released(*arguments) != 0):
+        if call.long_sequences and self._functions.attention_long.released(*arguments) != 0:
             for b in call.long_sequences:
                 rows = slice(*batch.query_starts[b : b + 2])
                 k_CKD, v_CKD = gather_context(kv, batch.block_tables_BN[b], batch.context_lens[b])
@@ -340,7 +339,6 @@ class NativeKernels:
             or not (k_CKD.is_contiguous() and v_CKD.is_contiguous() and q_THD.stride(2) == 1)
             or head_dim % HEAD_DIM_STEP
             or scale <= 0
-            or (num_tokens > MAX_SHORT_TOKENS and (self._functions.attention_long is None or head_dim % 32))
         ):
             return flash_block(q_THD, k_CKD, v_CKD, scale)
         # The keys are one block of a pool of one block.
@@ -362,7 +360,6 @@ class NativeKernels:
         lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32)
         functions = self._functions
         run = functions.attention_short if num_tokens <= MAX_SHORT_TOKENS else functions.attention_long
-        assert run is not None
         code = run.released(
             q_THD.data_ptr(),
             k_CKD.data_ptr(),

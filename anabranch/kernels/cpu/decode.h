@@ -67,7 +67,7 @@ struct DotScores {
     void get(long from, float* p) const {
         const E* keys[SPAN];
         for (int i = 0; i < SPAN; i++) keys[i] = span.keys[i] + offset;
-        for (int b = 0; b < span.count; b += LANES) dot16<E, G>(keys + b, q + from * q_stride, q_stride, d, p + b);
+        for (int b = 0; b < span.count; b += LANES) dot_keys<E, G>(keys + b, q + from * q_stride, q_stride, d, p + b);
     }
 };
 

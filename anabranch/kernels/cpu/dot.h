@@ -11,7 +11,12 @@ namespace ab {
 constexpr int STREAMS = 4;
 // How far ahead of each stream the next lines are fetched; measured best from 2 to 4 KiB.
 constexpr long FETCH_BYTES = 2048;
+// Beyond so many rows tiles are faster; with AVX-512 they begin early.
+#if defined(__AVX512F__)
 constexpr int MAX_DOT_ROWS = 4;
+#else
+constexpr int MAX_DOT_ROWS = 8;
+#endif
 
 template <class E, int R, int T>
 inline void dot_rows(const E* const* w, const E* x, long x_stride, long n, float out[T][R]) {
@@ -37,7 +42,7 @@ inline void dot_rows(const E* const* w, const E* x, long x_stride, long n, float
         for (int r = 0; r < R; r++) {
             __builtin_prefetch((const char*)(w[r] + k) + FETCH_BYTES);
             const f32 left = load(w[r] + k);
-            for (int t = 0; t < T; t++) acc[r][t] += left * right[t];
+            for (int t = 0; t < T; t++) acc[r][t] = multiply_add(left, right[t], acc[r][t]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -68,7 +73,7 @@ struct Linear {
         for (int i = 0; i < N; i++) store1(out + t * out_stride + f[i], v[i] + bias_of(f[i]));
     }
 
-    // The same for N gates and the N partners after them, N at most 16 / 2.
+    // The same for N gates and the N partners after them, N at most STREAMS / 2.
     template <int N>
     void put_gated(long t, const long* f, const float* v) const {
         f32 gate{};

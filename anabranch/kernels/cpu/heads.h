@@ -10,11 +10,11 @@ namespace ab {
 
 constexpr int SPAN = 64;  // tokens whose scores are held at once; a multiple of 16
 
-// Scores of G query heads with 16 keys: to[g * SPAN + i] = q[g] . keys[i].
+// Scores of G query heads with as many keys as a vector has lanes: to[g * SPAN + i] = q[g] . keys[i].
 template <class E, int G>
-inline void dot16(const E* const* keys, const E* q, long q_stride, long d, float* to) {
-    f32 quads[G][4];
-    for (int block = 0; block < 4; block++) {
+inline void dot_keys(const E* const* keys, const E* q, long q_stride, long d, float* to) {
+    f32 totals[G][LANES];
+    for (int block = 0; block < LANES / 4; block++) {
         f32 acc[G][4] = {};
         long i = 0;
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -36,15 +36,19 @@ inline void dot16(const E* const* keys, const E* q, long q_stride, long d, float
             for (int j = 0; j < 4; j++) key[j] = load(keys[4 * block + j] + i);
             for (int g = 0; g < G; g++) {
                 const f32 query = load(q + g * q_stride + i);
-                for (int j = 0; j < 4; j++) acc[g][j] += key[j] * query;
+                for (int j = 0; j < 4; j++) acc[g][j] = multiply_add(key[j], query, acc[g][j]);
             }
         }
-        for (int g = 0; g < G; g++) quads[g][block] = sums4(acc[g]);
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < 4; j++) totals[g][4 * block + j] = acc[g][j];
     }
-    for (int g = 0; g < G; g++) store(to + g * SPAN, join4(quads[g]));
+    for (int g = 0; g < G; g++) store(to + g * SPAN, sums_of(totals[g]));
 }
 
-// o[g][0..16 V) += sum of p[g][i] * values[i][at..], for G heads.
+// Vectors of values that are added up at once: with four heads, half of the registers or more.
+constexpr int VALUES = LANES == 16 ? 4 : 2;
+
+// o[g][0..LANES V) += sum of p[g][i] * values[i][at..], for G heads.
 template <class E, int G, int V>
 inline void add_values(float* o, long d, const float* p, const E* const* values, long at, int count) {
     f32 acc[G][V];
@@ -54,7 +58,7 @@ inline void add_values(float* o, long d, const float* p, const E* const* values,
         f32 value[V];
         for (int j = 0; j < V; j++) value[j] = load(values[i] + at + j * LANES);
         for (int g = 0; g < G; g++)
-            for (int j = 0; j < V; j++) acc[g][j] += value[j] * p[g * SPAN + i];
+            for (int j = 0; j < V; j++) acc[g][j] = multiply_add(value[j], splat(p[g * SPAN + i]), acc[g][j]);
     }
     for (int g = 0; g < G; g++)
         for (int j = 0; j < V; j++) store(o + g * d + j * LANES, acc[g][j]);
@@ -134,7 +138,7 @@ inline void attend_heads(float* p, const E* const* values, int count, long d, fl
         for (; i + 32 <= d; i += 32) add_value_pairs<G, 1>(o + i, d, p, values, i, count);
     }
 #endif
-    for (; i + 64 <= d; i += 64) add_values<E, G, 4>(o + i, d, p, values, i, count);
+    for (; i + VALUES * LANES <= d; i += VALUES * LANES) add_values<E, G, VALUES>(o + i, d, p, values, i, count);
     for (; i < d; i += LANES) add_values<E, G, 1>(o + i, d, p, values, i, count);
 }
 

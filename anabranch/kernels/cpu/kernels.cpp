@@ -3,19 +3,23 @@
 #include "decode.h"
 #include "gemm.h"
 #include "linear.h"
-#include "prefill.h"
+#include "prefill_tiles.h"
+#include "prefill_wide.h"
 #include "program.h"
+#include "wide.h"
 
 using ab::bf16;
 
 namespace {
 
-// Rows of x up to which this build's own product beats a library's GEMM.
+// Rows of x up to which this build's own product beats a library's GEMM; measured at each level but AVX-512's float32.
 template <class E>
 long max_linear_rows(long channels) {
 #if defined(AB_TILES)
     if (sizeof(E) == 2 && channels % ab::TILE_K == 0)
         return ab::amx_allowed() ? ab::MAX_BLOCKED_ROWS : ab::MAX_STREAMED_ROWS;
+#elif !defined(__AVX512F__)
+    return std::numeric_limits<long>::max();
 #endif
     return ab::MAX_DOT_ROWS;
 }
@@ -27,8 +31,28 @@ void run_linear(const ab::Linear<E>& op, int threads) {
         if (op.num_rows > ab::MAX_DOT_ROWS && ab::tiles_fit(op))
             return op.num_rows <= ab::MAX_STREAMED_ROWS ? ab::linear_streamed(op, threads)
                                                         : ab::linear_blocked(op, threads);
+#elif !defined(__AVX512F__)
+    if (op.num_rows > ab::MAX_DOT_ROWS) return ab::linear_wide(op, threads);
 #endif
     ab::linear_dot(op, threads);
+}
+
+// Attention of sequences with many new tokens: 0, or 1, having done nothing, where this build leaves it to a library.
+template <class E>
+int run_attention_long(const ab::Attention<E>& op, int threads) {
+#if defined(AB_TILES)
+    if constexpr (sizeof(E) == 2)
+        if (op.head_dim % ab::TILE_K == 0) {
+            ab::attention_long<ab::PrefillByTiles>(op, threads);
+            return 0;
+        }
+    return 1;
+#elif defined(__AVX512F__)
+    return 1;
+#else
+    ab::attention_long<ab::PrefillWide<E>>(op, threads);
+    return 0;
+#endif
 }
 
 // The fields of Attention that a batch, a layer or a model fixes; laid out as in native.py.
@@ -75,6 +99,11 @@ ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t*
                                             const AttentionShape* shape, int threads) {                              \
         ab::attention_short(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);                 \
     }                                                                                                                \
+    AB_API int ab_attention_long_##suffix(const E* q, const E* k, const E* v, const int32_t* tables,                  \
+                                          const int32_t* starts, const int32_t* lens, E* out, float* lse,            \
+                                          const AttentionShape* shape, int threads) {                                \
+        return run_attention_long(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);           \
+    }                                                                                                                \
     AB_API void ab_argmax_##suffix(const E* x, int64_t* out, long stride, long rows, long n, int threads) {           \
         ab::argmax(x, stride, out, rows, n, threads);                                                                \
     }                                                                                                                \
@@ -82,19 +111,6 @@ ab::Attention<E> attention_of(const E* q, const E* k, const E* v, const int32_t*
 
 AB_OPS(float, float32)
 AB_OPS(bf16, bfloat16)
-
-// Returns 1, having done nothing, where this build or this shape has no tiles.
-AB_API int ab_attention_long_bfloat16(const bf16* q, const bf16* k, const bf16* v, const int32_t* tables,
-                                      const int32_t* starts, const int32_t* lens, bf16* out, float* lse,
-                                      const AttentionShape* shape, int threads) {
-#if defined(AB_TILES)
-    if (shape->head_dim % ab::TILE_K) return 1;
-    ab::attention_long(attention_of(q, k, v, tables, starts, lens, out, lse, *shape), threads);
-    return 0;
-#else
-    return 1;
-#endif
-}
 
 AB_API void ab_store_kv(const char* k, const char* v, char* k_pool, char* v_pool, const int64_t* slots, long k_stride_t,
                         long k_stride_h, long v_stride_t, long v_stride_h, long num_t, long num_h, long row_bytes,
@@ -134,11 +150,13 @@ AB_API int ab_run_program(const ab::Op* ops, long count, int threads, long* plac
     return ab::run_program(ops, count, threads, place);
 }
 
-// What the build uses: 3 AMX, 2 AVX-512 BF16, 1 AVX-512, 0 what the compiler makes of it.
+// What the build uses: 4 AMX, 3 AVX-512 BF16, 2 AVX-512, 1 AVX2, 0 what the compiler makes of it.
 AB_API int ab_level() {
 #if defined(AB_TILES)
-    return ab::amx_allowed() ? 3 : 2;
+    return ab::amx_allowed() ? 4 : 3;
 #elif defined(__AVX512F__)
+    return 2;
+#elif defined(__AVX2__) && defined(__FMA__)
     return 1;
 #else
     return 0;

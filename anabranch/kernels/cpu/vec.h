@@ -1,4 +1,4 @@
-// Sixteen floats at a time, on any machine: GCC's vector extension, with AVX-512 where it says more.
+// As many floats at a time as one register holds: GCC's vector extension, with intrinsics where they say more.
 #pragma once
 
 #include <cmath>
@@ -18,15 +18,24 @@ struct bf16 {
     uint16_t bits;
 };
 
-typedef float f32 __attribute__((vector_size(64)));
-typedef int32_t i32 __attribute__((vector_size(64)));
-typedef uint32_t u32 __attribute__((vector_size(64)));
-typedef uint16_t u16 __attribute__((vector_size(32)));
-
+// Vectors wider than a register would live in memory.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16 __attribute__((vector_size(2 * LANES)));
+
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-inline f32 splat(float x) { return f32{} + x; }
+// Minus zero, which leaves every number as it is; a compiler may not leave out plus zero.
+inline f32 splat(float x) { return x - f32{}; }
 
 inline f32 load(const float* p) {
     f32 v;
@@ -85,9 +94,24 @@ inline float rounded1(float x, const bf16*) {
     return load1(&b);
 }
 
+// a * b + c with one rounding where the machine can: said, so that every copy of a loop computes the same bits.
+inline f32 multiply_add(f32 a, f32 b, f32 c) {
+#if defined(__AVX512F__)
+    return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline float sum(f32 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 #else
     float s = 0;
     for (int i = 0; i < LANES; i++) s += v[i];
@@ -98,6 +122,8 @@ inline float sum(f32 v) {
 inline f32 max(f32 a, f32 b) {
 #if defined(__AVX512F__)
     return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (f32)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
 #endif
@@ -132,31 +158,34 @@ inline f32 exp(f32 x) {
     return x < splat(-87.0f) ? f32{} : y;
 }
 
-// Towards the sums of sixteen vectors as the lanes of one: four vectors to one whose lane 4 i + j is a part of
-// the sum of v[j], then four of those to the sums.
-inline f32 sums4(const f32 v[4]) {
+// The sums of as many vectors as one has lanes, as its lanes.
+inline f32 sums_of(const f32 v[LANES]) {
 #if defined(__AVX512F__)
-    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    return (f32)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-#else
-    f32 out{};
-    for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
-    return out;
-#endif
-}
-
-inline f32 join4(const f32 quads[4]) {
-#if defined(__AVX512F__)
-    const __m512 a = (__m512)quads[0], b = (__m512)quads[1], c = (__m512)quads[2], d = (__m512)quads[3];
-    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+    __m512 quads[4];  // lane 4 i + j is a part of the sum of the j-th of four
+    for (int q = 0; q < 4; q++) {
+        const __m512 a = (__m512)v[4 * q], b = (__m512)v[4 * q + 1], c = (__m512)v[4 * q + 2], d = (__m512)v[4 * q + 3];
+        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        quads[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                                     _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                                      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
     return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+#elif defined(__AVX__)
+    __m256 quads[2];
+    for (int q = 0; q < 2; q++) {
+        const __m256 ab = _mm256_hadd_ps((__m256)v[4 * q], (__m256)v[4 * q + 1]);
+        const __m256 cd = _mm256_hadd_ps((__m256)v[4 * q + 2], (__m256)v[4 * q + 3]);
+        quads[q] = _mm256_hadd_ps(ab, cd);
+    }
+    return (f32)_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                              _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 #else
     f32 out;
-    for (int i = 0; i < LANES; i++) out[i] = quads[i / 4][i % 4];
+    for (int i = 0; i < LANES; i++) out[i] = sum(v[i]);
     return out;
 #endif
 }

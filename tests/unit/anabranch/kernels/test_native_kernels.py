@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from anabranch.errors import ConfigError
 from anabranch.kernels.compiler import load_library, native_status
+from anabranch.kernels.cpu_level import LEVELS, CpuLevel
 from anabranch.kernels.native import NativeKernels
 from anabranch.kernels.plain import PlainKernels
-from anabranch.system.native_code import NativeUnavailable
 
 # Whoever comes first compiles.
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]
 plain = PlainKernels()
 MakeCase = Callable[..., Any]
-# What the compiler is told to leave out, by the machine that then remains.
-MACHINES = {
-    "native": (),
-    "avx512_bf16": ("-mno-amx-bf16",),
-    "avx2": ("-mno-avx512f", "-mno-amx-bf16"),
-}
-# What the first thing left out is called in /proc/cpuinfo.
-LEFT_OUT = {"avx512_bf16": "amx_bf16", "avx2": "avx512f"}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=LEVELS, ids=lambda level: str(level.name))
+def level(request: pytest.FixtureRequest) -> CpuLevel:
     if not native_status().usable:
         pytest.skip(native_status().reason)
-    if request.param in LEFT_OUT and LEFT_OUT[request.param] not in cpu_flags():
-        pytest.skip(f"this machine has no {LEFT_OUT[request.param]}: without it, the code is the same as native")
-    return str(request.param)
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return frozenset(found.group(1).split() if found else ())
+    return request.param
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
@@ -53,11 +35,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture
-def native(machine: str, dtype: torch.dtype) -> NativeKernels:
+def native(level: CpuLevel, dtype: torch.dtype) -> NativeKernels:
     try:
-        return NativeKernels(load_library(MACHINES[machine]), dtype)
-    except NativeUnavailable as error:
-        pytest.skip(f"{machine}: {error}")
+        return NativeKernels(load_library(level), dtype)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
