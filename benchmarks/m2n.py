@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 
 from benchmarks.ping import make_segment, ping_s
@@ -356,7 +357,7 @@ def _wire_figures() -> list[Figure]:
         if combine != Combine.ROWS:
             column = torch.zeros(num_assignments, dtype=torch.int32)
             weights_A = torch.zeros(num_assignments) if combine == Combine.SUMS else _NO_WEIGHTS
-            call = dataclasses.replace(call, combine=combine, rows_A=column, experts_A=column, weights_A=weights_A)
+            call = msgspec.structs.replace(call, combine=combine, rows_A=column, experts_A=column, weights_A=weights_A)
         answer_rows = num_assignments if combine == Combine.SLOTS else rows
         rows_RC = torch.zeros(answer_rows, hidden, dtype=torch.float32 if combine == Combine.SUMS else shape.dtype)
         before = list(relay.num_bytes)

@@ -192,11 +192,11 @@ def next_answer(link: Link, maker: LinkMaker) -> Answer:
 def assert_same(got: Call | Answer, wanted: Call | Answer) -> None:
     """Equal field by field, tensors bit for bit and in dtype and shape."""
     assert type(got) is type(wanted)
-    for field in dataclasses.fields(wanted):
-        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+    for field in wanted.__struct_fields__:
+        mine, theirs = getattr(got, field), getattr(wanted, field)
         if isinstance(theirs, torch.Tensor):
-            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field.name
-            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field.name
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field
+            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field
         else:
             assert mine == theirs and type(mine) is type(theirs), field.name
 

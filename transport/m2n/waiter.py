@@ -28,6 +28,7 @@ class Waiter:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._epoll_fd = self._epoll.fileno()
         self._handlers: dict[int, Handler] = {}
         self._ends = array.array("Q")
         self._looked_s = 0.0
@@ -77,20 +78,22 @@ class Waiter:
     def wait(self, timeout_s: float) -> None:
         """Return as soon as there may be something to take, at the latest after `timeout_s`."""
         began_s = time.monotonic()
+        wait = self._wait_native if self._ends else self._wait_sockets
         left_s = timeout_s
-        while not (self._wait_native(left_s) if self._ends else self._wait_sockets(left_s)):
-            left_s = began_s + timeout_s - time.monotonic()
-            if left_s <= 0.0:
+        while True:
+            found = wait(left_s)
+            waited_s = time.monotonic() - began_s
+            if found or waited_s >= timeout_s:
                 break
-        was_short = time.monotonic() - began_s < MAX_SPIN_S
+            left_s = timeout_s - waited_s
+        was_short = waited_s < MAX_SPIN_S
         self._spin_s = min(2 * self._spin_s, MAX_SPIN_S) if was_short else max(self._spin_s / 2, MIN_SPIN_S)
 
     def _wait_native(self, timeout_s: float) -> bool:
         """Whether there may be something to take; at the latest after `timeout_s`."""
         address, num_ends = self._ends.buffer_info()
-        library = load_library()
         spin_ns, timeout_ns = int(self._spin_s * 1e9), int(timeout_s * 1e9)
-        if library.anabranch_m2n_wait(address, num_ends, self._epoll.fileno(), spin_ns, timeout_ns) != 1:
+        if load_library().anabranch_m2n_wait(address, num_ends, self._epoll_fd, spin_ns, timeout_ns) != 1:
             return self.look()
         self.look_sometimes()
         return True
