@@ -32,15 +32,18 @@ from transport.m2n.base import Dialled
 from transport.m2n.header import HEADER_BYTES
 
 
-def _reason() -> str:
+def _reason(backend: str) -> str:
     try:
-        usable_backends("shm")
+        usable_backends(backend)
     except TransportUnavailable as error:
         return str(error)
     return ""
 
 
-BACKENDS = [pytest.param("shm", marks=pytest.mark.skipif(bool(_reason()), reason=_reason())), "tcp"]
+REASONS = {backend: _reason(backend) for backend in ("shm", "tcp", "ucx")}
+BACKENDS = [
+    pytest.param(backend, marks=pytest.mark.skipif(bool(reason), reason=reason)) for backend, reason in REASONS.items()
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = ChannelShape(model="a model", dtype=torch.bfloat16, hidden_size=36, max_rows=16, max_choices=3, num_slots=4)
 # Offset and format of each field on the wire.

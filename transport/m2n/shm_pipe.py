@@ -22,8 +22,9 @@ import torch
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from transport.m2n.base import ChannelShape
 from transport.m2n.build import load_brief_library, load_library
+from transport.m2n.ends import Terms
 from transport.m2n.header import HEADER_BYTES, max_answer_bytes, max_call_bytes
-from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.pipe import Message, Packer, Region
 from transport.m2n.waiter import LOOK_S, Waiter
 
 POPULATE_BYTES = 256 << 10
@@ -84,16 +85,14 @@ class ShmPipe:
     Args:
         sock: connected, non-blocking; the pipe's from now on.
         fd: the segment; may be closed afterwards.
-        answers: whether this is the node's end.
     """
 
-    def __init__(
-        self, sock: socket.socket, fd: int, layout: Layout, *, answers: bool, peer: str, waiter: Waiter, opener: Opener
-    ) -> None:
+    def __init__(self, sock: socket.socket, fd: int, layout: Layout, terms: Terms, waiter: Waiter) -> None:
         self._sock = sock
-        self._peer = peer
+        self._peer = terms.peer
         self._waiter = waiter
-        self._opener = opener
+        self._opener = terms.opener()
+        answers = terms.answers
         self._lost = ""
         self._looked_s = 0.0
         memory = mmap.mmap(fd, layout.total)

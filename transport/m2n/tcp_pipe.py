@@ -16,8 +16,9 @@ import torch
 
 from anabranch.errors import MalformedMessage, PeerLost
 from transport.m2n.body import body_of, checksum_of
+from transport.m2n.ends import Terms
 from transport.m2n.header import HEADER_BYTES, Header
-from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.pipe import Message, Packer, Region
 from transport.m2n.waiter import Waiter
 
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -32,26 +33,13 @@ class TcpPipe:
 
     Args:
         sock: connected, non-blocking; the pipe's from now on.
-        num_in, in_bytes: messages that may be looked at at a time, and the longest.
-        num_out, out_bytes: messages that may be on their way, and the longest.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        *,
-        num_in: int,
-        in_bytes: int,
-        num_out: int,
-        out_bytes: int,
-        peer: str,
-        waiter: Waiter,
-        opener: Opener,
-    ) -> None:
+    def __init__(self, sock: socket.socket, terms: Terms, waiter: Waiter) -> None:
         self._sock = sock
-        self._peer = peer
+        self._peer = terms.peer
         self._waiter = waiter
-        self._opener = opener
+        self._opener = terms.opener()
         self._lost = ""
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
@@ -59,10 +47,10 @@ class TcpPipe:
         for option, value in _KEEP_ALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         # Their pages come with use.
-        self._in = [Region(np.empty(in_bytes, np.uint8).data) for _ in range(num_in)]
-        self._out = [np.empty(out_bytes, np.uint8).data for _ in range(num_out)]
-        self._free_in = list(range(num_in))
-        self._free_out = list(range(num_out))
+        self._in = [Region(np.empty(terms.in_bytes, np.uint8).data) for _ in range(terms.num_in)]
+        self._out = [np.empty(terms.out_bytes, np.uint8).data for _ in range(terms.num_out)]
+        self._free_in = list(range(terms.num_in))
+        self._free_out = list(range(terms.num_out))
         self._unsent: deque[tuple[int, memoryview]] = deque()
         self._ahead = memoryview(bytearray(READ_AHEAD_BYTES))
         self._from, self._to = 0, 0

@@ -10,6 +10,7 @@ import array
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from transport.m2n.build import load_library
 
@@ -18,6 +19,19 @@ from transport.m2n.build import load_library
 MIN_SPIN_S, MAX_SPIN_S = 20e-6, 200e-6
 LOOK_S = 1e-3
 """Sockets are looked at this often while messages keep coming through shared memory."""
+
+
+class Progress(Protocol):
+    """What goes on only where it is called."""
+
+    def progress(self) -> bool:
+        """Whether there may be something to take."""
+        ...
+
+    def arm(self) -> bool:
+        """Call by a descriptor when something happens; False where something has happened already."""
+        ...
+
 
 Handler = Callable[[int], bool]
 """Handles the events of a socket; whether there may be something to take now."""
@@ -31,6 +45,7 @@ class Waiter:
         self._epoll_fd = self._epoll.fileno()
         self._handlers: dict[int, Handler] = {}
         self._ends = array.array("Q")
+        self._progresses: list[Progress] = []
         self._looked_s = 0.0
         self._spin_s = MIN_SPIN_S
 
@@ -57,6 +72,16 @@ class Waiter:
         if end in self._ends:
             self._ends.remove(end)
 
+    def add_progress(self, progress: Progress) -> None:
+        """Let something go on while waiting; the descriptor by which it calls is watched too."""
+        assert not self._ends, "a channel over UCX has no shared memory of its own: see `usable_backends`"
+        self._progresses.append(progress)
+
+    def remove_progress(self, progress: Progress) -> None:
+        """Idempotent."""
+        if progress in self._progresses:
+            self._progresses.remove(progress)
+
     def look(self) -> bool:
         """Handle what the sockets have now; whether there may be something to take."""
         self._looked_s = time.monotonic()
@@ -78,7 +103,7 @@ class Waiter:
     def wait(self, timeout_s: float) -> None:
         """Return as soon as there may be something to take, at the latest after `timeout_s`."""
         began_s = time.monotonic()
-        wait = self._wait_native if self._ends else self._wait_sockets
+        wait = self._wait_progress if self._progresses else self._wait_native if self._ends else self._wait_sockets
         left_s = timeout_s
         while True:
             found = wait(left_s)
@@ -107,6 +132,22 @@ class Waiter:
             if found or waited_s >= min(timeout_s, self._spin_s):
                 break
         if not found and waited_s < timeout_s:
+            found = self._epoll.poll(timeout_s - waited_s)
+        self._looked_s = time.monotonic()
+        return self._handle(found)
+
+    def _wait_progress(self, timeout_s: float) -> bool:
+        """The same with what has to be let go on by calls."""
+        start_s = time.monotonic()
+        while True:
+            if any(progress.progress() for progress in self._progresses):
+                self.look_sometimes()
+                return True
+            found = self._epoll.poll(0)
+            waited_s = time.monotonic() - start_s
+            if found or waited_s >= min(timeout_s, self._spin_s):
+                break
+        if not found and waited_s < timeout_s and all(progress.arm() for progress in self._progresses):
             found = self._epoll.poll(timeout_s - waited_s)
         self._looked_s = time.monotonic()
         return self._handle(found)

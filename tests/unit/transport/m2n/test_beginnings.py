@@ -26,8 +26,8 @@ from transport.m2n import ChannelShape, Listener, create_link_maker, create_list
 from transport.m2n import acceptor as acceptor_module
 from transport.m2n.base import Dialled
 from transport.m2n.channel import usable_backends
-from transport.m2n.doors import parse_shm_address
-from transport.m2n.hello import SHM_KIND, TCP_KIND, Welcome, introduce, read_welcome
+from transport.m2n.hello import SHM_KIND, TCP_KIND, UCX_KIND, Welcome, introduce, read_welcome
+from transport.m2n.shm_ends import parse_shm_address
 from transport.m2n.shm_pipe import check_segment, layout_of
 from transport.planes.handshake import MAX_PENDING_HELLOS, Introduction, encode, parse_address
 
@@ -56,8 +56,8 @@ def raw_connection(made: Listener) -> tuple[socket.socket, int, bytes]:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(path))
         return sock, SHM_KIND, token
-    host, port, token = parse_address("tcp", address)
-    return socket.create_connection((host, port)), TCP_KIND, token
+    host, port, token = parse_address(backend, address)
+    return socket.create_connection((host, port)), TCP_KIND if backend == "tcp" else UCX_KIND, token
 
 
 def is_closed(made: Listener, sock: socket.socket) -> bool:
@@ -275,7 +275,7 @@ def test_no_backend_in_common_is_said() -> None:
         maker.close()
         assert list(made.addresses) == ["tcp"]
     with pytest.raises(ConfigError, match="ffn_transport"):
-        create_listener(SHAPE, "ucx")
+        create_listener(SHAPE, "rdma")
 
 
 def test_nobody_there_is_a_lost_peer(backend: str) -> None:

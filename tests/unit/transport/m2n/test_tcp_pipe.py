@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from tests.support.m2n import SHAPE, a_call, assert_same
 from tests.support.waiting import WAIT_S, eventually
 from transport.m2n import Call, Combine
 from transport.m2n.body import body_of, call_parts, check_body, checksum_of, view_call
-from transport.m2n.header import Kind, max_call_bytes, opener, pack_call
+from transport.m2n.ends import Terms
+from transport.m2n.header import pack_call
 from transport.m2n.pipe import Message
 from transport.m2n.tcp_pipe import READ_AHEAD_BYTES, TcpPipe
 from transport.m2n.waiter import Waiter
@@ -21,6 +23,7 @@ from transport.m2n.waiter import Waiter
 pytestmark = pytest.mark.unit
 
 INCARNATION = 9
+NUM_TIMES = 12_000
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,8 @@ def end() -> Iterator[End]:
     mine.setblocking(False)
     sock.settimeout(WAIT_S)
     waiter = Waiter()
-    longest = max_call_bytes(SHAPE)
-    frame = opener(Kind.CALL, INCARNATION, longest)
-    pipe = TcpPipe(
-        mine, num_in=2, in_bytes=longest, num_out=2, out_bytes=1 << 24, peer="rank", waiter=waiter, opener=frame
-    )
+    shape = dataclasses.replace(SHAPE, num_slots=2, max_rows=16 * NUM_TIMES)
+    pipe = TcpPipe(mine, Terms(shape=shape, answers=True, peer="rank", peer_incarnation=INCARNATION), waiter)
     yield End(pipe, waiter, sock)
     pipe.close()
     sock.close()
@@ -110,7 +110,7 @@ def test_a_message_without_a_buffer_is_refused_by_name(end: End) -> None:
 
 def test_what_a_peer_does_not_read_is_bounded_and_then_ends_the_link(end: End) -> None:
     large = a_call(1, num_rows=16)
-    rows = large.rows_TC.repeat(12_000, 1)  # 13.8 MB
+    rows = large.rows_TC.repeat(NUM_TIMES, 1)  # 13.8 MB
     end.pipe.send(0, lambda checksum: wire(large)[:128], [rows])
     end.pipe.send(1, lambda checksum: wire(large)[:128], [rows])
     with pytest.raises(PeerLost, match="asks for more than it takes"):
@@ -119,7 +119,7 @@ def test_what_a_peer_does_not_read_is_bounded_and_then_ends_the_link(end: End) -
 
 def test_what_is_left_goes_out_whole_while_waiting(end: End) -> None:
     large = a_call(1, num_rows=16)
-    rows = large.rows_TC.repeat(12_000, 1)
+    rows = large.rows_TC.repeat(NUM_TIMES, 1)
     header = wire(large)[:128]
     for slot in range(2):
         end.pipe.send(slot, lambda checksum: header, [rows])
