@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from anabranch.errors import TransportUnavailable
+from anabranch.errors import MalformedMessage, TransportUnavailable
 from transport.ucx.api import UcxEndpoint, UcxRequest, UcxWorker, forget_cancelled, load
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,14 @@ DRAIN_TIMEOUT_S = 1.0
 def open_endpoint(worker: UcxWorker, peer_address: bytes, peer: str) -> UcxEndpoint:
     """A worker's endpoint to another one, by the UCX address of that.
 
+    UCX ends the process where the address has another format than its own: it must come from one who may connect.
+
     Raises:
+        MalformedMessage: there is no address.
         TransportUnavailable: UCX finds no way to the peer.
     """
+    if not peer_address:
+        raise MalformedMessage(f"{peer} sent no UCX address")
     core = load()
     try:
         address = core.UCXAddress.create_from_buffer(bytearray(peer_address))

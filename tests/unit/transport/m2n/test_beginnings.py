@@ -18,7 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DeadlineExceeded, MalformedMessage, PeerLost, TransportUnavailable
-from tests.support.m2n import BACKENDS, SHAPE, Channel, a_call, an_answer, assert_same, channel, connect, next_answer
+from tests.support.m2n import (
+    BACKENDS,
+    REASONS,
+    SHAPE,
+    Channel,
+    a_call,
+    an_answer,
+    assert_same,
+    channel,
+    connect,
+    next_answer,
+)
 from tests.support.resources import holdings
 from tests.support.waiting import eventually
 from transport.collectives.segment import make_segment
@@ -354,3 +365,54 @@ def test_a_connection_that_is_given_up_leaves_nothing(backend: str, node_goes: b
         gc.collect()
         assert not holdings().beyond(before) and mappings() == mapped
         maker.close()
+
+
+def test_a_link_maker_closes_what_was_reached_and_never_became_a_link(backend: str) -> None:
+    with listening(backend) as made:
+        check_listener(made, backend)  # what a process makes once
+        eventually(lambda: not made.poll() and not made.num_links, "that link ends")
+        gc.collect()
+        before, mapped = holdings(), mappings()
+        maker = create_link_maker(SHAPE, backend)
+        dialled: list[Dialled] = []
+        dials = threading.Thread(target=lambda: dialled.append(maker.dial(made.addresses, "node")))
+        dials.start()
+        while dials.is_alive():
+            assert not made.poll()
+        maker.close()
+        eventually(lambda: not made.poll() and not made.num_links, "the node notices")
+        with pytest.raises(PeerLost, match="given up"):
+            dialled[0].attach()
+        dialled[0].close()
+        gc.collect()
+        assert not holdings().beyond(before, spare_threads=1) and mappings() == mapped
+
+
+def test_a_link_maker_that_is_closed_while_it_dials_keeps_nothing(backend: str) -> None:
+    with listening(backend) as made:
+        maker = create_link_maker(SHAPE, backend)
+        refused: list[str] = []
+
+        def dial() -> None:
+            try:
+                maker.dial(made.addresses, "node")
+            except PeerLost as error:
+                refused.append(str(error))
+
+        dials = threading.Thread(target=dial)
+        dials.start()
+        maker.close()  # nobody has answered the hello yet
+        eventually(lambda: not made.poll() and not dials.is_alive(), "the dial ends")
+        assert "this end of the channel is closed" in refused[0]
+        eventually(lambda: not made.poll() and not made.num_links, "the node notices")
+
+
+def test_a_hello_without_a_ucx_address_is_closed() -> None:
+    if REASONS["ucx"]:
+        pytest.skip(REASONS["ucx"])
+    with listening("ucx") as made:
+        sock, kind, token = raw_connection(made)
+        with sock:
+            sock.sendall(encode(kind, token, introduce(SHAPE, 1)))
+            eventually(lambda: is_closed(made, sock), "it is closed")
+        check_listener(made, "ucx")
