@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DeadlineExceeded, MalformedMessage, PeerLost, TransportUnavailable
+from benchmarks.m2n_ends import connect, next_answer
 from tests.support.m2n import (
     BACKENDS,
     REASONS,
@@ -27,8 +28,6 @@ from tests.support.m2n import (
     an_answer,
     assert_same,
     channel,
-    connect,
-    next_answer,
 )
 from tests.support.resources import holdings
 from tests.support.waiting import eventually

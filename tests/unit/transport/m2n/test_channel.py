@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.m2n import BACKENDS, DTYPES, SHAPE, Channel, a_call, an_answer, assert_same, channel, next_answer
+from benchmarks.m2n_ends import next_answer
+from tests.support.m2n import BACKENDS, DTYPES, SHAPE, Channel, a_call, an_answer, assert_same, channel
 from transport.m2n import Answer, Arrived, Call, Combine, Link, Status, waiter
 
 pytestmark = pytest.mark.unit
