@@ -69,7 +69,7 @@ def main() -> int:
         for rows in (QUICK_ROWS if options.quick else ROWS)
     ]
     backends = [backend for backend in RAW if _is_usable(backend)]
-    task = {"sizes": sizes, "effort": 0.1 if options.quick else 1.0, "backends": backends}
+    task: Task = {"sizes": sizes, "effort": 0.1 if options.quick else 1.0, "backends": backends, "folder": ""}
     with tempfile.TemporaryDirectory() as folder:
         rank, node = run_ranks("benchmarks.m2n", 2, {**task, "folder": folder}, timeout_s=RANKS_TIMEOUT_S)
     found = {**rank, **node}
