@@ -63,12 +63,14 @@ class Message(msgspec.Struct, frozen=True, eq=False, gc=False):
     Attributes:
         slot: where it lies until the slot is given back.
         region, offset: where its body begins.
+        checksum: of the body as it came; None: not computed yet.
     """
 
     slot: int
     header: Header
     region: Region
     offset: int
+    checksum: int | None = None
 
 
 class Pipe(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from anabranch.errors import MalformedMessage, PeerLost
+from anabranch.errors import ChecksumMismatch, MalformedMessage, PeerLost
 from tests.support.m2n import SHAPE, a_call, assert_same
 from tests.support.waiting import WAIT_S, eventually
 from transport.m2n import Call, Combine
@@ -80,13 +80,27 @@ def test_messages_cut_at_every_byte_are_taken_whole(end: End) -> None:
     taken: list[Message] = []
     for byte in b"".join(wire(call) for call in calls):
         end.sock.sendall(bytes([byte]))
-        end.waiter.wait(WAIT_S)
+        end.waiter.wait(0.0)  # it would go on until the message is whole
         message = end.pipe.take()
         if message is not None:
             check(message, calls[len(taken)])
             taken.append(message)
             end.pipe.give_back(message.slot)
     assert len(taken) == 3
+
+
+def test_a_body_that_is_damaged_on_its_way_is_noticed_however_it_is_cut(end: End) -> None:
+    data = bytearray(wire(a_call(1, num_rows=16, combine=Combine.SUMS)))
+    data[200] ^= 1
+    for pieces in ([data], [data[:150], data[150:]], [data[:300], data[300:900], data[900:]]):
+        for piece in pieces:
+            end.sock.sendall(piece)
+            end.waiter.wait(0.0)
+            message = end.pipe.take()
+        assert message is not None
+        with pytest.raises(ChecksumMismatch):
+            check_body(message)
+        end.pipe.give_back(message.slot)
 
 
 def test_messages_that_come_at_once_are_taken_one_by_one(end: End) -> None:
