@@ -20,6 +20,8 @@ MIN_SPIN_S, MAX_SPIN_S = 20e-6, 200e-6
 LOOK_S = 1e-3
 """Sockets are looked at this often while messages keep coming through shared memory."""
 
+ARM_ATTEMPTS = 16
+
 
 class Progress(Protocol):
     """What goes on only where it is called."""
@@ -143,15 +145,27 @@ class Waiter:
             if any(progress.progress() for progress in self._progresses):
                 self.look_sometimes()
                 return True
-            found = self._epoll.poll(0)
+            if self.look():
+                return True
             waited_s = time.monotonic() - start_s
-            if found or waited_s >= min(timeout_s, self._spin_s):
+            if waited_s >= min(timeout_s, self._spin_s):
                 break
-        if not found and waited_s < timeout_s and all(progress.arm() for progress in self._progresses):
-            found = self._epoll.poll(timeout_s - waited_s)
+        if waited_s >= timeout_s or not all(_armed(progress) for progress in self._progresses):
+            return False
+        found = self._epoll.poll(timeout_s - waited_s)
         self._looked_s = time.monotonic()
         return self._handle(found)
 
     def close(self) -> None:
         self._handlers.clear()
         self._epoll.close()
+
+
+def _armed(progress: Progress) -> bool:
+    """Whether its descriptor will call: what has happened is dealt with first, a little at a time."""
+    for _ in range(ARM_ATTEMPTS):
+        if progress.arm():
+            return True
+        if progress.progress():
+            return False
+    return False

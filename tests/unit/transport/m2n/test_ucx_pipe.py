@@ -138,3 +138,21 @@ def test_a_peer_that_takes_nothing_cannot_make_buffers_grow(end: End) -> None:
         end.pipe.send(0, lambda checksum: wire(large)[:128], [large.rows_TC])
     with pytest.raises(PeerLost, match="asks for more than it takes"):
         end.pipe.send(0, lambda checksum: wire(large)[:128], [large.rows_TC])
+
+
+def test_a_wait_sleeps_once_nothing_comes_any_more(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ticket in range(2):
+        end.send(wire(a_call(ticket, TWO_SLOTS, num_rows=1000 * ticket)))
+        end.take()
+    num_calls = 0
+    progress = end.pipe.progress
+
+    def counted() -> bool:
+        nonlocal num_calls
+        num_calls += 1
+        return progress()
+
+    monkeypatch.setattr(end.pipe, "progress", counted)
+    monkeypatch.setattr(end.waiter, "_spin_s", 0.0)
+    end.waiter.wait(0.05)
+    assert num_calls < 50
