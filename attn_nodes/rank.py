@@ -35,7 +35,7 @@ class AttnRank(GenerationRank):
         dtype = engine.kv.data.dtype
         exact = config.combine == "slots" or (config.combine == "auto" and dtype is torch.float32)
         self._ffn = RemoteFfn(
-            create_link_maker(_shape(config, engine), config.ffn_transport),
+            create_link_maker(_shape(config, engine), config.ffn_transport, config.listen_host),
             combine=Combine.SLOTS if exact else Combine.SUMS,
             ffn_timeout_s=config.ffn_timeout_s,
             ffn_unavailable_s=config.ffn_unavailable_s,

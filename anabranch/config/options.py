@@ -17,7 +17,7 @@ DtypeName = Literal["float32", "bfloat16", "float16", "auto"]
 KvTransport = Literal["auto", "inproc", "tcp", "ucx"]
 Preemption = Literal["auto", "recompute", "offload"]
 RingChoice = Literal["auto", "pass_kv", "pass_q"]
-FfnTransport = Literal["auto", "shm", "tcp"]
+FfnTransport = Literal["auto", "shm", "tcp", "ucx"]
 RowExact = Literal["auto", "on", "off"]
 CombineChoice = Literal["auto", "slots", "sums"]
 
@@ -43,8 +43,8 @@ class ClusterOptions(Options):
         collective_timeout_s: longest wait of a worker's ranks for each other; then the worker ends.
         step_stall_s: longest time that one step, or anything else that a worker's threads do in one piece, may take;
             then the worker ends.
-        ffn_transport: what rows travel by between attention and FFN workers: shm (one host), tcp, or auto (the best
-            that both ends have).
+        ffn_transport: what rows travel by between attention and FFN workers: shm (one host), tcp, ucx (needs the
+            package ucxx; for networks with RDMA), or auto (shm within a host, tcp between hosts).
         row_exact: FFN products in blocks of a fixed number of rows, so that a row's bits depend neither on the rows
             beside it nor on the FFN worker; same tokens as without FFN workers need it. auto: on in float32.
         combine: what an FFN worker answers of a sparse layer: slots (a row for each choice, summed by the attention

@@ -18,6 +18,7 @@ from launch.cluster import LocalCluster
 from tests.e2e.test_mesh import Answers, Degrees, check_alike, check_all, check_cached, mesh_of
 from tests.support.in_process import InProcessCluster
 from tests.support.known import Known
+from tests.support.m2n import REASONS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("one_thread")]
 
@@ -149,7 +150,7 @@ def test_beside_decode_and_colocated_workers(
 @pytest.mark.parametrize(
     ("recipe", "attn", "num_ffn", "transport"),
     [
-        ("llama-gqa-tied", AttnPoolConfig(workers=2, lanes=2), 1, "tcp"),
+        ("llama-gqa-tied", AttnPoolConfig(workers=2, lanes=2), 1, "tcp" if REASONS["ucx"] else "ucx"),
         ("qwen2-moe-mixed", AttnPoolConfig(lanes=3), 3, "shm"),
         ("mixtral", AttnPoolConfig(tp=2, lanes=2), 2, "auto"),
     ],

@@ -6,45 +6,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-import torch
-
 from transport.m2n.base import Arrived
-from transport.m2n.messages import Answer, Call, Combine
-
-
-def make_call(
-    rows_TC: torch.Tensor,
-    *,
-    layer: int = 0,
-    ticket: int = 0,
-    experts_TS: torch.Tensor | None = None,
-    weights_TS: torch.Tensor | None = None,
-    **changes: object,
-) -> Call:
-    """A call of a dense layer; with experts, of a sparse one by slots; with weights too, by sums."""
-    experts_A = torch.empty(0, dtype=torch.int32)
-    rows_A, weights_A = experts_A, torch.empty(0)
-    combine = Combine.ROWS
-    if experts_TS is not None:
-        num_rows, num_choices = experts_TS.shape
-        combine = Combine.SLOTS if weights_TS is None else Combine.SUMS
-        rows_A = torch.arange(num_rows, dtype=torch.int32).repeat_interleave(num_choices)
-        experts_A = experts_TS.flatten().int()
-        weights_A = weights_A if weights_TS is None else weights_TS.flatten()
-    fields: dict[str, object] = {
-        "ticket": ticket,
-        "step": 0,
-        "layer": layer,
-        "lane": 0,
-        "attempt": 0,
-        "placement": 1,
-        "combine": combine,
-        "rows_TC": rows_TC,
-        "rows_A": rows_A,
-        "experts_A": experts_A,
-        "weights_A": weights_A,
-    }
-    return Call(**{**fields, **changes})
+from transport.m2n.messages import Answer, Call
 
 
 def arrived(call: Call, sender: int = 0, arrived_s: float | None = None) -> Arrived:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +12,7 @@ import torch
 import xxhash
 
 from anabranch.errors import TransportUnavailable
-from tests.support.waiting import eventually
+from benchmarks.m2n_ends import connect, make_call, next_calls
 from transport.m2n import (
     Answer,
     Arrived,
@@ -28,19 +27,21 @@ from transport.m2n import (
     create_listener,
     usable_backends,
 )
-from transport.m2n.base import Dialled
 from transport.m2n.header import HEADER_BYTES
 
 
-def _reason() -> str:
+def _reason(backend: str) -> str:
     try:
-        usable_backends("shm")
+        usable_backends(backend)
     except TransportUnavailable as error:
         return str(error)
     return ""
 
 
-BACKENDS = [pytest.param("shm", marks=pytest.mark.skipif(bool(_reason()), reason=_reason())), "tcp"]
+REASONS = {backend: _reason(backend) for backend in ("shm", "tcp", "ucx")}
+BACKENDS = [
+    pytest.param(backend, marks=pytest.mark.skipif(bool(reason), reason=reason)) for backend, reason in REASONS.items()
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPE = ChannelShape(model="a model", dtype=torch.bfloat16, hidden_size=36, max_rows=16, max_choices=3, num_slots=4)
 # Offset and format of each field on the wire.
@@ -51,8 +52,6 @@ HEADER_FIELDS = {
     "num_assignments": (56, "I"), "hidden_size": (60, "I"), "queue_us": (64, "I"), "compute_us": (68, "I"),
     "merged_rows": (72, "I"), "reserved": (76, "I"), "body_bytes": (80, "Q"), "body_checksum": (88, "Q"),
 }  # fmt: skip
-NO_INDEX = torch.empty(0, dtype=torch.int32)
-NO_WEIGHTS = torch.empty(0)
 
 
 class Channel:
@@ -75,39 +74,11 @@ class Channel:
 
     def arrived(self, number: int = 1) -> list[Arrived]:
         """The next calls at the node."""
-        calls: list[Arrived] = []
-
-        def poll() -> bool:
-            calls.extend(self.listener.poll())
-            return len(calls) >= number
-
-        eventually(poll, f"{number} calls arrive")
-        return calls
+        return next_calls(self.listener, number)
 
     def close(self) -> None:
         self.maker.close()
         self.listener.close()
-
-
-def connect(listener: Listener, maker: LinkMaker) -> Link:
-    """A link within this process; raises what `dial` raises."""
-    made: list[Dialled] = []
-    failed: list[Exception] = []
-
-    def dial() -> None:
-        try:
-            made.append(maker.dial(listener.addresses, "node"))
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=dial, name="connect")
-    thread.start()
-    while thread.is_alive():
-        assert not listener.poll()
-        thread.join(0.001)
-    if failed:
-        raise failed[0]
-    return made[0].attach()
 
 
 @contextmanager
@@ -133,20 +104,16 @@ def a_call(
 ) -> Call:
     """A call with values that depend on its ticket; `num_choices` assignments of each row."""
     generator = torch.Generator().manual_seed(ticket)
-    num_assignments = 0 if combine == Combine.ROWS else num_rows * num_choices
-    weights_A = torch.rand(num_assignments, generator=generator)
-    return Call(
+    is_sparse, size = combine != Combine.ROWS, (num_rows, num_choices)
+    return make_call(
+        torch.randn(num_rows, shape.hidden_size, generator=generator).to(shape.dtype),
         ticket=ticket,
         step=ticket + 7,
         layer=ticket % 61,
         lane=ticket % 4,
         attempt=attempt,
-        placement=3,
-        combine=combine,
-        rows_TC=torch.randn(num_rows, shape.hidden_size, generator=generator).to(shape.dtype),
-        rows_A=torch.arange(num_rows, dtype=torch.int32).repeat_interleave(num_choices)[:num_assignments],
-        experts_A=torch.randint(0, 8, (num_assignments,), generator=generator, dtype=torch.int32),
-        weights_A=weights_A if combine == Combine.SUMS else NO_WEIGHTS,
+        experts_TS=torch.randint(0, 8, size, generator=generator, dtype=torch.int32) if is_sparse else None,
+        weights_TS=torch.rand(size, generator=generator) if combine == Combine.SUMS else None,
     )
 
 
@@ -175,28 +142,14 @@ def an_answer(call: Call, *, merged_rows: int = 5) -> Answer:
     )
 
 
-def next_answer(link: Link, maker: LinkMaker) -> Answer:
-    """Waits for it."""
-    answers: list[Answer] = []
-
-    def receive() -> bool:
-        maker.wait(0.01)
-        answer = link.receive()
-        answers.extend([] if answer is None else [answer])
-        return bool(answers)
-
-    eventually(receive, "an answer comes")
-    return answers[0]
-
-
 def assert_same(got: Call | Answer, wanted: Call | Answer) -> None:
     """Equal field by field, tensors bit for bit and in dtype and shape."""
     assert type(got) is type(wanted)
-    for field in dataclasses.fields(wanted):
-        mine, theirs = getattr(got, field.name), getattr(wanted, field.name)
+    for field in wanted.__struct_fields__:
+        mine, theirs = getattr(got, field), getattr(wanted, field)
         if isinstance(theirs, torch.Tensor):
-            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field.name
-            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field.name
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field
+            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), field
         else:
             assert mine == theirs and type(mine) is type(theirs), field.name
 

@@ -15,7 +15,8 @@ import json
 import sys
 import threading
 
-from tests.support.m2n import a_call, an_answer, assert_same, next_answer, process_shape
+from benchmarks.m2n_ends import next_answer
+from tests.support.m2n import a_call, an_answer, assert_same, process_shape
 from transport.m2n import Link, Listener, create_link_maker, create_listener
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from anabranch.errors import PeerLost, TransportError
 from anabranch.system.clock import awake_s
 from anabranch.system.logs import LimitedLog
-from transport.m2n.doors import Door
+from transport.m2n.ends import Door
 from transport.m2n.waiter import Waiter
 from transport.planes.handshake import (
     ACCEPT_PAUSE_S,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import torch
 
 from transport.m2n.messages import Answer, Call
@@ -112,8 +113,7 @@ class LinkMaker(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A call at its node; its tensors are valid until it is answered.
 
     Attributes:

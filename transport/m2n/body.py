@@ -23,6 +23,8 @@ from transport.m2n.pipe import Message
 _Bytes = ctypes.c_char * (1 << 40)
 _NO_INDEX = torch.empty(0, dtype=torch.int32)
 _NO_WEIGHTS = torch.empty(0)
+_ROWS, _, _SUMS = Combine  # a member's look-up costs more than a comparison
+_OK = Status.OK
 _FEW = 64  # up to here a loop is faster than numpy's call
 _PADDING = memoryview(bytes(ALIGNMENT))
 
@@ -35,13 +37,13 @@ def call_parts(call: Call, shape: ChannelShape) -> list[torch.Tensor]:
     """
     rows_TC, num_assignments = call.rows_TC, call.rows_A.shape[0]
     _check_rows("rows_TC", rows_TC, shape.max_rows, shape.hidden_size, shape.dtype)
-    if num_assignments > (0 if call.combine == Combine.ROWS else rows_TC.shape[0] * shape.max_choices):
+    if num_assignments > (0 if call.combine == _ROWS else rows_TC.shape[0] * shape.max_choices):
         raise ValueError(f"rows_A: {num_assignments} assignments of {rows_TC.shape[0]} rows, {call.combine.name}")
     if not num_assignments:
         return [_flat(rows_TC)]
     parts = [_flat(rows_TC), _column("experts_A", call.experts_A, num_assignments, torch.int32)]
     parts.append(_column("rows_A", call.rows_A, num_assignments, torch.int32))
-    if call.combine == Combine.SUMS:
+    if call.combine == _SUMS:
         parts.append(_column("weights_A", call.weights_A, num_assignments, torch.float32))
     return parts
 
@@ -55,7 +57,7 @@ def answer_parts(answer: Answer, call: Call, shape: ChannelShape) -> list[torch.
     rows_RC = answer.rows_RC
     if answer.ticket != call.ticket or answer.attempt != call.attempt:
         raise ValueError(f"ticket {answer.ticket}.{answer.attempt}: the call's is {call.ticket}.{call.attempt}")
-    num_rows = answer_rows(call) if answer.status == Status.OK else 0
+    num_rows = answer_rows(call) if answer.status == _OK else 0
     if rows_RC.shape[0] != num_rows:
         raise ValueError(f"rows_RC: {rows_RC.shape[0]} rows with {answer.status.name}, not {num_rows}")
     if num_rows:
@@ -64,7 +66,8 @@ def answer_parts(answer: Answer, call: Call, shape: ChannelShape) -> list[torch.
 
 
 def _check_rows(name: str, x: torch.Tensor, max_rows: int, hidden_size: int, dtype: torch.dtype) -> None:
-    if x.dim() != 2 or x.shape[0] > max_rows or x.shape[1] != hidden_size or x.dtype is not dtype:
+    shape = x.shape
+    if len(shape) != 2 or shape[0] > max_rows or shape[1] != hidden_size or x.dtype is not dtype:
         raise ValueError(f"{name}: {tuple(x.shape)} {x.dtype}, not at most ({max_rows}, {hidden_size}) {dtype}")
 
 
@@ -104,8 +107,10 @@ def check_body(message: Message) -> None:
     """Raises ChecksumMismatch where the body is not what was sent."""
     header = message.header
     if header.body_checksum:
-        body = message.region.memory[message.offset : message.offset + header.body_bytes]
-        if (xxhash.xxh3_64_intdigest(body) or 1) != header.body_checksum:
+        checksum = message.checksum
+        if checksum is None:
+            checksum = checksum_of([message.region.memory[message.offset : message.offset + header.body_bytes]])
+        if checksum != header.body_checksum:
             raise ChecksumMismatch("body_checksum: the body is damaged")
 
 
@@ -131,7 +136,7 @@ def view_call(message: Message, shape: ChannelShape) -> Call:
             raise MalformedMessage(f"rows_A: row {highest} of {num_rows}")
         experts_A = region.column(torch.int32, experts, num_assignments)
         rows_A = region.column(torch.int32, rows, num_assignments)
-        if header.combine == Combine.SUMS:
+        if header.combine == _SUMS:
             weights_A = region.column(torch.float32, rows + length, num_assignments)
     return Call(
         ticket=header.ticket,

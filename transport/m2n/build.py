@@ -22,6 +22,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "populate": (None, (c_void_p, c_uint64)),
     "send": (c_int, (c_void_p, c_uint32, c_char_p, c_uint64, c_void_p, c_int)),
     "take": (c_int, (c_void_p,)),
+    "posted_offset": (c_uint64, (c_int,)),
     "wait": (c_int, (c_void_p, c_int, c_int, c_int64, c_int64)),
 }
 
@@ -36,9 +37,18 @@ def load_library() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise TransportUnavailable(f"the shared-memory channel needs Linux; this is {platform.system()}: use tcp")
     try:
-        library = load_compiled("m2n", SOURCE, FLAGS, ("-pthread",))
+        return _declared(load_compiled("m2n", SOURCE, FLAGS, ("-pthread",)))
     except NativeUnavailable as error:
         raise TransportUnavailable(str(error)) from None
+
+
+@functools.cache
+def load_brief_library() -> ctypes.CDLL:
+    """The same, for calls that are too short to let another thread run Python meanwhile."""
+    return _declared(ctypes.PyDLL(load_library()._name))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, f"anabranch_m2n_{name}")
         function.restype = result

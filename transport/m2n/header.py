@@ -32,11 +32,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 COMBINES = tuple(Combine)
 STATUSES = tuple(Status)
+# A member's look-up in its enumeration costs more than a comparison.
+_ROWS, _SLOTS, _SUMS = COMBINES
+_OK = Status.OK
 
 
 class Kind(IntEnum):
     CALL = 1
     ANSWER = 2
+
+
+_CALL, _ANSWER = Kind
 
 
 class Header(NamedTuple):
@@ -77,22 +83,25 @@ class Header(NamedTuple):
 
 # What an answer repeats, and what follows from its call.
 _FIRST, _END = Header._fields.index("dtype"), Header._fields.index("hidden_size") + 1
+# Like `Header._make`, whose fields are as many by the format.
+_make_header: Callable[[type[Header], tuple[object, ...]], Header] = tuple.__new__
 
 
 def aligned(num_bytes: int) -> int:
     """The length that a part of a body takes: the next begins at a multiple of ALIGNMENT."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return (num_bytes + ALIGNMENT - 1) & -ALIGNMENT
 
 
 def call_body_bytes(shape: ChannelShape, combine: int, num_rows: int, num_assignments: int) -> int:
     """Rows, then experts and rows of the assignments, then weights."""
-    num_parts = 3 if combine == Combine.SUMS else 2
     rows = aligned(num_rows * shape.hidden_size * shape.dtype.itemsize)
-    return rows + num_parts * aligned(4 * num_assignments)
+    if not num_assignments:
+        return rows
+    return rows + (3 if combine == _SUMS else 2) * aligned(4 * num_assignments)
 
 
 def answer_dtype(shape: ChannelShape, combine: int) -> torch.dtype:
-    return torch.float32 if combine == Combine.SUMS else shape.dtype
+    return torch.float32 if combine == _SUMS else shape.dtype
 
 
 def answer_body_bytes(shape: ChannelShape, combine: int, num_rows: int) -> int:
@@ -117,10 +126,10 @@ def pack_call(call: Call, shape: ChannelShape, incarnation: int, body_checksum: 
         _HEADER.pack(
             MAGIC,
             WIRE_VERSION,
-            Kind.CALL,
+            _CALL,
             DTYPE_CODES[shape.dtype],
             call.combine,
-            Status.OK,
+            _OK,
             call.lane,
             call.layer,
             call.attempt,
@@ -148,7 +157,7 @@ def pack_answer(answer: Answer, call: Header, shape: ChannelShape, incarnation: 
         _HEADER.pack(
             MAGIC,
             WIRE_VERSION,
-            Kind.ANSWER,
+            _ANSWER,
             DTYPE_CODES[answer_dtype(shape, call.combine)],
             call.combine,
             answer.status,
@@ -183,7 +192,7 @@ def open_header(data: bytes, kind: Kind, incarnation: int, max_body_bytes: int) 
         MalformedMessage, ChecksumMismatch: nothing after it on this link can be understood.
     """
     fields = data[: _HEADER.size]
-    header = Header._make(_HEADER.unpack(fields))
+    header = _make_header(Header, _HEADER.unpack(fields))
     if header.magic != MAGIC:
         raise MalformedMessage(f"magic: {header.magic!r}, not {MAGIC!r}")
     if header.version != WIRE_VERSION:
@@ -206,19 +215,19 @@ def opener(kind: Kind, incarnation: int, max_body_bytes: int) -> Callable[[bytes
 
 def check_call(header: Header, shape: ChannelShape) -> None:
     """Raises MalformedMessage, which names the field."""
-    combine, num_assignments = header.combine, header.num_assignments
+    combine, num_rows, num_assignments = header.combine, header.num_rows, header.num_assignments
     _expect("dtype", header.dtype, DTYPE_CODES[shape.dtype])
     _expect("hidden_size", header.hidden_size, shape.hidden_size)
     if combine >= len(COMBINES):
         raise MalformedMessage(f"combine: {combine} is none")
     if header.status or header.queue_us or header.compute_us or header.merged_rows or header.reserved:
         raise MalformedMessage("status: a call has none, nor times")
-    if header.num_rows > shape.max_rows:
-        raise MalformedMessage(f"num_rows: {header.num_rows}, at most {shape.max_rows}")
-    most = 0 if combine == Combine.ROWS else header.num_rows * shape.max_choices
+    if num_rows > shape.max_rows:
+        raise MalformedMessage(f"num_rows: {num_rows}, at most {shape.max_rows}")
+    most = 0 if combine == _ROWS else num_rows * shape.max_choices
     if num_assignments > most:
         raise MalformedMessage(f"num_assignments: {num_assignments}, at most {most}")
-    _expect("body_bytes", header.body_bytes, call_body_bytes(shape, combine, header.num_rows, num_assignments))
+    _expect("body_bytes", header.body_bytes, call_body_bytes(shape, combine, num_rows, num_assignments))
 
 
 def check_answer(header: Header, call: Call, shape: ChannelShape) -> None:
@@ -226,7 +235,7 @@ def check_answer(header: Header, call: Call, shape: ChannelShape) -> None:
     status, combine = header.status, call.combine
     if status >= len(STATUSES):
         raise MalformedMessage(f"status: {status} is none")
-    num_rows = answer_rows(call) if status == Status.OK else 0
+    num_rows = answer_rows(call) if status == _OK else 0
     expected = (
         DTYPE_CODES[answer_dtype(shape, combine)],
         combine,
@@ -251,7 +260,8 @@ def check_answer(header: Header, call: Call, shape: ChannelShape) -> None:
 
 def answer_rows(call: Call) -> int:
     """How many rows the answer to a call has."""
-    return int((call.rows_A if call.combine == Combine.SLOTS else call.rows_TC).shape[0])
+    rows = call.rows_A if call.combine == _SLOTS else call.rows_TC
+    return rows.shape[0]
 
 
 def _expect(field: str, value: object, expected: object) -> None:

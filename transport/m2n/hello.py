@@ -18,7 +18,7 @@ from transport.m2n.base import ChannelShape
 from transport.m2n.header import DTYPES, WIRE_VERSION, max_answer_bytes, max_call_bytes
 from transport.planes.handshake import Introduction, my_name
 
-TCP_KIND, SHM_KIND = 16, 17
+TCP_KIND, SHM_KIND, UCX_KIND = 16, 17, 18
 """Beside the tensor planes' kinds."""
 MAX_ROWS = 1 << 20
 MAX_SLOTS = 256
@@ -26,11 +26,15 @@ MAX_LINK_BYTES = 64 << 30
 """Of address space for the slots of a link; memory is taken for what is sent alone."""
 
 
-class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+UcxAddress = Annotated[bytes, Meta(max_length=16 << 10)]
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an attention rank says first.
 
     Attributes:
         incarnation: drawn at random by each end; in every header.
+        ucx_address: of its UCX worker, with that backend.
     """
 
     wire_version: Count
@@ -41,20 +45,23 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_rows: Extent
     max_choices: Extent
     num_slots: Extent
+    ucx_address: UcxAddress = b""
 
 
-class Welcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the node answers.
 
     Attributes:
         refused: what it refuses: a field of the hello, or "" for none.
         reason: the node's own value of that field, or what it allows.
+        ucx_address: of its UCX worker, with that backend.
     """
 
     wire_version: Count
     incarnation: Int63
     refused: Name = ""
     reason: Annotated[str, Meta(max_length=256)] = ""
+    ucx_address: UcxAddress = b""
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -76,7 +83,7 @@ def draw_incarnation() -> int:
     return secrets.randbits(63)
 
 
-def introduce(shape: ChannelShape, incarnation: int) -> Introduction:
+def introduce(shape: ChannelShape, incarnation: int, ucx_address: bytes = b"") -> Introduction:
     """An attention rank's introduction."""
     hello = Hello(
         wire_version=WIRE_VERSION,
@@ -87,13 +94,20 @@ def introduce(shape: ChannelShape, incarnation: int) -> Introduction:
         max_rows=shape.max_rows,
         max_choices=shape.max_choices,
         num_slots=shape.num_slots,
+        ucx_address=ucx_address,
     )
     return Introduction(name=my_name(), endpoint=_encoder.encode(hello))
 
 
-def reply(incarnation: int, refused: str = "", reason: str = "") -> Introduction:
+def reply(incarnation: int, refused: str = "", reason: str = "", ucx_address: bytes = b"") -> Introduction:
     """A node's introduction."""
-    welcome = Welcome(wire_version=WIRE_VERSION, incarnation=incarnation, refused=refused, reason=reason[:256])
+    welcome = Welcome(
+        wire_version=WIRE_VERSION,
+        incarnation=incarnation,
+        refused=refused,
+        reason=reason[:256],
+        ucx_address=ucx_address,
+    )
     return Introduction(name=my_name(), endpoint=_encoder.encode(welcome))
 
 
@@ -106,8 +120,8 @@ class Refused(Exception):
         self.reason = reason
 
 
-def read_hello(introduction: Introduction, mine: ChannelShape) -> tuple[int, ChannelShape]:
-    """The rank's incarnation and the shape of its link: its sizes, and otherwise this node's shape.
+def read_hello(introduction: Introduction, mine: ChannelShape) -> tuple[Hello, ChannelShape]:
+    """The hello and the shape of its link: the rank's sizes, and otherwise this node's shape.
 
     Raises:
         Refused: this node cannot serve it.
@@ -137,11 +151,11 @@ def read_hello(introduction: Introduction, mine: ChannelShape) -> tuple[int, Cha
     num_bytes = (hello.num_slots + 1) * (max_call_bytes(sizes) + max_answer_bytes(sizes))
     if num_bytes > MAX_LINK_BYTES:
         raise Refused("max_rows", hello.max_rows, f"slots of {num_bytes} bytes, at most {MAX_LINK_BYTES}")
-    return hello.incarnation, sizes
+    return hello, sizes
 
 
-def read_welcome(introduction: Introduction, mine: ChannelShape, peer: str) -> int:
-    """The node's incarnation.
+def read_welcome(introduction: Introduction, mine: ChannelShape, peer: str) -> Welcome:
+    """The welcome of a node that takes the link.
 
     Raises:
         ConfigError: it refuses; names both sides' values.
@@ -157,7 +171,7 @@ def read_welcome(introduction: Introduction, mine: ChannelShape, peer: str) -> i
         raise MalformedMessage(f"welcome: {error}") from None
     if welcome.refused:
         raise _refusal(welcome, mine, peer)
-    return welcome.incarnation
+    return welcome
 
 
 def _refusal(welcome: Welcome, mine: ChannelShape, peer: str) -> AnabranchError:

@@ -11,21 +11,16 @@ import threading
 import time
 from collections.abc import Sequence
 
-from anabranch.errors import PeerLost, TransportError, TransportUnavailable
+from anabranch.errors import TransportError, TransportUnavailable
 from anabranch.system.logs import LimitedLog
-from transport.collectives.segment import make_segment
 from transport.m2n.acceptor import Acceptor
 from transport.m2n.base import Arrived, ChannelShape
-from transport.m2n.doors import SHM, Door
-from transport.m2n.header import HEADER_BYTES, Kind, max_answer_bytes, max_call_bytes, opener
+from transport.m2n.ends import Door, Terms, send_welcome
 from transport.m2n.hello import LINKS, Refused, draw_incarnation, read_hello, reply
 from transport.m2n.messages import Answer
-from transport.m2n.pipe import Pipe
 from transport.m2n.served import Pending, ServedLink
-from transport.m2n.shm_pipe import ShmPipe, layout_of
-from transport.m2n.tcp_pipe import TcpPipe
 from transport.m2n.waiter import Waiter
-from transport.planes.handshake import NO_TOKEN, Introduction, encode
+from transport.planes.handshake import Introduction
 
 logger = logging.getLogger(__name__)
 
@@ -125,48 +120,12 @@ class PipeListener:
         try:
             if len(self._links) >= MAX_LINKS:
                 raise Refused(LINKS, len(self._links), f"it has {MAX_LINKS}")
-            incarnation, shape = read_hello(introduction, self._shape)
+            hello, shape = read_hello(introduction, self._shape)
         except Refused as refused:
-            _welcome(sock, door, reply(self._incarnation, refused.field, refused.reason))
+            send_welcome(sock, door.kind, reply(self._incarnation, refused.field, refused.reason))
             raise TransportUnavailable(f"{introduction.name}: {refused}") from None
-        number, peer = self._num_made, introduction.name
+        terms = Terms(shape=shape, answers=True, peer=introduction.name, peer_incarnation=hello.incarnation)
+        pipe = door.admit(sock, hello, terms, self._incarnation, self._waiter)
+        number = self._num_made
         self._num_made += 1
-        pipe = self._pipe(door, sock, shape, peer, incarnation)
-        self._links[number] = ServedLink(pipe, shape, number, peer, self._incarnation, self._log)
-
-    def _pipe(self, door: Door, sock: socket.socket, shape: ChannelShape, peer: str, incarnation: int) -> Pipe:
-        call_bytes, answer_bytes = max_call_bytes(shape), max_answer_bytes(shape)
-        frame = opener(Kind.CALL, incarnation, call_bytes - HEADER_BYTES)
-        welcome = reply(self._incarnation)
-        if door.name != SHM:
-            _welcome(sock, door, welcome)
-            return TcpPipe(
-                sock,
-                num_in=shape.num_slots,
-                in_bytes=call_bytes,
-                num_out=shape.num_slots,
-                out_bytes=answer_bytes,
-                peer=peer,
-                waiter=self._waiter,
-                opener=frame,
-            )
-        layout = layout_of(shape)
-        fd = make_segment(layout.total)
-        try:
-            pipe = ShmPipe(sock, fd, layout, answers=True, peer=peer, waiter=self._waiter, opener=frame)
-            try:
-                _welcome(sock, door, welcome, fd)
-            except (OSError, PeerLost):
-                pipe.close()
-                raise
-            return pipe
-        finally:
-            os.close(fd)
-
-
-def _welcome(sock: socket.socket, door: Door, introduction: Introduction, *fds: int) -> None:
-    """Send a whole welcome; a fresh socket's buffer holds it."""
-    frame = encode(door.kind, NO_TOKEN, introduction)
-    sent = socket.send_fds(sock, [frame], list(fds)) if fds else sock.send(frame)
-    if sent != len(frame):
-        raise PeerLost("the welcome could not be sent")
+        self._links[number] = ServedLink(pipe, shape, number, terms.peer, self._incarnation, self._log)

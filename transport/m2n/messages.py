@@ -1,13 +1,15 @@
 """What travels between an attention rank and an FFN node: a call with rows, and its answer.
 
+They are structs of msgspec, never encoded: those are made ten times as fast as frozen dataclasses of so many fields.
+
 Shape suffixes: T rows of a call, A assignments (a row and one of its experts), R rows of an answer, C hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
+import msgspec
 import torch
 
 
@@ -34,8 +36,7 @@ class Combine(IntEnum):
     """One row of each row of the call, in float32: the weighted sum of its assignments, in the call's order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """Rows that one FFN node is to compute; a pure function of them.
 
     Attributes:
@@ -61,8 +62,7 @@ class Call:
     weights_A: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """What a node made of a call.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from anabranch.errors import ChecksumMismatch, MalformedMessage
@@ -16,8 +16,7 @@ from transport.m2n.messages import Answer, Status
 from transport.m2n.pipe import Message, Pipe
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pending:
+class Pending(msgspec.Struct, frozen=True, eq=False):
     """The listener's token: where a call lies, and what its answer repeats."""
 
     link: ServedLink

@@ -7,7 +7,6 @@ last tensor over it is gone; the segment is the link's own, so no slot is ever u
 
 from __future__ import annotations
 
-import array
 import ctypes
 import fcntl
 import mmap
@@ -22,14 +21,19 @@ import torch
 
 from anabranch.errors import MalformedMessage, PeerLost, TransportUnavailable
 from transport.m2n.base import ChannelShape
-from transport.m2n.build import load_library
+from transport.m2n.build import load_brief_library, load_library
+from transport.m2n.ends import Terms
 from transport.m2n.header import HEADER_BYTES, max_answer_bytes, max_call_bytes
-from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.pipe import Message, Packer, Region
 from transport.m2n.waiter import LOOK_S, Waiter
 
 POPULATE_BYTES = 256 << 10
 """Of each slot: made present when the link begins, or the first long messages would wait for their pages."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+MAX_PARTS = 4
+BRIEF_BYTES = 64 << 10
+"""Up to here a copy is too short for another thread to be let run meanwhile: to get the interpreter back from it may
+take milliseconds."""
 _EMPTY, _BROKEN = -1, -2
 _WAKE_BYTES = 4096
 
@@ -81,16 +85,14 @@ class ShmPipe:
     Args:
         sock: connected, non-blocking; the pipe's from now on.
         fd: the segment; may be closed afterwards.
-        answers: whether this is the node's end.
     """
 
-    def __init__(
-        self, sock: socket.socket, fd: int, layout: Layout, *, answers: bool, peer: str, waiter: Waiter, opener: Opener
-    ) -> None:
+    def __init__(self, sock: socket.socket, fd: int, layout: Layout, terms: Terms, waiter: Waiter) -> None:
         self._sock = sock
-        self._peer = peer
+        self._peer = terms.peer
         self._waiter = waiter
-        self._opener = opener
+        self._opener = terms.opener()
+        answers = terms.answers
         self._lost = ""
         self._looked_s = 0.0
         memory = mmap.mmap(fd, layout.total)
@@ -101,11 +103,23 @@ class ShmPipe:
         if not answers:
             self._in, self._in_bytes, out, out_bytes = out, out_bytes, self._in, self._in_bytes
         library = load_library()
-        self._send, self._take, self._close = (
+        self._send, self._send_long, self._take, self._close = (
+            load_brief_library().anabranch_m2n_send,
             library.anabranch_m2n_send,
-            library.anabranch_m2n_take,
+            load_brief_library().anabranch_m2n_take,
             library.anabranch_m2n_close,
         )
+        # Address and length of each part of the message in hand.
+        spans = (ctypes.c_uint64 * (2 * MAX_PARTS))()
+        self._spans, self._spans_at = memoryview(spans).cast("B").cast("Q"), ctypes.addressof(spans)
+        self._headers = [
+            self._region.memory[start : start + HEADER_BYTES]
+            for start in range(self._in, self._in + layout.num_slots * self._in_bytes, self._in_bytes)
+        ]
+        # The reader's count, and the writer's as it lies in the segment: only a hint, `take` reads it in order.
+        self._taken = 0
+        posted = library.anabranch_m2n_posted_offset(int(answers))
+        self._posted = self._region.words[posted // 4 : posted // 4 + 1]
         end: int | None = library.anabranch_m2n_open(
             base, int(answers), base + out, out_bytes, layout.num_slots, sock.fileno()
         )
@@ -122,17 +136,21 @@ class ShmPipe:
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
         if self._lost:
             raise self._error()
-        spans = array.array("Q")
+        spans, at, num_bytes = self._spans, 0, 0
         for part in parts:
-            spans.extend((part.data_ptr(), part.nbytes))
-        code = self._send(self._end, slot, pack(0), HEADER_BYTES, spans.buffer_info()[0], len(parts))
+            spans[at] = part.data_ptr()
+            spans[at + 1] = length = part.nbytes
+            num_bytes += length
+            at += 2
+        send = self._send if num_bytes <= BRIEF_BYTES else self._send_long
+        code = send(self._end, slot, pack(0), HEADER_BYTES, self._spans_at, at // 2)
         if code == _EMPTY:
             self._lose("it is gone")
             raise self._error()
         assert not code, "the message is larger than its slot"
 
     def take(self) -> Message | None:
-        slot = self._take(self._end) if self._end else _EMPTY
+        slot = self._take_slot()
         if slot == _EMPTY:
             if not self._lost:
                 now_s = time.monotonic()
@@ -143,16 +161,24 @@ class ShmPipe:
                 if not self._lost:
                     return None
             # What it wrote before it ended is there by now.
-            slot = self._take(self._end) if self._end else _EMPTY
+            slot = self._take_slot()
             if slot == _EMPTY:
                 raise self._error()
         if slot == _BROKEN:
             raise MalformedMessage(f"{self._peer}: ring: a slot that there is not")
-        start = self._in + slot * self._in_bytes
         region = self._region
         assert region is not None
-        header = self._opener(bytes(region.memory[start : start + HEADER_BYTES]))
-        return Message(slot, header, region, start + HEADER_BYTES)
+        # A copy: what is checked is what is used, whatever the peer writes meanwhile.
+        header = self._opener(bytes(self._headers[slot]))
+        return Message(slot, header, region, self._in + slot * self._in_bytes + HEADER_BYTES)
+
+    def _take_slot(self) -> int:
+        if not self._end or self._posted[0] == self._taken:
+            return _EMPTY
+        slot: int = self._take(self._end)
+        if slot != _EMPTY:
+            self._taken = (self._taken + 1) & 0xFFFFFFFF
+        return slot
 
     def give_back(self, slot: int) -> None:
         """Nothing to do: the peer knows from the message that this end sends next."""
@@ -165,6 +191,8 @@ class ShmPipe:
             self._end = 0
             self._sock.close()
             self._region = None
+            self._headers.clear()
+            self._posted.release()
 
     def _handle(self, events: int) -> bool:
         """Take the bytes that were sent to wake this end; whether the peer is gone."""

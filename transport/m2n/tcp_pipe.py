@@ -13,11 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import xxhash
 
 from anabranch.errors import MalformedMessage, PeerLost
 from transport.m2n.body import body_of, checksum_of
+from transport.m2n.ends import Terms
 from transport.m2n.header import HEADER_BYTES, Header
-from transport.m2n.pipe import Message, Opener, Packer, Region
+from transport.m2n.pipe import Message, Packer, Region
 from transport.m2n.waiter import Waiter
 
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -32,26 +34,13 @@ class TcpPipe:
 
     Args:
         sock: connected, non-blocking; the pipe's from now on.
-        num_in, in_bytes: messages that may be looked at at a time, and the longest.
-        num_out, out_bytes: messages that may be on their way, and the longest.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        *,
-        num_in: int,
-        in_bytes: int,
-        num_out: int,
-        out_bytes: int,
-        peer: str,
-        waiter: Waiter,
-        opener: Opener,
-    ) -> None:
+    def __init__(self, sock: socket.socket, terms: Terms, waiter: Waiter) -> None:
         self._sock = sock
-        self._peer = peer
+        self._peer = terms.peer
         self._waiter = waiter
-        self._opener = opener
+        self._opener = terms.opener()
         self._lost = ""
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
@@ -59,10 +48,10 @@ class TcpPipe:
         for option, value in _KEEP_ALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         # Their pages come with use.
-        self._in = [Region(np.empty(in_bytes, np.uint8).data) for _ in range(num_in)]
-        self._out = [np.empty(out_bytes, np.uint8).data for _ in range(num_out)]
-        self._free_in = list(range(num_in))
-        self._free_out = list(range(num_out))
+        self._in = [Region(np.empty(terms.in_bytes, np.uint8).data) for _ in range(terms.num_in)]
+        self._out = [np.empty(terms.out_bytes, np.uint8).data for _ in range(terms.num_out)]
+        self._free_in = list(range(terms.num_in))
+        self._free_out = list(range(terms.num_out))
         self._unsent: deque[tuple[int, memoryview]] = deque()
         self._ahead = memoryview(bytearray(READ_AHEAD_BYTES))
         self._from, self._to = 0, 0
@@ -72,6 +61,7 @@ class TcpPipe:
         self._header: Header | None = None
         self._slot = 0
         self._num_read = 0
+        self._hasher: xxhash.xxh3_64 | None = None
         waiter.watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     def send(self, slot: int, pack: Packer, parts: Sequence[torch.Tensor]) -> None:
@@ -129,23 +119,35 @@ class TcpPipe:
             if self._to - self._from < HEADER_BYTES and not self._read_ahead():
                 return None
             self._begin(self._opener(bytes(self._ahead[self._from : self._from + HEADER_BYTES])))
-        header, region = self._header, self._in[self._slot]
+        if not self._read_body():
+            return None
+        header, self._header = self._header, None
         assert header is not None
-        rest = region.memory[self._num_read : header.body_bytes]
-        while rest:
-            num_bytes = self._receive(rest)
+        checksum = None if self._hasher is None else self._hasher.intdigest() or 1
+        return Message(self._slot, header, self._in[self._slot], 0, checksum)
+
+    def _read_body(self) -> bool:
+        """Read what there is of the body of the message in hand; whether it is whole."""
+        header, memory = self._header, self._in[self._slot].memory
+        assert header is not None
+        while self._num_read < header.body_bytes:
+            piece = memory[self._num_read : header.body_bytes]
+            num_bytes = self._receive(piece)
             if not num_bytes:
-                return None
-            self._num_read += num_bytes
-            rest = rest[num_bytes:]
-        self._header = None
-        return Message(self._slot, header, region, 0)
+                return False
+            start, self._num_read = self._num_read, self._num_read + num_bytes
+            # What comes in pieces is summed while the next one is on its way.
+            if self._hasher is None and self._num_read < header.body_bytes:
+                self._hasher, start = xxhash.xxh3_64(), 0
+            if self._hasher is not None:
+                self._hasher.update(memory[start : self._num_read])
+        return True
 
     def _begin(self, header: Header) -> None:
         """Find a buffer for a message, and copy what is there of its body."""
         if not self._free_in:
             raise MalformedMessage(f"{self._peer}: slots: it sends more calls than its link may have out")
-        self._header, self._slot = header, self._free_in.pop()
+        self._header, self._slot, self._hasher = header, self._free_in.pop(), None
         start = self._from + HEADER_BYTES
         end = min(self._to, start + header.body_bytes)
         self._num_read = end - start
@@ -188,7 +190,14 @@ class TcpPipe:
         self._drained = False
         if events & select.EPOLLOUT:
             self._flush()
-        return bool(events & ~select.EPOLLOUT) or bool(self._lost)
+        if self._lost:
+            return True
+        if self._header is None or not events & ~select.EPOLLOUT:
+            return bool(events & ~select.EPOLLOUT)
+        try:
+            return self._read_body()  # a wait goes on until the message is whole
+        except PeerLost:
+            return True
 
     def _lose(self, reason: str) -> PeerLost:
         if not self._lost:

@@ -10,6 +10,7 @@ import array
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from transport.m2n.build import load_library
 
@@ -18,6 +19,21 @@ from transport.m2n.build import load_library
 MIN_SPIN_S, MAX_SPIN_S = 20e-6, 200e-6
 LOOK_S = 1e-3
 """Sockets are looked at this often while messages keep coming through shared memory."""
+
+ARM_ATTEMPTS = 16
+
+
+class Progress(Protocol):
+    """What goes on only where it is called."""
+
+    def progress(self) -> bool:
+        """Whether there may be something to take."""
+        ...
+
+    def arm(self) -> bool:
+        """Call by a descriptor when something happens; False where something has happened already."""
+        ...
+
 
 Handler = Callable[[int], bool]
 """Handles the events of a socket; whether there may be something to take now."""
@@ -28,8 +44,10 @@ class Waiter:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._epoll_fd = self._epoll.fileno()
         self._handlers: dict[int, Handler] = {}
         self._ends = array.array("Q")
+        self._progresses: list[Progress] = []
         self._looked_s = 0.0
         self._spin_s = MIN_SPIN_S
 
@@ -56,6 +74,16 @@ class Waiter:
         if end in self._ends:
             self._ends.remove(end)
 
+    def add_progress(self, progress: Progress) -> None:
+        """Let something go on while waiting; the descriptor by which it calls is watched too."""
+        assert not self._ends, "a channel over UCX has no shared memory of its own: see `usable_backends`"
+        self._progresses.append(progress)
+
+    def remove_progress(self, progress: Progress) -> None:
+        """Idempotent."""
+        if progress in self._progresses:
+            self._progresses.remove(progress)
+
     def look(self) -> bool:
         """Handle what the sockets have now; whether there may be something to take."""
         self._looked_s = time.monotonic()
@@ -77,20 +105,22 @@ class Waiter:
     def wait(self, timeout_s: float) -> None:
         """Return as soon as there may be something to take, at the latest after `timeout_s`."""
         began_s = time.monotonic()
+        wait = self._wait_progress if self._progresses else self._wait_native if self._ends else self._wait_sockets
         left_s = timeout_s
-        while not (self._wait_native(left_s) if self._ends else self._wait_sockets(left_s)):
-            left_s = began_s + timeout_s - time.monotonic()
-            if left_s <= 0.0:
+        while True:
+            found = wait(left_s)
+            waited_s = time.monotonic() - began_s
+            if found or waited_s >= timeout_s:
                 break
-        was_short = time.monotonic() - began_s < MAX_SPIN_S
+            left_s = timeout_s - waited_s
+        was_short = waited_s < MAX_SPIN_S
         self._spin_s = min(2 * self._spin_s, MAX_SPIN_S) if was_short else max(self._spin_s / 2, MIN_SPIN_S)
 
     def _wait_native(self, timeout_s: float) -> bool:
         """Whether there may be something to take; at the latest after `timeout_s`."""
         address, num_ends = self._ends.buffer_info()
-        library = load_library()
         spin_ns, timeout_ns = int(self._spin_s * 1e9), int(timeout_s * 1e9)
-        if library.anabranch_m2n_wait(address, num_ends, self._epoll.fileno(), spin_ns, timeout_ns) != 1:
+        if load_library().anabranch_m2n_wait(address, num_ends, self._epoll_fd, spin_ns, timeout_ns) != 1:
             return self.look()
         self.look_sometimes()
         return True
@@ -108,6 +138,34 @@ class Waiter:
         self._looked_s = time.monotonic()
         return self._handle(found)
 
+    def _wait_progress(self, timeout_s: float) -> bool:
+        """The same with what has to be let go on by calls."""
+        start_s = time.monotonic()
+        while True:
+            if any(progress.progress() for progress in self._progresses):
+                self.look_sometimes()
+                return True
+            if self.look():
+                return True
+            waited_s = time.monotonic() - start_s
+            if waited_s >= min(timeout_s, self._spin_s):
+                break
+        if waited_s >= timeout_s or not all(_armed(progress) for progress in self._progresses):
+            return False
+        found = self._epoll.poll(timeout_s - waited_s)
+        self._looked_s = time.monotonic()
+        return self._handle(found)
+
     def close(self) -> None:
         self._handlers.clear()
         self._epoll.close()
+
+
+def _armed(progress: Progress) -> bool:
+    """Whether its descriptor will call: what has happened is dealt with first, a little at a time."""
+    for _ in range(ARM_ATTEMPTS):
+        if progress.arm():
+            return True
+        if progress.progress():
+            return False
+    return False

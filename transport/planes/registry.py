@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from anabranch.errors import ConfigError, TransportUnavailable
 from transport.planes import inproc
 from transport.planes.base import Plane, PlaneHandler
+from transport.ucx.status import INSTALL, ucx_status
 
 logger = logging.getLogger(__name__)
 
 PREFERENCE = ("inproc", "ucx", "tcp")
-_UCX_REMEDY = "pip install 'anabranch[ucx-cu12]' (or ucx-cu13, to match the machine's CUDA; no GPU is needed)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +59,15 @@ _FACTORIES: dict[str, Callable[[PlaneHandler, str], Plane]] = {
 
 
 def _ucx_status(listen_host: str) -> PlaneStatus:
-    if importlib.util.find_spec("ucxx") is None:
-        return PlaneStatus(name="ucx", usable=False, reason="the package ucxx is not installed", remedy=_UCX_REMEDY)
-    try:
-        from transport.planes import ucx_api, ucx_trial
-
-        detail = ucx_api.describe()
-        reason = ucx_trial.failure(ucx_api.transports_for(listen_host))
-    except Exception as error:  # a broken UCX install fails in many ways; all of them mean: not usable
-        return PlaneStatus(
-            name="ucx", usable=False, reason=f"ucxx does not start: {error}", remedy=f"reinstall: {_UCX_REMEDY}"
-        )
-    if reason:
-        return PlaneStatus(name="ucx", usable=False, reason=reason, remedy=ucx_trial.shm_remedy(), broken=True)
-    return PlaneStatus(name="ucx", usable=True, detail=detail)
+    found = ucx_status(listen_host, "kv_transport")
+    return PlaneStatus(
+        name="ucx",
+        usable=not found.reason,
+        reason=found.reason,
+        remedy=found.remedy,
+        detail=found.detail,
+        broken=found.broken,
+    )
 
 
 def available_planes(listen_host: str = "127.0.0.1") -> list[PlaneStatus]:
@@ -150,7 +144,7 @@ def _remedy(name: str, side: str) -> str:
         status = _ucx_status("127.0.0.1")
         if side == "here" and not status.usable:
             return f"{status.reason}; {status.remedy}"
-        return _UCX_REMEDY
+        return INSTALL
     return f"start the worker with kv_transport auto or {name}"
 
 

@@ -16,8 +16,8 @@ from transport.planes.base import Link, PlaneHandler
 from transport.planes.handshake import Introduction, dial, my_name
 from transport.planes.loop import MIN_SELECT_S
 from transport.planes.socket_plane import SocketPlane
-from transport.planes.ucx_api import UcxWorker, make_context, make_worker, transports_for
 from transport.planes.ucx_link import UcxLink
+from transport.ucx.api import UcxWorker, make_context, make_worker, transports_for
 
 KIND = 2
 SCHEME = "ucx"

@@ -10,8 +10,8 @@ import numpy as np
 
 from anabranch.errors import MalformedMessage
 from transport.planes.stall import message_deadline
-from transport.planes.ucx_api import Bytes, UcxEndpoint, UcxRequest, UcxTags, UcxWorker
 from transport.planes.ucx_envelope import ENVELOPE_BYTES, Entry, parse_envelope
+from transport.ucx.api import Bytes, UcxEndpoint, UcxRequest, UcxTags
 
 NUM_ENVELOPES = 8
 # Payloads asked for at a time (one more than so many bytes, so that they are still in the cache when the handler
@@ -80,10 +80,6 @@ class UcxInbox:
         self._envelopes.clear()
         self._waiting.clear()
         del self._endpoint
-
-    def drain(self, worker: UcxWorker, tag: object) -> UcxRequest:
-        """Take a message that nobody asked for into one byte."""
-        return worker.tag_recv(self._scratch, tag)
 
     def start(self) -> None:
         """Ask for the first envelopes."""

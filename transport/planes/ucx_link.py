@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError, TransportUnavailable
+from anabranch.errors import DeadlineExceeded, MalformedMessage, PeerLost, TransportError
 from transport.planes import futures
 from transport.planes.base import too_many
 from transport.planes.socket_plane import SocketPlane
-from transport.planes.ucx_api import UcxEndpoint, UcxTags, UcxWorker, forget_cancelled, load
 from transport.planes.ucx_inbox import UcxInbox
 from transport.planes.ucx_outbox import UcxOutbox
+from transport.ucx.api import UcxTags, UcxWorker, load
+from transport.ucx.endpoint import DRAIN_TIMEOUT_S, close_endpoint, open_endpoint
 
 logger = logging.getLogger(__name__)
-
-DRAIN_TIMEOUT_S = 1.0
 
 
 class UcxLink:
@@ -63,14 +62,7 @@ class UcxLink:
         self._worker = worker
         self._side = side
         self._error: Exception | None = None
-        try:
-            address = core.UCXAddress.create_from_buffer(bytearray(peer_address))
-            self._endpoint: UcxEndpoint = core.UCXEndpoint.create_from_worker_address(worker, address, True)
-        except core.UCXError as error:
-            raise TransportUnavailable(
-                f"UCX finds no transport to {peer}: {error}; between hosts set listen_host on both ends, "
-                "within a host both ends must see the same shared memory, or use tcp"
-            ) from error
+        self._endpoint = open_endpoint(worker, peer_address, peer)
         self._tags = UcxTags(envelopes=core.UCXXTag(1), payloads=core.UCXXTag(2))
         self._outbox = UcxOutbox(core, self._endpoint, self._tags, peer)
         self._inbox = UcxInbox(core, self._endpoint, self._tags, peer, self)
@@ -181,22 +173,8 @@ class UcxLink:
 
     def _release(self) -> list[Future[None]]:
         """Close the endpoint, wait until UCX has let go of every buffer, free the worker; what was not sent."""
-        # After an error UCX has closed the endpoint itself, and must not be asked again.
-        if self._endpoint.alive:
-            self._endpoint.close_blocking()
         requests = self._inbox.requests + self._outbox.requests
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        # Messages that nobody asked for are taken into one byte each: ucxx would receive them as a whole, into
-        # memory of its own, when it frees the worker.
-        for tag in (self._tags.envelopes, self._tags.payloads):
-            while self._worker.tag_probe(tag).matched and time.monotonic() < deadline:
-                requests.append(self._inbox.drain(self._worker, tag))
-        while not all(request.completed for request in requests):
-            self._worker.progress()
-            if time.monotonic() > deadline:
-                logger.error("%s: UCX holds on to %d requests", self.peer, sum(not r.completed for r in requests))
-                break
-        forget_cancelled(self._endpoint)
+        close_endpoint(self._endpoint, self._worker, requests, (self._tags.envelopes, self._tags.payloads), self.peer)
         self._inbox.clear()
         unsent = self._outbox.clear()
         requests.clear()

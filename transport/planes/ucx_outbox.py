@@ -12,8 +12,8 @@ from anabranch.errors import PeerLost
 from transport.planes import futures
 from transport.planes.base import too_large
 from transport.planes.stall import message_deadline
-from transport.planes.ucx_api import Bytes, UcxEndpoint, UcxRequest, UcxTags
 from transport.planes.ucx_envelope import ENVELOPE_BYTES, EnvelopeWriter
+from transport.ucx.api import Bytes, UcxEndpoint, UcxRequest, UcxTags
 
 MAX_POSTED = 64
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.errors import PeerLost
-from tests.support.m2n import BACKENDS, a_call, an_answer, assert_same, next_answer, process_shape
+from benchmarks.m2n_ends import next_answer
+from tests.support.m2n import BACKENDS, a_call, an_answer, assert_same, process_shape
 from tests.support.peer_process import PeerProcess, peer_processes
 from tests.support.resources import holdings
 from tests.support.waiting import eventually

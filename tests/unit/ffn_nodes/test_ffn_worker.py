@@ -24,12 +24,12 @@ from anabranch.parallel.group import SingleRank
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.workers import Drain, Failing, Generate, Place, Placed
 from anabranch.system import clock
+from benchmarks.m2n_ends import make_call
 from ffn_nodes import rank, ranked_experts
 from ffn_nodes import worker as worker_module
 from ffn_nodes.product import Product
 from ffn_nodes.worker import FfnWorker
 from runtime import worker as runtime_worker
-from tests.support.ffn_calls import make_call
 from tests.support.resources import our_threads
 from tests.support.scripted import ScriptedOrchestrator, play, request
 from tests.support.waiting import WAIT_S, eventually_async

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from anabranch.errors import OutOfBlocks
 from anabranch.kernels.combine import sum_assignments
 from anabranch.kernels.native import select_kernels
 from anabranch.kernels.plain import PlainKernels
 from anabranch.kernels.row_exact import RowExact
+from benchmarks.m2n_ends import make_call
 from ffn_nodes.experts import NodeExperts
 from ffn_nodes.product import Product
-from tests.support.ffn_calls import make_call
 from transport.m2n.messages import Call, Combine, Status
 
 pytestmark = pytest.mark.unit

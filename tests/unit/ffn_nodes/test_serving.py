@@ -12,10 +12,11 @@ from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
 from anabranch.kernels.plain import PlainKernels
 from anabranch.kernels.row_exact import RowExact
 from anabranch.model.expert_table import ExpertTable
+from benchmarks.m2n_ends import make_call
 from ffn_nodes.experts import NodeExperts
 from ffn_nodes.product import Product
 from ffn_nodes.serving import Serving
-from tests.support.ffn_calls import MemoryListener, make_call
+from tests.support.ffn_calls import MemoryListener
 from tests.support.in_process import wait_until
 from tests.support.waiting import WAIT_S
 from transport.m2n.messages import Status

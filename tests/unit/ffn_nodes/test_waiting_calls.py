@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.m2n_ends import make_call
 from ffn_nodes.waiting_calls import WaitingCalls
-from tests.support.ffn_calls import arrived, make_call
+from tests.support.ffn_calls import arrived
 from transport.m2n.base import Arrived
 
 pytestmark = pytest.mark.unit

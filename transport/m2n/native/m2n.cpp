@@ -9,6 +9,11 @@ extern "C" {
 
 uint64_t anabranch_m2n_control_bytes() { return sizeof(Control); }
 
+// Where the counter lies by which the end that answers, or the other one, sees that something has come.
+uint64_t anabranch_m2n_posted_offset(int answers) {
+  return (answers ? offsetof(Control, calls) : offsetof(Control, answers)) + offsetof(Ring, posted);
+}
+
 // An end of the link whose segment is mapped at `base`. `answers`: whether it is the end that answers.
 End* anabranch_m2n_open(char* base, int answers, char* out_slots, uint64_t out_bytes, uint32_t num_slots, int socket) {
   if (num_slots > kMaxSlots) return nullptr;

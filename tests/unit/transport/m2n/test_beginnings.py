@@ -18,7 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import ConfigError, DeadlineExceeded, MalformedMessage, PeerLost, TransportUnavailable
-from tests.support.m2n import BACKENDS, SHAPE, Channel, a_call, an_answer, assert_same, channel, connect, next_answer
+from benchmarks.m2n_ends import connect, next_answer
+from tests.support.m2n import (
+    BACKENDS,
+    REASONS,
+    SHAPE,
+    Channel,
+    a_call,
+    an_answer,
+    assert_same,
+    channel,
+)
 from tests.support.resources import holdings
 from tests.support.waiting import eventually
 from transport.collectives.segment import make_segment
@@ -26,8 +36,8 @@ from transport.m2n import ChannelShape, Listener, create_link_maker, create_list
 from transport.m2n import acceptor as acceptor_module
 from transport.m2n.base import Dialled
 from transport.m2n.channel import usable_backends
-from transport.m2n.doors import parse_shm_address
-from transport.m2n.hello import SHM_KIND, TCP_KIND, Welcome, introduce, read_welcome
+from transport.m2n.hello import SHM_KIND, TCP_KIND, UCX_KIND, Welcome, introduce, read_welcome
+from transport.m2n.shm_ends import parse_shm_address
 from transport.m2n.shm_pipe import check_segment, layout_of
 from transport.planes.handshake import MAX_PENDING_HELLOS, Introduction, encode, parse_address
 
@@ -56,8 +66,8 @@ def raw_connection(made: Listener) -> tuple[socket.socket, int, bytes]:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(path))
         return sock, SHM_KIND, token
-    host, port, token = parse_address("tcp", address)
-    return socket.create_connection((host, port)), TCP_KIND, token
+    host, port, token = parse_address(backend, address)
+    return socket.create_connection((host, port)), TCP_KIND if backend == "tcp" else UCX_KIND, token
 
 
 def is_closed(made: Listener, sock: socket.socket) -> bool:
@@ -275,7 +285,7 @@ def test_no_backend_in_common_is_said() -> None:
         maker.close()
         assert list(made.addresses) == ["tcp"]
     with pytest.raises(ConfigError, match="ffn_transport"):
-        create_listener(SHAPE, "ucx")
+        create_listener(SHAPE, "rdma")
 
 
 def test_nobody_there_is_a_lost_peer(backend: str) -> None:
@@ -354,3 +364,54 @@ def test_a_connection_that_is_given_up_leaves_nothing(backend: str, node_goes: b
         gc.collect()
         assert not holdings().beyond(before) and mappings() == mapped
         maker.close()
+
+
+def test_a_link_maker_closes_what_was_reached_and_never_became_a_link(backend: str) -> None:
+    with listening(backend) as made:
+        check_listener(made, backend)  # what a process makes once
+        eventually(lambda: not made.poll() and not made.num_links, "that link ends")
+        gc.collect()
+        before, mapped = holdings(), mappings()
+        maker = create_link_maker(SHAPE, backend)
+        dialled: list[Dialled] = []
+        dials = threading.Thread(target=lambda: dialled.append(maker.dial(made.addresses, "node")))
+        dials.start()
+        while dials.is_alive():
+            assert not made.poll()
+        maker.close()
+        eventually(lambda: not made.poll() and not made.num_links, "the node notices")
+        with pytest.raises(PeerLost, match="given up"):
+            dialled[0].attach()
+        dialled[0].close()
+        gc.collect()
+        assert not holdings().beyond(before, spare_threads=1) and mappings() == mapped
+
+
+def test_a_link_maker_that_is_closed_while_it_dials_keeps_nothing(backend: str) -> None:
+    with listening(backend) as made:
+        maker = create_link_maker(SHAPE, backend)
+        refused: list[str] = []
+
+        def dial() -> None:
+            try:
+                maker.dial(made.addresses, "node")
+            except PeerLost as error:
+                refused.append(str(error))
+
+        dials = threading.Thread(target=dial)
+        dials.start()
+        maker.close()  # nobody has answered the hello yet
+        eventually(lambda: not made.poll() and not dials.is_alive(), "the dial ends")
+        assert "this end of the channel is closed" in refused[0]
+        eventually(lambda: not made.poll() and not made.num_links, "the node notices")
+
+
+def test_a_hello_without_a_ucx_address_is_closed() -> None:
+    if REASONS["ucx"]:
+        pytest.skip(REASONS["ucx"])
+    with listening("ucx") as made:
+        sock, kind, token = raw_connection(made)
+        with sock:
+            sock.sendall(encode(kind, token, introduce(SHAPE, 1)))
+            eventually(lambda: is_closed(made, sock), "it is closed")
+        check_listener(made, "ucx")

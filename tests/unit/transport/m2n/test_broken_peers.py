@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from anabranch.errors import ChecksumMismatch, MalformedMessage, PeerLost
+from benchmarks.m2n_ends import next_answer
 from tests.support.m2n import (
     BACKENDS,
     SHAPE,
@@ -17,7 +18,6 @@ from tests.support.m2n import (
     assert_same,
     channel,
     compute,
-    next_answer,
 )
 from tests.support.waiting import eventually
 from transport.m2n import Answer, Arrived, Combine, Link, Status

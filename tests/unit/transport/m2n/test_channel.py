@@ -6,12 +6,14 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.m2n import BACKENDS, DTYPES, SHAPE, Channel, a_call, an_answer, assert_same, channel, next_answer
+from benchmarks.m2n_ends import next_answer
+from tests.support.m2n import BACKENDS, DTYPES, SHAPE, Channel, a_call, an_answer, assert_same, channel
 from transport.m2n import Answer, Arrived, Call, Combine, Link, Status, waiter
 
 pytestmark = pytest.mark.unit
@@ -97,7 +99,7 @@ WRONG_CALLS: dict[str, dict[str, object]] = {
 def test_a_call_that_does_not_fit_is_refused_and_takes_no_slot(backend: str, match: str) -> None:
     with channel(backend) as pair:
         with pytest.raises(ValueError, match=match):
-            pair.links[0].send(dataclasses.replace(a_call(1, combine=Combine.SUMS), **WRONG_CALLS[match]))  # type: ignore[arg-type]
+            pair.links[0].send(msgspec.structs.replace(a_call(1, combine=Combine.SUMS), **WRONG_CALLS[match]))  # type: ignore[arg-type]
         assert pair.links[0].num_free == SHAPE.num_slots
 
 
@@ -107,10 +109,10 @@ def test_an_answer_that_does_not_fit_is_refused(backend: str) -> None:
         (arrived,) = pair.arrived()
         right = an_answer(arrived.call)
         for wrong in (
-            dataclasses.replace(right, rows_RC=right.rows_RC[:2]),
-            dataclasses.replace(right, rows_RC=right.rows_RC.float()),
-            dataclasses.replace(right, ticket=2),
-            dataclasses.replace(right, status=Status.FAILED),
+            msgspec.structs.replace(right, rows_RC=right.rows_RC[:2]),
+            msgspec.structs.replace(right, rows_RC=right.rows_RC.float()),
+            msgspec.structs.replace(right, ticket=2),
+            msgspec.structs.replace(right, status=Status.FAILED),
         ):
             with pytest.raises(ValueError, match=r"rows_RC|ticket"):
                 pair.listener.answer(arrived, wrong)

@@ -45,7 +45,7 @@ def test_a_header_is_128_bytes_and_says_what_was_packed() -> None:
     header = opened(CALL_BYTES)
     expected = {
         "magic": b"ANBM", "version": 1, "kind": 1, "dtype": 1, "combine": 2, "status": 0, "lane": CALL.lane,
-        "layer": CALL.layer, "attempt": 0, "num_rows": 3, "ticket": 5, "step": CALL.step, "placement": 3,
+        "layer": CALL.layer, "attempt": 0, "num_rows": 3, "ticket": 5, "step": CALL.step, "placement": 1,
         "incarnation": INCARNATION, "num_assignments": 6, "hidden_size": 36, "queue_us": 0, "compute_us": 0,
         "merged_rows": 0, "reserved": 0, "body_bytes": 216 + 3 * 24, "body_checksum": 0,
     }  # fmt: skip

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from anabranch.errors import MalformedMessage, PeerLost
+from anabranch.errors import ChecksumMismatch, MalformedMessage, PeerLost
 from tests.support.m2n import SHAPE, a_call, assert_same
 from tests.support.waiting import WAIT_S, eventually
 from transport.m2n import Call, Combine
 from transport.m2n.body import body_of, call_parts, check_body, checksum_of, view_call
-from transport.m2n.header import Kind, max_call_bytes, opener, pack_call
+from transport.m2n.ends import Terms
+from transport.m2n.header import pack_call
 from transport.m2n.pipe import Message
 from transport.m2n.tcp_pipe import READ_AHEAD_BYTES, TcpPipe
 from transport.m2n.waiter import Waiter
@@ -21,6 +23,7 @@ from transport.m2n.waiter import Waiter
 pytestmark = pytest.mark.unit
 
 INCARNATION = 9
+NUM_TIMES = 12_000
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,8 @@ def end() -> Iterator[End]:
     mine.setblocking(False)
     sock.settimeout(WAIT_S)
     waiter = Waiter()
-    longest = max_call_bytes(SHAPE)
-    frame = opener(Kind.CALL, INCARNATION, longest)
-    pipe = TcpPipe(
-        mine, num_in=2, in_bytes=longest, num_out=2, out_bytes=1 << 24, peer="rank", waiter=waiter, opener=frame
-    )
+    shape = dataclasses.replace(SHAPE, num_slots=2, max_rows=16 * NUM_TIMES)
+    pipe = TcpPipe(mine, Terms(shape=shape, answers=True, peer="rank", peer_incarnation=INCARNATION), waiter)
     yield End(pipe, waiter, sock)
     pipe.close()
     sock.close()
@@ -80,13 +80,27 @@ def test_messages_cut_at_every_byte_are_taken_whole(end: End) -> None:
     taken: list[Message] = []
     for byte in b"".join(wire(call) for call in calls):
         end.sock.sendall(bytes([byte]))
-        end.waiter.wait(WAIT_S)
+        end.waiter.wait(0.0)  # it would go on until the message is whole
         message = end.pipe.take()
         if message is not None:
             check(message, calls[len(taken)])
             taken.append(message)
             end.pipe.give_back(message.slot)
     assert len(taken) == 3
+
+
+def test_a_body_that_is_damaged_on_its_way_is_noticed_however_it_is_cut(end: End) -> None:
+    data = bytearray(wire(a_call(1, num_rows=16, combine=Combine.SUMS)))
+    data[200] ^= 1
+    for pieces in ([data], [data[:150], data[150:]], [data[:300], data[300:900], data[900:]]):
+        for piece in pieces:
+            end.sock.sendall(piece)
+            end.waiter.wait(0.0)
+            message = end.pipe.take()
+        assert message is not None
+        with pytest.raises(ChecksumMismatch):
+            check_body(message)
+        end.pipe.give_back(message.slot)
 
 
 def test_messages_that_come_at_once_are_taken_one_by_one(end: End) -> None:
@@ -110,7 +124,7 @@ def test_a_message_without_a_buffer_is_refused_by_name(end: End) -> None:
 
 def test_what_a_peer_does_not_read_is_bounded_and_then_ends_the_link(end: End) -> None:
     large = a_call(1, num_rows=16)
-    rows = large.rows_TC.repeat(12_000, 1)  # 13.8 MB
+    rows = large.rows_TC.repeat(NUM_TIMES, 1)  # 13.8 MB
     end.pipe.send(0, lambda checksum: wire(large)[:128], [rows])
     end.pipe.send(1, lambda checksum: wire(large)[:128], [rows])
     with pytest.raises(PeerLost, match="asks for more than it takes"):
@@ -119,7 +133,7 @@ def test_what_a_peer_does_not_read_is_bounded_and_then_ends_the_link(end: End) -
 
 def test_what_is_left_goes_out_whole_while_waiting(end: End) -> None:
     large = a_call(1, num_rows=16)
-    rows = large.rows_TC.repeat(12_000, 1)
+    rows = large.rows_TC.repeat(NUM_TIMES, 1)
     header = wire(large)[:128]
     for slot in range(2):
         end.pipe.send(slot, lambda checksum: header, [rows])

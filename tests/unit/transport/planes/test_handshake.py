@@ -145,7 +145,7 @@ def test_a_peer_that_is_admitted_and_gone_leaves_nothing(network_pair: Pair, mon
     host, port, token = endpoint_of(network_pair.b)
     endpoint = b""
     if network_pair.name == "ucx":
-        from transport.planes.ucx_api import HOST_TRANSPORTS, make_context, make_worker
+        from transport.ucx.api import HOST_TRANSPORTS, make_context, make_worker
 
         worker = make_worker(make_context(HOST_TRANSPORTS))
         endpoint = worker.address.tobytes()

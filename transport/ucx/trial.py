@@ -13,7 +13,8 @@ from functools import cache
 import numpy as np
 
 from anabranch.errors import TransportUnavailable
-from transport.planes.ucx_api import UcxEndpoint, UcxWorker, load, make_context, make_worker
+from transport.ucx.api import UcxEndpoint, load, make_context, make_worker
+from transport.ucx.endpoint import open_endpoint
 
 # Beyond what travels with its announcement: the way that payloads take.
 NUM_BYTES = 64 * 1024
@@ -33,9 +34,9 @@ def failure(transports: str) -> str:
     return ""
 
 
-def shm_remedy() -> str:
-    """What to do about shared memory, as it is here."""
-    otherwise = "or set kv_transport: tcp"
+def shm_remedy(option: str) -> str:
+    """What to do about shared memory, as it is here, or else with the option that asked for UCX."""
+    otherwise = f"or set {option}: tcp"
     try:
         found = os.statvfs(SHM)
     except OSError:
@@ -60,7 +61,7 @@ def _transfer(transports: str) -> None:
     sent, received = np.arange(NUM_BYTES, dtype=np.uint8), np.zeros(NUM_BYTES, np.uint8)
     try:
         for worker, peer in ((near, far), (far, near)):
-            endpoints.append(_endpoint(worker, peer))
+            endpoints.append(open_endpoint(worker, peer.address.tobytes(), "this process"))
         requests = [endpoints[0].tag_send(core.Array(sent), tag), endpoints[1].tag_recv(core.Array(received), tag)]
         deadline = time.monotonic() + TIMEOUT_S
         while not all(request.completed for request in requests):
@@ -75,10 +76,3 @@ def _transfer(transports: str) -> None:
             endpoint.close_blocking()
     if not np.array_equal(sent, received):
         raise TransportUnavailable("other bytes arrived than were sent")
-
-
-def _endpoint(worker: UcxWorker, peer: UcxWorker) -> UcxEndpoint:
-    core = load()
-    address = core.UCXAddress.create_from_buffer(bytearray(peer.address.tobytes()))
-    endpoint: UcxEndpoint = core.UCXEndpoint.create_from_worker_address(worker, address, True)
-    return endpoint

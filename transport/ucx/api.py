@@ -1,9 +1,10 @@
-"""What the UCX plane uses of ucxx: its core objects, configured for this plane, imported at first use.
+"""What is used of ucxx: its core objects, configured for this project, imported at first use.
 
 Endpoints have error handling on. Left to itself UCX then avoids shared memory, because its shared-memory
 transports do not announce that they can tell a dead peer; two options make them say so, and keep the
 single-copy path (CMA). With error handling off UCX takes the same path but ends the whole process when the
-other one dies in the middle of a transfer. A peer that dies without a transfer is noticed by the plane itself.
+other one dies in the middle of a transfer. A peer that dies without a transfer is noticed by the
+socket that joined the two ends.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _canceling_size() -> Callable[[int], int]:
 
 
 def transports_for(listen_host: str) -> str:
-    """UCX's transports (UCX_TLS) for a plane that listens there."""
+    """UCX's transports (UCX_TLS) for an end that listens there."""
     return HOST_TRANSPORTS if is_loopback(listen_host) else NETWORK_TRANSPORTS
 
 

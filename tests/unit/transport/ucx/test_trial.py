@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.planes import Recorder, needs_ucx, payload_of
 from tests.support.waiting import WAIT_S
-from transport.planes import ucx_trial
 from transport.planes.ucx import UcxPlane
-from transport.planes.ucx_api import HOST_TRANSPORTS, NETWORK_TRANSPORTS
+from transport.ucx import trial
+from transport.ucx.api import HOST_TRANSPORTS, NETWORK_TRANSPORTS
 
 pytestmark = [pytest.mark.unit, needs_ucx]
 
@@ -69,7 +69,7 @@ def test_segments_are_this_users_alone_and_have_no_name(transports: str) -> None
 @pytest.mark.parametrize("transports", [HOST_TRANSPORTS, NETWORK_TRANSPORTS])
 def test_the_trial_passes_where_ucx_works(transports: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    assert ucx_trial.failure.__wrapped__(transports) == ""
+    assert trial.failure.__wrapped__(transports) == ""
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
