@@ -90,8 +90,8 @@ class AttentionStack:
         """All layers: the hidden states, and the last FFN's answer that is still to be added."""
         answer_TC: torch.Tensor | None = None
         for layer, half in enumerate(self.layers):
-            hidden_TC, rows = half.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
-            answer_TC = yield FfnCall(layer, rows)
+            hidden_TC, normed_TC = half.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
+            answer_TC = yield FfnCall(layer, half.choose(normed_TC))
         assert answer_TC is not None
         return hidden_TC, answer_TC
 
