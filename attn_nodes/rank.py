@@ -16,6 +16,7 @@ from anabranch.errors import FfnUnavailable
 from anabranch.model.identity import identity_of
 from anabranch.schedule.lane_costs import MAX_LANES
 from anabranch.step.plan import StepPlan
+from attn_nodes.lane_meter import LaneMeter
 from attn_nodes.lanes import Lanes
 from attn_nodes.remote_ffn import RemoteFfn
 from runtime.generation.commands import GenerationCommand, GenerationEvent, LanesMeasured, Step, UseFfnNodes
@@ -40,13 +41,11 @@ class AttnRank(GenerationRank):
             ffn_timeout_s=config.ffn_timeout_s,
             ffn_unavailable_s=config.ffn_unavailable_s,
         )
-        self._lanes = Lanes(
-            engine.runner,
-            self._ffn,
-            engine.context.world,
-            config.lanes or MAX_LANES,
-            lambda costs: emit(LanesMeasured(stream_id=0, costs=costs)),
-        )
+        world = engine.context.world
+        meter: LaneMeter | None = None
+        if not config.lanes and world.rank == 0:
+            meter = LaneMeter(lambda costs: emit(LanesMeasured(stream_id=0, costs=costs)))
+        self._lanes = Lanes(engine.runner, self._ffn, world, config.lanes or MAX_LANES, meter)
 
     @property
     def busy(self) -> bool:

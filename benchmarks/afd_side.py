@@ -134,7 +134,7 @@ class DecodeSide:
         self._ffn = RemoteFfn(
             create_link_maker(shape, transport), combine=Combine.SUMS, ffn_timeout_s=20.0, ffn_unavailable_s=60.0
         )
-        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes, lambda costs: None)
+        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes)
         self._lanes.use(
             FfnPlacement(
                 version=1,
