@@ -87,7 +87,7 @@ class Ticket:
         """`[T, C]` in the model's dtype: what the layer's FFN half answers. Raises `error`."""
         if self.error is not None:
             raise self.error
-        normed_TC, weights_TS, experts_TS = self.rows
+        normed_TC, weights_TS, experts_TS, shared = self.rows
         if experts_TS is None:
             return self._answers_AC
         if self.combine is Combine.SUMS:
@@ -96,7 +96,8 @@ class Ticket:
                 total_TC.index_add_(0, *self._sums[number])
             return total_TC.to(normed_TC.dtype)
         assert weights_TS is not None
-        return combine_slots(self._answers_AC.view(*experts_TS.shape, normed_TC.shape[1]), weights_TS)
+        answers_TSC = self._answers_AC.view(*experts_TS.shape, normed_TC.shape[1])
+        return combine_slots(answers_TSC, weights_TS, shared=shared)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -236,7 +236,7 @@ class RemoteFfn:
 
     def _call(self, number: int, part: Part) -> Call:
         ticket = part.ticket
-        normed_TC, weights_TS, experts_TS = ticket.rows
+        normed_TC, weights_TS, experts_TS, _ = ticket.rows
         experts_A, weights_A = _NOTHING, _NO_WEIGHTS
         rows_TC = normed_TC
         if part.picked_A is not None and part.picked_R is not None:

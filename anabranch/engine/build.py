@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -75,7 +76,7 @@ def build_engine(
     dtype = resolve_dtype(config.dtype, device)
     kernels = select_kernels(device, dtype, config.native_kernels)
     # An attention worker's FFN halves are elsewhere.
-    load = load_attention_stack if config.role == "attn" else load_model
+    load = partial(load_attention_stack, shared_expert=config.shared_expert) if config.role == "attn" else load_model
     with progress_bar(f"loading {config.model}") as progress:
         model_config, model = load(
             config.model,

@@ -18,9 +18,15 @@ from anabranch.parallel.split import kv_heads_of, query_heads_of
 
 
 class AttentionHalf:
-    """Norm, QKV, rotary, attention, output projection, residual; then norm and gate for the other half."""
+    """Norm, QKV, rotary, attention, output projection, residual; then norm and gate for the other half.
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int) -> None:
+    Args:
+        shared: see `Gate`.
+    """
+
+    def __init__(
+        self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int, *, shared: bool = False
+    ) -> None:
         config = loader.config
         head_dim = config.head_dim
         prefix = f"model.layers.{layer}"
@@ -54,7 +60,7 @@ class AttentionHalf:
             bias=config.o_bias,
         )
         self.post_norm_C = loader.whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
-        self.gate = Gate(loader, kernels, layer) if config.is_sparse(layer) else None
+        self.gate = Gate(loader, kernels, layer, shared=shared) if config.is_sparse(layer) else None
         self.layer = layer
         self.num_heads = len(heads)
         self.num_kv_heads = len(kv_heads)
@@ -110,4 +116,4 @@ class AttentionHalf:
         """The gate, if there is one: what the FFN half is given."""
         if self.gate is None:
             return FfnInput(normed_TC, None, None)
-        return FfnInput(normed_TC, *self.gate.forward(normed_TC))
+        return self.gate.forward(normed_TC)

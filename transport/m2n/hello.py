@@ -41,6 +41,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_rows: Extent
     max_choices: Extent
     num_slots: Extent
+    shared_expert: Name = "attn"
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +88,7 @@ def introduce(shape: ChannelShape, incarnation: int) -> Introduction:
         max_rows=shape.max_rows,
         max_choices=shape.max_choices,
         num_slots=shape.num_slots,
+        shared_expert=shape.shared_expert,
     )
     return Introduction(name=my_name(), endpoint=_encoder.encode(hello))
 
@@ -124,6 +126,7 @@ def read_hello(introduction: Introduction, mine: ChannelShape) -> tuple[int, Cha
         ("model", mine.model),
         ("dtype", _name(mine)),
         ("hidden_size", mine.hidden_size),
+        ("shared_expert", mine.shared_expert),
         ("max_choices", mine.max_choices),
     ):
         value = getattr(hello, field)
