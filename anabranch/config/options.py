@@ -37,7 +37,8 @@ class ClusterOptions(Options):
         native_kernels: use compiled kernels where they can be had: C++ on cpu, FlexAttention on cuda; false:
             PyTorch operations.
         step_programs: record each decode step's kernel calls once per batch size and repeat them as one call, on attn
-            workers as one for each layer and lane; same tokens, less time per token. Needs native kernels on cpu; with cp above 1 steps are not recorded.
+            workers as one for each layer and lane; same tokens, less time per token. Needs native kernels on cpu; with
+            cp above 1 steps are not recorded.
         schedule_ahead: while the ranks compute a decode step, plan the next one and send it to them.
         max_context: most tokens of one request; 0: what the model and the pools allow. A model's context is its
             trained length, times the factor where linear or yarn scaling stretches it.
