@@ -148,6 +148,7 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"row_exact": "maybe"}, "row_exact", "maybe", "must be one of auto, on, off"),
         ({"prefix_cache": "on"}, "prefix_cache", "on", "expected `bool`"),
         ({"combine": True}, "combine", True, "got `bool`"),
+        ({"shared_expert": "both"}, "shared_expert", "both", "must be one of attn, ffn"),
         ({"ffn_transport": "ucx"}, "ffn_transport", "ucx", "must be one of auto, shm, tcp"),
         ({"ffn_timeout_s": 0}, "ffn_timeout_s", 0.0, "must be above 0"),
         ({"pools": {}}, "pools", {}, "give prefill and decode, prefill, attn and ffn, or colocated"),
