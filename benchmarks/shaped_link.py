@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from transport.planes.handshake import format_address, parse_address
+
 _CHUNK_BYTES = 1 << 16
 # Of what one direction has on its way; a sender beyond it waits, as it would for a network.
 _MAX_CHUNKS = 1024
@@ -31,14 +33,12 @@ class Shape:
 
 @contextmanager
 def shaped(address: str, shape: Shape) -> Iterator[str]:
-    """An address that leads to another one (`tcp://host:port/...`), as far away as `shape` says."""
-    scheme, _, rest = address.partition("://")
-    place, slash, token = rest.partition("/")
-    host, _, port = place.rpartition(":")
+    """An address over TCP that leads to another one, as far away as `shape` says."""
+    host, port, token = parse_address("tcp", address)
     with socket.create_server((host, 0)) as server:
-        threading.Thread(target=_accept, args=(server, (host, int(port)), shape), daemon=True).start()
+        threading.Thread(target=_accept, args=(server, (host, port), shape), daemon=True).start()
         try:
-            yield f"{scheme}://{host}:{server.getsockname()[1]}{slash}{token}"
+            yield format_address("tcp", host, server.getsockname()[1], token)
         finally:
             server.shutdown(socket.SHUT_RDWR)
 
@@ -78,7 +78,7 @@ def _bring(sink: socket.socket, on_way: queue.Queue[tuple[float, bytes]]) -> Non
         time.sleep(max(0.0, there_s - time.monotonic()))
         try:
             if not chunk:
-                sink.close()
+                sink.shutdown(socket.SHUT_WR)
                 return
             sink.sendall(chunk)
         except OSError:
