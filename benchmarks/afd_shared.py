@@ -36,7 +36,8 @@ def shared_figures(dtype: str, cores: Sequence[int], *, quick: bool) -> list[Fig
         split, whole = _split(dtype, cores, count, steps), _whole(dtype, cores, count, steps)
         alone_rows = alone_rows or split["rows"]
         last = count == counts[-1]
-        ratios[count] = split["bytes"] / whole["bytes"]
+        # The rule is about as many nodes with whole layers, not one more.
+        ratios[count] = split["bytes"] / (split["attn_bytes"] + split["ffn_bytes"]) * BATCH
         figures += [
             _figure(count, "weight_bytes_per_token", split, whole, "bytes", "MB", 1e-6, BYTES_SHARED if last else None),
             _figure(count, "cpu_per_token", split, whole, "cpu", "ms", 1e3, CPU_SHARED if last else None),
