@@ -51,10 +51,8 @@ class Connector:
 
     def take(self) -> Connected | None:
         """A node that was reached; the caller closes those that it has no use for."""
-        try:
-            return self._made.get_nowait()
-        except queue.Empty:
-            return None
+        # Asked before every turn of a lane; one thread takes, so what is there stays.
+        return None if self._made.empty() else self._made.get_nowait()
 
     def close(self) -> None:
         """End the thread, and close what nobody took."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
@@ -21,16 +20,13 @@ from anabranch.model.ffn_half import FfnCall, FfnCalls
 from anabranch.parallel.group import Group
 from anabranch.protocol.ffn import FfnPlacement
 from anabranch.request.ffn_times import FfnTimes
-from anabranch.schedule.lane_costs import CostFit, LaneCosts
 from anabranch.step.plan import StepPlan
+from attn_nodes.lane_meter import LaneMeter
 from attn_nodes.part import Ticket
 from attn_nodes.remote_ffn import RemoteFfn
 from attn_nodes.shares import Shares
 from attn_nodes.turns import NOBODY, Turns
 from runtime.rank import ADVANCE_S, Done
-
-# How often the first rank says what steps take.
-MEASURED_STEPS = 16
 
 
 class _Lane:
@@ -86,11 +82,11 @@ class Lanes:
     Args:
         runner: of attention halves.
         world: all ranks of the node.
-        measured: told now and then, on the first rank, what steps take.
+        meter: told what steps take; None: nobody wants to know.
     """
 
     def __init__(
-        self, runner: Runner, ffn: RemoteFfn, world: Group, num_lanes: int, measured: Callable[[LaneCosts], None]
+        self, runner: Runner, ffn: RemoteFfn, world: Group, num_lanes: int, meter: LaneMeter | None = None
     ) -> None:
         self._runner = runner
         self._ffn = ffn
@@ -98,9 +94,7 @@ class Lanes:
         self._turns = Turns(world)
         self._lanes = [_Lane() for _ in range(num_lanes)]
         self._num_turns = 0
-        self._measured = measured
-        self._attention_fit, self._ffn_fit, self._way_fit = CostFit(), CostFit(), CostFit()
-        self._num_steps = 0
+        self._meter = meter
         # On ranks that do not decide: the lane whose turn it is, where its step has not come yet.
         self._due: int | None = None
 
@@ -184,21 +178,16 @@ class Lanes:
         except StopIteration as end:
             end.value.ffn, end.value.ffn_traffic = lane.times, self._ffn.traffic.report()
             lane.attention_s += time.perf_counter() - start_s
-            self._measure(lane)
+            if self._meter is not None:
+                self._meter.ended(
+                    lane.plan.num_tokens,
+                    attention_s=lane.attention_s,
+                    ffn_s=lane.times.compute_s,
+                    ways_s=lane.ways_s,
+                )
             lane.end(end.value)
         except Exception as error:
             lane.end(error)
-
-    def _measure(self, lane: _Lane) -> None:
-        """A step has ended: what it took."""
-        rows = lane.plan.num_tokens
-        self._attention_fit.add(rows, lane.attention_s)
-        self._ffn_fit.add(rows, lane.times.compute_s)
-        self._way_fit.add(rows, min(lane.ways_s, default=0.0) * len(lane.ways_s))
-        self._num_steps += 1
-        if self._turns.decides and self._num_steps % MEASURED_STEPS == 0:
-            way_s = self._way_fit.cost().at(rows)
-            self._measured(LaneCosts(attention=self._attention_fit.cost(), ffn=self._ffn_fit.cost(), way_s=way_s))
 
     def _first(self, lane: _Lane) -> FfnCall | None:
         """Begin the next step; None where it follows one that failed for lack of FFN nodes."""

@@ -43,10 +43,11 @@ class Ticket:
         self.num_open = 0
         self._began_s = began_s
         self.error: Exception | None = None
-        num_rows, hidden = rows.normed_TC.shape
-        count = num_rows if rows.experts_TS is None else rows.experts_TS.numel()
-        # An answer for each row, or for each choice; sums are kept part by part, and added in the parts' order.
-        self._answers_AC = rows.normed_TC.new_zeros((count if combine is not Combine.SUMS else 0, hidden))
+        hidden = rows.normed_TC.shape[1]
+        # An answer for each choice; one for each row is a dense layer's, whose rows are one part.
+        count = rows.experts_TS.numel() if rows.experts_TS is not None and combine is Combine.SLOTS else 0
+        self._answers_AC = rows.normed_TC.new_empty((count, hidden))
+        # Sums are kept part by part, and added in the parts' order.
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -74,20 +75,19 @@ class Ticket:
             num_answers=self.times.num_answers + 1,
             merged_rows=self.times.merged_rows + answer.merged_rows,
         )
-        if self.combine is Combine.SUMS:
-            device = self._answers_AC.device
+        device = self.rows.normed_TC.device
+        if part.picked_A is None or part.picked_R is None:
+            self._answers_AC = rows_RC.to(device, copy=True)
+        elif self.combine is Combine.SUMS:
             self._sums[part.number] = (part.picked_R.to(device), rows_RC.to(device, copy=True))
-        elif part.picked_A is None:
-            self._answers_AC.copy_(rows_RC)
         else:
-            device = self._answers_AC.device
             self._answers_AC.index_copy_(0, part.picked_A.to(device), rows_RC.to(device))
 
     def result(self) -> torch.Tensor:
         """`[T, C]` in the model's dtype: what the layer's FFN half answers. Raises `error`."""
         if self.error is not None:
             raise self.error
-        normed_TC, weights_TS, experts_TS = self.rows
+        normed_TC, weights_TS, experts_TS, shared = self.rows
         if experts_TS is None:
             return self._answers_AC
         if self.combine is Combine.SUMS:
@@ -96,7 +96,8 @@ class Ticket:
                 total_TC.index_add_(0, *self._sums[number])
             return total_TC.to(normed_TC.dtype)
         assert weights_TS is not None
-        return combine_slots(self._answers_AC.view(*experts_TS.shape, normed_TC.shape[1]), weights_TS)
+        answers_TSC = self._answers_AC.view(*experts_TS.shape, normed_TC.shape[1])
+        return combine_slots(answers_TSC, weights_TS, shared=shared)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -107,8 +108,9 @@ class Part:
         number: of the ticket's parts, ascending.
         experts: of these assignments, each once.
         picked_A: int64, places among the ticket's assignments (`T x S`, row by row); None: a dense layer, all rows.
-        picked_R: int64, the rows that these need, ascending.
+        picked_R: int64, the rows that these need, ascending; None: all rows.
         rows_A: int32, each assignment's place in `picked_R`.
+        num_rows: those that these need.
         attempt: how often it was sent before.
         tried: nodes that refused or lost it.
         reason: what the last of these said.
@@ -121,15 +123,12 @@ class Part:
     number: int
     experts: tuple[int, ...]
     picked_A: torch.Tensor | None
-    picked_R: torch.Tensor
+    picked_R: torch.Tensor | None
     rows_A: torch.Tensor
+    num_rows: int
     attempt: int = 0
     tried: set[str] = field(default_factory=set)
     reason: str = ""
     refused: bool = False
     sent_to: set[str] = field(default_factory=set)
     open: bool = True
-
-    @property
-    def num_rows(self) -> int:
-        return self.picked_R.shape[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from anabranch.config.worker import WorkerConfig
@@ -14,8 +15,11 @@ from anabranch.engine.build import Engine
 from anabranch.engine.pending import PendingResult
 from anabranch.errors import FfnUnavailable
 from anabranch.model.identity import identity_of
+from anabranch.model.shared_layers import with_shared
+from anabranch.model.size import shared_features
 from anabranch.schedule.lane_costs import MAX_LANES
 from anabranch.step.plan import StepPlan
+from attn_nodes.lane_meter import LaneMeter
 from attn_nodes.lanes import Lanes
 from attn_nodes.remote_ffn import RemoteFfn
 from runtime.generation.commands import GenerationCommand, GenerationEvent, LanesMeasured, Step, UseFfnNodes
@@ -32,6 +36,7 @@ class AttnRank(GenerationRank):
 
     def __init__(self, config: WorkerConfig, engine: Engine, emit: Callable[[GenerationEvent], None]) -> None:
         super().__init__(config, engine, emit)
+        self._model = engine.model_config
         dtype = engine.kv.data.dtype
         exact = config.combine == "slots" or (config.combine == "auto" and dtype is torch.float32)
         self._ffn = RemoteFfn(
@@ -40,13 +45,11 @@ class AttnRank(GenerationRank):
             ffn_timeout_s=config.ffn_timeout_s,
             ffn_unavailable_s=config.ffn_unavailable_s,
         )
-        self._lanes = Lanes(
-            engine.runner,
-            self._ffn,
-            engine.context.world,
-            config.lanes or MAX_LANES,
-            lambda costs: emit(LanesMeasured(stream_id=0, costs=costs)),
-        )
+        world = engine.context.world
+        meter: LaneMeter | None = None
+        if not config.lanes and world.rank == 0:
+            meter = LaneMeter(lambda costs: emit(LanesMeasured(stream_id=0, costs=costs)))
+        self._lanes = Lanes(engine.runner, self._ffn, world, config.lanes or MAX_LANES, meter)
 
     @property
     def busy(self) -> bool:
@@ -65,7 +68,11 @@ class AttnRank(GenerationRank):
         """Obey a command; see its docstring."""
         match command:
             case UseFfnNodes(placement=placement):
-                self._lanes.use(placement)
+                model = self._model
+                nodes = tuple(
+                    msgspec.structs.replace(node, holding=with_shared(model, node.holding)) for node in placement.nodes
+                )
+                self._lanes.use(msgspec.structs.replace(placement, nodes=nodes))
             case Step(plan=plan):
                 self.begin(plan, _followed)
             case _:
@@ -84,12 +91,14 @@ def _followed(result: PendingResult | Exception) -> None:
 
 def _shape(config: WorkerConfig, engine: Engine) -> ChannelShape:
     model = engine.model_config
+    pooled = config.shared_expert == "ffn" and shared_features(model) > 0
     return ChannelShape(
         model=identity_of(config.model, model).model_fingerprint,
         dtype=engine.kv.data.dtype,
         hidden_size=model.hidden_size,
         max_rows=min(config.max_running, config.max_step_tokens),
-        max_choices=1 if model.moe is None else model.moe.top_k,
+        max_choices=1 if model.moe is None else model.moe.top_k + pooled,
+        shared_expert="ffn" if pooled else "attn",
         # What is out, what was sent again, and what is late and will be answered all the same.
         num_slots=2 * (config.lanes or MAX_LANES) + 2,
     )

@@ -15,8 +15,9 @@ Shape suffixes: T rows of a ticket, A assignments (a row and one of its experts)
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from anabranch.protocol.ffn import FfnPlacement
 from anabranch.request.ffn_times import FfnTraffic
 from anabranch.system.clock import awake_s
 from attn_nodes.connector import Connected, Connector
+from attn_nodes.dealing import Dealing
 from attn_nodes.node import Node
 from attn_nodes.part import Part, Ticket
 from transport.m2n.base import LinkMaker
@@ -101,6 +103,7 @@ class RemoteFfn:
         self._timeout_s = ffn_timeout_s
         self._unavailable_s = ffn_unavailable_s
         self._nodes: dict[str, Node] = {}
+        self._dealing = Dealing(self._nodes)
         self._version = -1
         self._next_ticket = 1
         self._next_part = 1
@@ -197,71 +200,23 @@ class RemoteFfn:
         Args:
             again: a part that was not answered; None: all of the ticket's.
         """
-        tried = set() if again is None else again.tried
-        experts_TS = ticket.rows.experts_TS
-        if experts_TS is None:
-            node = self._choose(ticket.layer, 0, tried, {})
-            every = torch.arange(ticket.num_rows)
-            self._add(ticket, (0,), None, every, _NOTHING, node, again)
-            return
-        chosen_A = experts_TS.flatten().cpu()
-        picked_A = torch.arange(chosen_A.shape[0]) if again is None else again.picked_A
-        assert picked_A is not None
-        counts = chosen_A.index_select(0, picked_A).bincount().tolist()
-        booked: dict[str, int] = {}
-        by_node: dict[str, list[int]] = {}
-        for expert, count in enumerate(counts):
-            if count:
-                node = self._choose(ticket.layer, expert, tried, booked)
-                name = "" if node is None else node.name
-                booked[name] = booked.get(name, 0) + count
-                by_node.setdefault(name, []).append(expert)
-        place_of_E = torch.zeros(len(counts), dtype=torch.int64)
-        for place, experts in enumerate(by_node.values()):
-            place_of_E[experts] = place
-        place_of_A = place_of_E[chosen_A.index_select(0, picked_A)]
-        for place, (name, experts) in enumerate(by_node.items()):
-            mine_A = picked_A if len(by_node) == 1 else picked_A[place_of_A == place]
-            picked_R, rows_A = torch.unique_consecutive(mine_A // experts_TS.shape[1], return_inverse=True)
-            self._add(ticket, tuple(experts), mine_A, picked_R, rows_A.to(torch.int32), self._nodes.get(name), again)
-
-    def _add(
-        self,
-        ticket: Ticket,
-        experts: tuple[int, ...],
-        picked_A: torch.Tensor | None,
-        picked_R: torch.Tensor,
-        rows_A: torch.Tensor,
-        node: Node | None,
-        again: Part | None,
-    ) -> None:
-        number, self._next_part = self._next_part, self._next_part + 1
-        part = Part(
-            ticket=ticket,
-            number=number,
-            experts=experts,
-            picked_A=picked_A,
-            picked_R=picked_R,
-            rows_A=rows_A,
-        )
-        if again is not None:
-            part.attempt, part.tried = again.attempt + 1, set(again.tried)
-            part.reason, part.refused = again.reason, again.refused
-        ticket.num_open += 1
-        if node is None or not self._send(part, node):
-            self._unsent.append(part)
-
-    def _choose(self, layer: int, expert: int, tried: Iterable[str], booked: dict[str, int]) -> Node | None:
-        """The node with the fewest rows that holds an expert and can take a call now; None where there is none."""
-        best: Node | None = None
-        least = 0
-        for node in self._nodes.values():
-            link = node.link
-            if link is not None and link.num_free and node.name not in tried and node.holds(layer, expert):
-                rows = node.num_rows + booked.get(node.name, 0)
-                if best is None or rows < least:
-                    best, least = node, rows
-        return best
+        for share in self._dealing.deal(ticket, again):
+            number, self._next_part = self._next_part, self._next_part + 1
+            part = Part(
+                ticket=ticket,
+                number=number,
+                experts=share.experts,
+                picked_A=share.picked_A,
+                picked_R=share.picked_R,
+                rows_A=share.rows_A,
+                num_rows=share.num_rows,
+            )
+            if again is not None:
+                part.attempt, part.tried = again.attempt + 1, set(again.tried)
+                part.reason, part.refused = again.reason, again.refused
+            ticket.num_open += 1
+            if share.node is None or not self._send(part, share.node):
+                self._unsent.append(part)
 
     def _send(self, part: Part, node: Node) -> bool:
         """False where the node has no room now, or is lost just now."""
@@ -281,10 +236,10 @@ class RemoteFfn:
 
     def _call(self, number: int, part: Part) -> Call:
         ticket = part.ticket
-        normed_TC, weights_TS, experts_TS = ticket.rows
+        normed_TC, weights_TS, experts_TS, _ = ticket.rows
         experts_A, weights_A = _NOTHING, _NO_WEIGHTS
         rows_TC = normed_TC
-        if part.picked_A is not None:
+        if part.picked_A is not None and part.picked_R is not None:
             assert experts_TS is not None
             assert weights_TS is not None
             experts_A = experts_TS.flatten().cpu().index_select(0, part.picked_A).to(torch.int32)
@@ -316,7 +271,7 @@ class RemoteFfn:
                 continue
             if (error := self._hopeless(part, now_s)) is not None:
                 ticket.error = error
-            elif any(self._choose(ticket.layer, expert, part.tried, {}) for expert in part.experts):
+            elif any(self._dealing.choose(ticket.layer, expert, part.tried) for expert in part.experts):
                 self._plan_again([part], "", part.reason, count=False)
             else:
                 self._unsent.append(part)
@@ -325,7 +280,7 @@ class RemoteFfn:
         ticket = part.ticket
         what = f"layer {ticket.layer}, expert{'s' * (len(part.experts) > 1)} {_listed(part.experts)}"
         why = f" (the last one said: {part.reason})" if part.reason else ""
-        if part.refused and any(self._all_tried(ticket.layer, expert, part.tried) for expert in part.experts):
+        if part.refused and any(self._dealing.all_tried(ticket.layer, expert, part.tried) for expert in part.experts):
             return FfnUnavailable(f"{what}: no FFN node that holds it could compute it{why}")
         if part.attempt >= MAX_ATTEMPTS:
             return FfnUnavailable(f"{what}: {part.attempt} FFN nodes in a row did not answer{why}")
@@ -334,11 +289,6 @@ class RemoteFfn:
                 f"ffn_unavailable_s: {what}: no FFN node that holds it answered in {self._unavailable_s:g} s{why}"
             )
         return None
-
-    def _all_tried(self, layer: int, expert: int, tried: Iterable[str]) -> bool:
-        """Whether there are nodes that hold an expert and can be reached, and all of them were tried."""
-        there = [node.name for node in self._nodes.values() if node.link is not None and node.holds(layer, expert)]
-        return bool(there) and set(there) <= set(tried)
 
     # Back ---------------------------------------------------------------------------------------------------
 
@@ -376,7 +326,7 @@ class RemoteFfn:
         elif answer.status is not Status.OK:
             part.refused = True
             self._refused(part, node, answer.status.name.lower())
-        elif answer.rows_RC.numel() and not bool(torch.isfinite(answer.rows_RC.sum(dtype=torch.float32))):
+        elif not math.isfinite(answer.rows_RC.sum(dtype=torch.float32)):
             part.refused = True
             self._refused(part, node, "answered values that are not finite")
         else:

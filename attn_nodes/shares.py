@@ -37,6 +37,7 @@ class Shares:
             rows.normed_TC[held],
             None if weights_TS is None else weights_TS[held],
             None if experts_TS is None else experts_TS[held],
+            rows.shared,
         )
 
     def join(self, ticket: Ticket, num_rows: int) -> torch.Tensor:

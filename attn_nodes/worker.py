@@ -14,7 +14,7 @@ class AttnWorker(GenerationWorker):
     """A worker whose ranks hold attention halves, embedding and LM head."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        super().__init__(config, ROOM, num_lanes=config.lanes or MAX_LANES, chooses_lanes=not config.lanes)
+        super().__init__(config, ROOM, num_lanes=config.lanes or MAX_LANES)
 
     def handle(self, message: Message) -> None:
         if isinstance(message, FfnNodes):

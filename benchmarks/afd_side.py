@@ -40,7 +40,7 @@ STOP_TIMEOUT_S = 10.0
 class FfnSide:
     """Every FFN half of a model, served."""
 
-    def __init__(self, model: str, dtype: str, transport: str) -> None:
+    def __init__(self, model: str, dtype: str, merge_wait_us: int) -> None:
         device = resolve_device("cpu")
         resolved = resolve_dtype(dtype, device)  # type: ignore[arg-type]
         kernels = select_kernels(device, resolved)
@@ -57,11 +57,13 @@ class FfnSide:
             max_choices=1 if config.moe is None else config.moe.top_k,
             num_slots=1,
         )
-        listener = create_listener(shape, transport)
+        listener = create_listener(shape, "auto")
         self.addresses = listener.addresses
         self.holding = holding
         self.bytes = table.num_bytes
-        self._serving = Serving(listener, NodeExperts(table), num_threads=1, merge_wait_s=0.0, on_failure=_fail)
+        self._serving = Serving(
+            listener, NodeExperts(table), num_threads=1, merge_wait_s=merge_wait_us / 1e6, on_failure=_fail
+        )
         self._serving.start()
         self._before = (0, 0.0)
 
@@ -134,7 +136,7 @@ class DecodeSide:
         self._ffn = RemoteFfn(
             create_link_maker(shape, transport), combine=Combine.SUMS, ffn_timeout_s=20.0, ffn_unavailable_s=60.0
         )
-        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes, lambda costs: None)
+        self._lanes = Lanes(self.engine.runner, self._ffn, SingleRank(), num_lanes)
         self._lanes.use(
             FfnPlacement(
                 version=1,
@@ -238,7 +240,7 @@ def main() -> None:
     pin_process(tuple(options["cores"]), options["threads"])
     side: FfnSide | DecodeSide
     if options["role"] == "ffn":
-        side = FfnSide(options["model"], options["dtype"], options["transport"])
+        side = FfnSide(options["model"], options["dtype"], options["merge_wait_us"])
         ready: dict[str, Any] = {"addresses": side.addresses, "holding": side.holding, "bytes": side.bytes}
     else:
         side = DecodeSide(options["role"], options["model"], options["dtype"], options["threads"], options["kv_bytes"])
@@ -246,7 +248,12 @@ def main() -> None:
         count = attention_bytes(config, options["dtype"], 1, 0)
         if options["role"] == "whole":
             count += ffn_bytes(config, options["dtype"], 1, 0)
-        ready = {"num_layers": config.num_layers, "bytes": count}
+        kv = side.engine.kv
+        ready = {
+            "num_layers": config.num_layers,
+            "bytes": count,
+            "kv_bytes_per_token": kv.num_bytes // (kv.num_blocks * kv.block_size),
+        }
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         print(json.dumps(side.asked(json.loads(line))), flush=True)

@@ -35,6 +35,15 @@ class NodeExperts:
     def dtype(self) -> torch.dtype:
         return self.table.dtype
 
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """What can be placed here: `ffn_layers`."""
+        return self.table.layers
+
+    def num_experts(self, layer: int) -> int:
+        """See `ExpertTable.num_experts`."""
+        return self.table.num_experts(layer)
+
     def holds(self, layer: int, experts: Iterable[int]) -> bool:
         """Whether all of these can be computed with."""
         return self.table.holds(layer, experts)

@@ -18,7 +18,8 @@ import torch
 
 from anabranch.engine.fit import available_bytes
 from anabranch.errors import AnabranchError, ConfigError, MalformedMessage
-from anabranch.model.size import expert_bytes, num_experts
+from anabranch.model.shared_layers import with_shared
+from anabranch.model.size import expert_bytes
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Place, Placed
@@ -114,15 +115,13 @@ class Placing:
             logger.warning("experts that nobody needs any more stay: %s", error)
 
     def _wanted(self, holding: Holding) -> Experts:
-        config = self._experts.config
-        if len(holding) != config.num_layers:
-            raise MalformedMessage(f"a placement of {len(holding)} layers for a model of {config.num_layers}")
-        for layer, experts in enumerate(holding):
-            if experts and max(experts) >= num_experts(config, layer):
-                raise MalformedMessage(
-                    f"a placement of expert {max(experts)} of layer {layer}, which has {num_experts(config, layer)}"
-                )
-        return experts_of(holding)
+        layers = self._experts.layers
+        if len(holding) != len(layers):
+            raise MalformedMessage(f"a placement of {len(holding)} layers for a model of {len(layers)}")
+        for layer, (experts, (count, _)) in enumerate(zip(holding, layers, strict=True)):
+            if experts and max(experts) >= count:
+                raise MalformedMessage(f"a placement of expert {max(experts)} of layer {layer}, which has {count}")
+        return experts_of(with_shared(self._experts.config, holding))
 
     def _place(self, wanted: Experts) -> bool:
         """Whether all is here now; False where something else is to be placed instead."""
@@ -154,4 +153,4 @@ class Placing:
 
     def _bytes(self, experts: Iterable[tuple[int, int]]) -> int:
         dtype = str(self._experts.dtype).removeprefix("torch.")
-        return sum(expert_bytes(self._experts.config, dtype, layer) for layer, _ in experts)
+        return sum(expert_bytes(self._experts.config, dtype, layer, expert) for layer, expert in experts)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from anabranch.kernels.combine import sum_assignments
-from anabranch.model.size import num_experts
 from ffn_nodes.experts import NodeExperts
 from transport.m2n.messages import Call, Combine, Status
 
@@ -53,7 +52,9 @@ class Product:
         if call.rows_A.numel() != call.experts_A.numel() or call.weights_A.numel() != num_weights:
             return Status.MALFORMED
         chosen = set(call.experts_A.tolist())
-        if not (_all_below(call.rows_A, num_rows) and all(0 <= e < num_experts(config, call.layer) for e in chosen)):
+        if not (
+            _all_below(call.rows_A, num_rows) and all(0 <= e < self._experts.num_experts(call.layer) for e in chosen)
+        ):
             return Status.MALFORMED
         if not _all_finite(call.weights_A):
             return Status.MALFORMED

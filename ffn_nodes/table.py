@@ -29,7 +29,15 @@ def make_table(config: WorkerConfig, model: ModelConfig, group: Group) -> Expert
     kernels = select_kernels(device, dtype, config.native_kernels)
     exact = resolve_row_exact(config.row_exact, dtype)
     products = RowExact(kernels) if exact else kernels
-    _, table = load_expert_table(config.model, dtype=dtype, device=device, products=products, group=group, config=model)
+    _, table = load_expert_table(
+        config.model,
+        dtype=dtype,
+        device=device,
+        products=products,
+        group=group,
+        shared=config.shared_expert == "ffn",
+        config=model,
+    )
     logger.info(
         "%s in %s on %s, %s kernels%s, %d threads",
         config.model,

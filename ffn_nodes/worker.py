@@ -15,7 +15,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.fit import rank_config
 from anabranch.errors import AnabranchError
 from anabranch.model.expert_table import ExpertTable
-from anabranch.model.size import smallest_expert
+from anabranch.model.size import shared_features, smallest_held
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.split import check_tp
 from anabranch.protocol.ffn import FfnLoad
@@ -58,7 +58,7 @@ class FfnWorker(Worker):
         config = rank_config(self.config, 0)
         source = resolve_model(config.model)
         model = source.config()
-        check_tp(config.tp, config.tp, smallest_expert(model))
+        check_tp(config.tp, config.tp, smallest_held(model, shared=config.shared_expert == "ffn"))
         context = self._ranks.start(model)
         table = make_table(config, model, context.tp)
         if config.tp > 1:
@@ -67,6 +67,7 @@ class FfnWorker(Worker):
         experts = self._experts or NodeExperts(table)
         self._table = table
         model = table.config
+        pooled = config.shared_expert == "ffn" and shared_features(model) > 0
         shape = ChannelShape(
             model=model.fingerprint(),
             dtype=table.dtype,
@@ -74,7 +75,8 @@ class FfnWorker(Worker):
             # These two are each attention rank's own.
             max_rows=1,
             num_slots=1,
-            max_choices=1 if model.moe is None else model.moe.top_k,
+            max_choices=1 if model.moe is None else model.moe.top_k + pooled,
+            shared_expert="ffn" if pooled else "attn",
         )
         listener = create_listener(shape, config.ffn_transport, config.listen_host)
         self._serving = Serving(

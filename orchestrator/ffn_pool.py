@@ -155,7 +155,8 @@ class FfnPool:
         usable = [node for node in self._nodes.values() if not node.member.draining]
         if not usable or not self._may_begin(usable):
             return
-        self._layers = self._model.expert_bytes(usable[0].member.info.kv_dtype)
+        info = usable[0].member.info
+        self._layers = self._model.expert_bytes(info.kv_dtype, shared=info.shared_experts)
         counts = [count for count, _ in self._layers]
         self._all = frozenset((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
         targets = self._share([node for node in usable if not node.problem])

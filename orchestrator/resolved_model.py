@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anabranch.model.identity import read_identity
-from anabranch.model.size import expert_bytes, num_experts
+from anabranch.model.shared_layers import ffn_layers
 from anabranch.model.sources import resolve_model
 from anabranch.model.stop_ids import stop_ids
 from anabranch.model.tokenizer import Tokenizer
@@ -33,12 +33,9 @@ class CheckpointModel:
         self.has_chat_template = self.tokenizer.has_chat_template
         self.longest_token_chars = self.tokenizer.longest_token_chars
 
-    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
-        """For each layer how many experts it has, and bytes of one of them."""
-        return tuple(
-            (num_experts(self._config, layer), expert_bytes(self._config, dtype, layer))
-            for layer in range(self._config.num_layers)
-        )
+    def expert_bytes(self, dtype: str, *, shared: bool) -> tuple[tuple[int, int], ...]:
+        """See `ServedModel.expert_bytes`."""
+        return ffn_layers(self._config, dtype, shared=shared)
 
     def text_stream(self, sampling: SamplingParams) -> CheckpointText:
         return CheckpointText(self.tokenizer, sampling)

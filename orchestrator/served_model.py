@@ -70,8 +70,12 @@ class ServedModel(Protocol):
         """Most characters of a text that one token stands for; None where there is no such bound."""
         ...
 
-    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
-        """For each layer how many experts it has, and bytes of one of them; a dense layer has one expert."""
+    def expert_bytes(self, dtype: str, *, shared: bool) -> tuple[tuple[int, int], ...]:
+        """For each layer how many experts it has, and bytes of one of them; a dense layer has one expert.
+
+        Args:
+            shared: whether FFN workers hold shared experts, each as a layer behind the others.
+        """
         ...
 
     def text_stream(self, sampling: SamplingParams) -> TextStream: ...

@@ -37,6 +37,7 @@ def ffn_worker_info(
         addresses=addresses,
         incarnation=secrets.randbits(63),
         capacity_bytes=config.capacity_bytes,
+        shared_experts=config.shared_expert == "ffn",
     )
 
 

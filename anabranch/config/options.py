@@ -20,6 +20,7 @@ RingChoice = Literal["auto", "pass_kv", "pass_q"]
 FfnTransport = Literal["auto", "shm", "tcp", "ucx"]
 RowExact = Literal["auto", "on", "off"]
 CombineChoice = Literal["auto", "slots", "sums"]
+SharedExpert = Literal["attn", "ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class ClusterOptions(Options):
         prefix_cache: keep full blocks of finished requests for prompts that begin alike and have the same cache_salt.
         native_kernels: use compiled kernels where they can be had: C++ on cpu, FlexAttention on cuda; false:
             PyTorch operations.
-        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call; same
-            tokens, less time per token. Needs native kernels on cpu; with cp above 1 steps are not recorded.
+        step_programs: record each decode step's kernel calls once per batch size and repeat them as one call, on attn
+            workers as one for each layer and lane; same tokens, less time per token. Needs native kernels on cpu; with
+            cp above 1 steps are not recorded.
         schedule_ahead: while the ranks compute a decode step, plan the next one and send it to them.
         max_context: most tokens of one request; 0: what the model and the pools allow. A model's context is its
             trained length, times the factor where linear or yarn scaling stretches it.
@@ -50,6 +52,9 @@ class ClusterOptions(Options):
         combine: what an FFN worker answers of a sparse layer: slots (a row for each choice, summed by the attention
             worker in the token's order, bit for bit as on one worker), sums (one partial sum in float32, fewer bytes),
             or auto (slots in float32).
+        shared_expert: who has the expert that every token of a sparse layer passes, where a model has one: attn (each
+            attention worker, which computes it while rows are at FFN workers), or ffn (FFN workers, as one more expert
+            of the layer: less memory and less work for attention workers).
         ffn_timeout_s: silence of an FFN worker after which its rows go to another that holds the expert.
         ffn_unavailable_s: longest time that rows wait for some FFN worker that holds their expert; then their
             requests end with `ffn_unavailable`. With ffn_timeout_s it must be below collective_timeout_s where an attn
@@ -71,6 +76,7 @@ class ClusterOptions(Options):
     ffn_transport: FfnTransport = "auto"
     row_exact: RowExact = "auto"
     combine: CombineChoice = "auto"
+    shared_expert: SharedExpert = "attn"
     ffn_timeout_s: Seconds = 5.0
     ffn_unavailable_s: Seconds = 20.0
 

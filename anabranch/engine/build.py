@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.engine.fit import kv_layout, num_host_blocks, num_kv_blocks
 from anabranch.engine.runner import Runner
+from anabranch.engine.seam_programs import SeamPrograms
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.kernels.native import select_kernels
@@ -74,7 +76,7 @@ def build_engine(
     dtype = resolve_dtype(config.dtype, device)
     kernels = select_kernels(device, dtype, config.native_kernels)
     # An attention worker's FFN halves are elsewhere.
-    load = load_attention_stack if config.role == "attn" else load_model
+    load = partial(load_attention_stack, shared_expert=config.shared_expert) if config.role == "attn" else load_model
     with progress_bar(f"loading {config.model}") as progress:
         model_config, model = load(
             config.model,
@@ -161,11 +163,11 @@ def _reduction(context: RankContext) -> Reduction | None:
 
 def _programs(
     config: WorkerConfig, model: Transformer | AttentionStack, kv: PagedKv, kernels: Kernels, max_context: int
-) -> StepPrograms | None:
+) -> StepPrograms | SeamPrograms | None:
     """Room for recorded decode steps; None where they are not wanted, or cannot be recorded."""
-    if not isinstance(model, Transformer) or not isinstance(kernels, StepRecorder):
+    if not isinstance(kernels, StepRecorder) or not config.step_programs or config.cp > 1:
         return None
-    if not config.step_programs or config.cp > 1:
-        return None
-    max_blocks = min(kv.num_blocks, -(-max_context // config.block_size))
-    return StepPrograms(model, kv, kernels, max_rows=config.max_running, max_blocks=max_blocks)
+    max_rows, max_blocks = config.max_running, min(kv.num_blocks, -(-max_context // config.block_size))
+    if isinstance(model, Transformer):
+        return StepPrograms(model, kv, kernels, max_rows=max_rows, max_blocks=max_blocks)
+    return SeamPrograms(model, kv, kernels, max_rows=max_rows, max_blocks=max_blocks)

@@ -8,7 +8,7 @@ from anabranch.config.worker import WorkerConfig
 from anabranch.engine.device import resolve_device, resolve_dtype
 from anabranch.errors import ConfigError
 from anabranch.model.config import ModelConfig
-from anabranch.model.size import expert_bytes, num_experts
+from anabranch.model.shared_layers import ffn_layers
 from anabranch.parallel.expert_placement import place
 
 
@@ -26,7 +26,7 @@ def ffn_shares(workers: Sequence[WorkerConfig], model: ModelConfig, replicas: in
     if not nodes:
         return {}
     dtype = str(resolve_dtype(nodes[0].dtype, resolve_device(nodes[0].device))).removeprefix("torch.")
-    layers = tuple((num_experts(model, layer), expert_bytes(model, dtype, layer)) for layer in range(model.num_layers))
+    layers = ffn_layers(model, dtype, shared=nodes[0].shared_expert == "ffn")
     copies = replicas or len(nodes)
     capacity = nodes[0].capacity_bytes
     needed = copies * sum(count * size for count, size in layers)

@@ -20,8 +20,8 @@ from anabranch.model.config import ModelConfig
 from anabranch.model.size import (
     attention_bytes,
     shared_features,
-    smallest_expert,
     smallest_ffn,
+    smallest_held,
     weight_bytes,
 )
 from anabranch.parallel.layout import KvLayout
@@ -101,9 +101,9 @@ def check_worker(config: WorkerConfig, model: ModelConfig) -> None:
 def _cuts(config: WorkerConfig, model: ModelConfig) -> tuple[int, int]:
     """Query heads and FFN features, of the narrowest FFN, that a worker's TP ranks share; its tp where it has none."""
     if config.role == "ffn":
-        return config.tp, smallest_expert(model)
+        return config.tp, smallest_held(model, shared=config.shared_expert == "ffn")
     if config.role == "attn":
-        return model.num_heads, shared_features(model) or config.tp
+        return model.num_heads, (shared_features(model) if config.shared_expert == "attn" else 0) or config.tp
     return model.num_heads, smallest_ffn(model)
 
 
@@ -167,7 +167,10 @@ def _weights(config: WorkerConfig, model: ModelConfig, ffn_shares: Mapping[str, 
     dtype = kv_layout(config, model).dtype
     if config.role == "attn":
         ranks = range(config.tp)
-        return max(attention_bytes(model, dtype, config.tp, rank, shared_experts=True) for rank in ranks)
+        here = config.shared_expert == "attn"
+        return max(
+            attention_bytes(model, dtype, config.tp, rank, shared_experts=here, shared_gates=not here) for rank in ranks
+        )
     return weight_bytes(model, dtype, config.tp)
 
 

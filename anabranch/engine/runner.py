@@ -25,6 +25,7 @@ from anabranch.cache.paged_kv import PagedKv
 from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.pending import PendingResult
 from anabranch.engine.sampling import RankSampler
+from anabranch.engine.seam_programs import SeamPrograms
 from anabranch.engine.step_programs import StepPrograms
 from anabranch.kernels.base import Kernels
 from anabranch.model.attention import Attention
@@ -93,7 +94,7 @@ class Runner:
         context: RankContext,
         pass_rule: PassRule | None = None,
         reduction: Reduction | None = None,
-        programs: StepPrograms | None = None,
+        programs: StepPrograms | SeamPrograms | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -166,7 +167,7 @@ class Runner:
         if sink is not None:
             sink.begin_pass(plan)
         if sink is None and self.programs is not None and self.programs.covers(plan):
-            share_SV = self.programs.forward(plan, last_tokens)
+            share_SV = yield from self.programs.forward(plan, last_tokens)
             return self.sampler.sample(share_SV, last_tokens.specs(plan))
         batch, attention = self._lay_out(plan, sink)
         last_tokens.fill_in(plan, batch.token_ids_T)

@@ -8,13 +8,18 @@ from __future__ import annotations
 import torch
 
 
-def combine_slots(answers_TSC: torch.Tensor, weights_TS: torch.Tensor) -> torch.Tensor:
+def combine_slots(answers_TSC: torch.Tensor, weights_TS: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
     """`[T, C]` in the answers' dtype: each token's choices in their order, weighted and summed in float32.
 
     Args:
         answers_TSC: in the model's dtype.
         weights_TS: float32.
+        shared: the last choice is the shared expert: weighted and added in the answers' dtype, after the others' sum,
+            as by a layer that has all its experts.
     """
+    if shared:
+        chosen_TC = combine_slots(answers_TSC[:, :-1], weights_TS[:, :-1])
+        return chosen_TC + weights_TS[:, -1:].to(answers_TSC.dtype) * answers_TSC[:, -1]
     return (answers_TSC * weights_TS.unsqueeze(-1)).sum(1).to(answers_TSC.dtype)
 
 

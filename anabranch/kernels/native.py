@@ -23,7 +23,7 @@ from anabranch.kernels.cpu_level import forced_level
 from anabranch.kernels.flash import attend_flash
 from anabranch.kernels.plain import PlainKernels, gather_context
 from anabranch.kernels.program import Recorder
-from anabranch.kernels.record import Recording
+from anabranch.kernels.record import ProgramMemory, Recording
 from anabranch.parallel.group import Group
 from anabranch.step.batch import ForwardBatch
 from anabranch.system.native_code import NativeUnavailable
@@ -87,7 +87,6 @@ class NativeKernels:
         self._library = library
         self._functions = bind_functions(library, SUFFIXES[dtype])
         self._recorder: Recorder | None = None
-        self._arena = Arena()
         self._attention_calls = BatchPlans[_AttentionCall]()
         max_rows = getattr(library, f"ab_max_linear_rows_{SUFFIXES[dtype]}")
         max_rows.argtypes, max_rows.restype = [c_long], c_long
@@ -438,9 +437,14 @@ class NativeKernels:
             self._recorder.reduce(x, group)
         return group.all_reduce(x)
 
-    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
-        """See `StepRecorder.record`. Programs of one object share memory: they never run at the same time."""
-        plain, recorder = self._functions, Recorder(self._library, self._arena)
+    def program_memory(self) -> ProgramMemory:
+        """See `StepRecorder.program_memory`."""
+        return Arena()
+
+    def record(self, step: Callable[[], torch.Tensor], memory: ProgramMemory) -> Recording:
+        """See `StepRecorder.record`."""
+        assert isinstance(memory, Arena)
+        plain, recorder = self._functions, Recorder(self._library, memory)
         self._functions, self._recorder = plain.watched(recorder), recorder
         try:
             with recorder:

@@ -19,8 +19,8 @@ class Program(Protocol):
     """A recorded step.
 
     Attributes:
-        output: what the step returned; `run` writes it anew. Another program of the same kernels may use its
-            memory: it is to be read before that runs.
+        output: what the step returned; `run` writes it anew. Another program of the same memory may use its place:
+            it is to be read before that runs.
     """
 
     @property
@@ -46,14 +46,31 @@ class Recording:
     obstacle: str | None = None
 
 
+class ProgramMemory(Protocol):
+    """Where programs that never run at the same time keep what they compute on their way.
+
+    Attributes:
+        num_bytes: taken from the system.
+    """
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 @runtime_checkable
 class StepRecorder(Protocol):
     """Kernels that record."""
 
-    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
+    def program_memory(self) -> ProgramMemory:
+        """Memory of its own for programs to come."""
+        ...
+
+    def record(self, step: Callable[[], torch.Tensor], memory: ProgramMemory) -> Recording:
         """Compute a step, and note it down as far as all of its work goes through these kernels.
 
         Args:
-            step: makes no decision that depends on what its input tensors hold.
+            step: makes no decision that depends on what its input tensors hold. What it computes beside its result and
+                somebody keeps stays where it is until that is let go: a program may go on where another one ended.
+            memory: made by `program_memory`.
         """
         ...

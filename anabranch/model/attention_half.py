@@ -18,9 +18,15 @@ from anabranch.parallel.split import kv_heads_of, query_heads_of
 
 
 class AttentionHalf:
-    """Norm, QKV, rotary, attention, output projection, residual; then norm and gate for the other half."""
+    """Norm, QKV, rotary, attention, output projection, residual; then norm and gate for the other half.
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int) -> None:
+    Args:
+        shared: see `Gate`.
+    """
+
+    def __init__(
+        self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int, *, shared: bool = False
+    ) -> None:
         config = loader.config
         head_dim = config.head_dim
         prefix = f"model.layers.{layer}"
@@ -54,7 +60,7 @@ class AttentionHalf:
             bias=config.o_bias,
         )
         self.post_norm_C = loader.whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
-        self.gate = Gate(loader, kernels, layer) if config.is_sparse(layer) else None
+        self.gate = Gate(loader, kernels, layer, shared=shared) if config.is_sparse(layer) else None
         self.layer = layer
         self.num_heads = len(heads)
         self.num_kv_heads = len(kv_heads)
@@ -72,15 +78,15 @@ class AttentionHalf:
         cos_TR: torch.Tensor,
         sin_TR: torch.Tensor,
         attention: Attention,
-    ) -> tuple[torch.Tensor, FfnInput]:
-        """The whole half, with each residual and the norm after it in one pass.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All but the gate, by calls of kernels alone; each residual and the norm after it are one pass.
 
         Args:
             hidden_TC: without the answer of the layer before.
             answer_TC: what the FFN half of the layer before answered, not yet added to `hidden_TC`; None: nothing.
 
         Returns:
-            The hidden states that this layer's FFN answer is to be added to, and what that half is given.
+            The hidden states that this layer's FFN answer is to be added to, and the rows for `choose`.
         """
         kernels = self._kernels
         if answer_TC is None:
@@ -88,8 +94,7 @@ class AttentionHalf:
         else:
             hidden_TC, normed_TC = kernels.add_rms_norm(answer_TC, hidden_TC, self.input_norm_C, self._eps)
         attended_TC = self._attend(normed_TC, cos_TR, sin_TR, attention)
-        hidden_TC, normed_TC = kernels.add_rms_norm(attended_TC, hidden_TC, self.post_norm_C, self._eps)
-        return hidden_TC, self._choose(normed_TC)
+        return kernels.add_rms_norm(attended_TC, hidden_TC, self.post_norm_C, self._eps)
 
     def _attend(
         self, normed_TC: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, attention: Attention
@@ -107,7 +112,8 @@ class AttentionHalf:
         out_THD, _ = attention.attend(self.layer, q_THD, k_TKD, v_TKD, self._scale, self.window)
         return self.output.forward(out_THD.flatten(1))
 
-    def _choose(self, normed_TC: torch.Tensor) -> FfnInput:
+    def choose(self, normed_TC: torch.Tensor) -> FfnInput:
+        """The gate, if there is one: what the FFN half is given."""
         if self.gate is None:
             return FfnInput(normed_TC, None, None)
-        return FfnInput(normed_TC, *self.gate.forward(normed_TC))
+        return self.gate.forward(normed_TC)

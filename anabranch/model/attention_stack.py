@@ -5,6 +5,8 @@ Shape suffixes: T new tokens of all sequences, S sampled rows, C hidden, R rotar
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from anabranch.kernels.base import Kernels
@@ -25,13 +27,21 @@ class AttentionStack:
     Args:
         loader: only this rank's slices of these tensors are read.
         group: ranks that the weights are sharded over.
-        shared_experts: whether these belong here: where the chosen experts are elsewhere, they are computed meanwhile.
+        shared_expert: where the chosen experts are elsewhere, who has the shared ones: attn (they are here, and are
+            computed meanwhile), or ffn (their gates are here, and choose them too). None: the FFN half has both.
 
     Attributes:
-        shared_experts: per layer; None where there is none, or it belongs to the FFN half.
+        shared_experts: per layer; None where there is none here.
     """
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, group: Group, *, shared_experts: bool = False) -> None:
+    def __init__(
+        self,
+        loader: WeightLoader,
+        kernels: Kernels,
+        group: Group,
+        *,
+        shared_expert: Literal["attn", "ffn"] | None = None,
+    ) -> None:
         config = loader.config
         self.config = config
         self.dtype = loader.dtype
@@ -45,8 +55,8 @@ class AttentionStack:
         self.layers: list[AttentionHalf] = []
         self.shared_experts: list[SharedExpert | None] = []
         for layer in range(config.num_layers):
-            self.layers.append(AttentionHalf(loader, kernels, group, layer))
-            with_shared = shared_experts and has_shared_expert(loader, layer)
+            self.layers.append(AttentionHalf(loader, kernels, group, layer, shared=shared_expert == "ffn"))
+            with_shared = shared_expert == "attn" and has_shared_expert(loader, layer)
             self.shared_experts.append(SharedExpert(loader, kernels, group, layer) if with_shared else None)
             loader.part_done()
         self.norm_C = loader.whole("model.norm.weight", config.hidden_size)
@@ -90,8 +100,8 @@ class AttentionStack:
         """All layers: the hidden states, and the last FFN's answer that is still to be added."""
         answer_TC: torch.Tensor | None = None
         for layer, half in enumerate(self.layers):
-            hidden_TC, rows = half.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
-            answer_TC = yield FfnCall(layer, rows)
+            hidden_TC, normed_TC = half.step(hidden_TC, answer_TC, cos_TR, sin_TR, attention)
+            answer_TC = yield FfnCall(layer, half.choose(normed_TC))
         assert answer_TC is not None
         return hidden_TC, answer_TC
 

@@ -19,6 +19,9 @@ from anabranch.model.digest import weights_digest
 from anabranch.model.expert_reader import ExpertReader
 from anabranch.model.ffn_half import DenseFfn, layer_ffn
 from anabranch.model.loader import WeightLoader
+from anabranch.model.shared_expert import shared_ffn
+from anabranch.model.shared_layers import ffn_layers
+from anabranch.model.size import num_experts
 from anabranch.model.sources import ModelSource
 from anabranch.parallel.group import Group
 from anabranch.protocol.ffn import Holding
@@ -34,7 +37,7 @@ class _Expert(NamedTuple):
 
 
 class ExpertTable:
-    """This rank's slices of dense FFNs and single experts; shared experts are attention's.
+    """This rank's slices of dense FFNs and single experts, and of shared ones where attention does not have them.
 
     Loading, dropping and computing may go on at the same time, each on one thread: what is dropped meanwhile is still
     computed with. Who drops what another has just been told to load sees to it himself.
@@ -44,6 +47,10 @@ class ExpertTable:
         config: with the weights' digest.
         products: what is computed with.
         group: ranks that each expert's features are sliced over.
+        shared: whether the expert that all rows of a layer choose, if it has one, is its last one here.
+
+    Attributes:
+        layers: see `ffn_layers`.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class ExpertTable:
         device: torch.device,
         products: Products,
         group: Group,
+        shared: bool = False,
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -62,6 +70,8 @@ class ExpertTable:
         self._source = source
         self._products = products
         self._group = group
+        self._shared = shared
+        self.layers = ffn_layers(config, str(dtype).removeprefix("torch."), shared=shared)
         self._dense: dict[int, DenseFfn] = {}
         self._experts: list[dict[int, _Expert]] = [{} for _ in range(config.num_layers)]
 
@@ -94,8 +104,12 @@ class ExpertTable:
         reader = ExpertReader(loader, self._group, layer)
         hidden = self.config.hidden_size
         for expert in missing:
-            read = _Expert(loader.empty(2 * reader.num_features, hidden), loader.empty(hidden, reader.num_features))
-            reader.fill(expert, *read)
+            if expert == num_experts(self.config, layer):
+                ffn = shared_ffn(loader, self._products, self._group, layer, reduce=False)
+                read = _Expert(ffn.gate_up.weight_FC, ffn.down.weight_FC)
+            else:
+                read = _Expert(loader.empty(2 * reader.num_features, hidden), loader.empty(hidden, reader.num_features))
+                reader.fill(expert, *read)
             self._experts[layer][expert] = read
 
     def drop(self, layer: int, experts: Iterable[int]) -> None:
@@ -105,6 +119,10 @@ class ExpertTable:
                 self._dense.pop(layer, None)
             else:
                 self._experts[layer].pop(expert, None)
+
+    def num_experts(self, layer: int) -> int:
+        """Experts of a layer, here or not, numbered from 0."""
+        return num_experts(self.config, layer, shared=self._shared)
 
     def holds(self, layer: int, experts: Iterable[int]) -> bool:
         """Whether all of these are here."""

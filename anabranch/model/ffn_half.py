@@ -24,11 +24,13 @@ class FfnInput(NamedTuple):
         normed_TC: hidden states after the post-attention norm.
         weights_TS: float32 weights of the chosen experts; None: the layer is dense.
         experts_TS: int64 ids of the chosen experts; None: the layer is dense.
+        shared: whether the last choice of each token is the expert that all tokens pass.
     """
 
     normed_TC: torch.Tensor
     weights_TS: torch.Tensor | None
     experts_TS: torch.Tensor | None
+    shared: bool = False
 
 
 class FfnCall(NamedTuple):

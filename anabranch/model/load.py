@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import msgspec
 import torch
@@ -16,7 +17,7 @@ from anabranch.model.digest import weights_digest
 from anabranch.model.expert_table import ExpertTable
 from anabranch.model.ffn_stack import FfnStack
 from anabranch.model.loader import Progress, WeightLoader
-from anabranch.model.size import shared_features, smallest_expert, smallest_ffn
+from anabranch.model.size import shared_features, smallest_ffn, smallest_held
 from anabranch.model.sources import ModelSource, resolve_model
 from anabranch.model.transformer import Transformer
 from anabranch.model.weights import WeightSource
@@ -62,17 +63,19 @@ def load_attention_stack(
     device: torch.device,
     kernels: Kernels,
     group: Group,
+    shared_expert: Literal["attn", "ffn"] = "attn",
     config: ModelConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, AttentionStack]:
-    """`load_model` for a process whose FFN halves are elsewhere; shared experts are its own.
+    """`load_model` for a process whose FFN halves are elsewhere; for `shared_expert` see `AttentionStack`.
 
     The whole checkpoint's headers are checked all the same, and the digest is that of all processes of the model.
     """
     with _opened(_source_of(model), config) as (config, weights):
-        check_tp(group.size, config.num_heads, shared_features(config) or group.size)
+        own = shared_features(config) if shared_expert == "attn" else 0
+        check_tp(group.size, config.num_heads, own or group.size)
         loader = WeightLoader(config, weights, dtype, device, num_parts=config.num_layers + 2, progress=progress)
-        attention = AttentionStack(loader, kernels, group, shared_experts=True)
+        attention = AttentionStack(loader, kernels, group, shared_expert=shared_expert)
         loader.finish("attention")
     return config, attention
 
@@ -84,13 +87,19 @@ def load_expert_table(
     device: torch.device,
     products: Products,
     group: Group,
+    shared: bool = False,
     config: ModelConfig | None = None,
 ) -> tuple[ModelConfig, ExpertTable]:
-    """`load_model` for a process that is to hold FFN halves alone: an empty table, for which all has been checked."""
+    """`load_model` for a process that is to hold FFN halves alone: an empty table, for which all has been checked.
+
+    Args:
+        shared: see `ExpertTable`.
+    """
     source = _source_of(model)
     with _opened(source, config) as (config, _):
-        check_tp(group.size, group.size, smallest_expert(config))
-    return config, ExpertTable(source, config, dtype=dtype, device=device, products=products, group=group)
+        check_tp(group.size, group.size, smallest_held(config, shared=shared))
+    table = ExpertTable(source, config, dtype=dtype, device=device, products=products, group=group, shared=shared)
+    return config, table
 
 
 def _source_of(model: str | ModelSource) -> ModelSource:

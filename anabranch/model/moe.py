@@ -13,14 +13,18 @@ from anabranch.model.expert_names import expert_names
 from anabranch.model.expert_reader import ExpertReader
 from anabranch.model.ffn_half import FfnInput
 from anabranch.model.loader import WeightLoader
-from anabranch.model.shared_expert import SharedExpert, has_shared_expert
+from anabranch.model.shared_expert import SharedExpert, SharedGate, has_shared_expert
 from anabranch.parallel.group import Group
 
 
 class Gate:
-    """Chooses each token's experts: softmax over all, then the likeliest, as transformers does."""
+    """Chooses each token's experts: softmax over all, then the likeliest, as transformers does.
 
-    def __init__(self, loader: WeightLoader, kernels: Kernels, layer: int) -> None:
+    Args:
+        shared: choose the shared expert too, if the layer has one, as the last of each token and by a gate of its own.
+    """
+
+    def __init__(self, loader: WeightLoader, kernels: Kernels, layer: int, *, shared: bool = False) -> None:
         moe = loader.config.moe
         assert moe is not None
         names = expert_names(loader, layer)
@@ -28,14 +32,20 @@ class Gate:
         self._linear = kernels.linear
         self._top_k = moe.top_k
         self._normalise = moe.norm_topk_prob
+        self._num_experts = moe.num_experts
+        self.shared = SharedGate(loader, kernels, layer) if shared and has_shared_expert(loader, layer) else None
 
-    def forward(self, normed_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T, C] -> (weights [T, S] float32, experts [T, S] int64)`."""
+    def forward(self, normed_TC: torch.Tensor) -> FfnInput:
+        """Rows `[T, C]` with their choices."""
         logits_TE = self._linear(normed_TC, self.weight_EC, None)
         weights_TS, experts_TS = functional.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(self._top_k, dim=-1)
         if self._normalise:
             weights_TS = weights_TS / weights_TS.sum(dim=-1, keepdim=True)
-        return weights_TS, experts_TS
+        if self.shared is None:
+            return FfnInput(normed_TC, weights_TS, experts_TS)
+        weights_TS = torch.cat((weights_TS, self.shared.forward(normed_TC).float()), dim=-1)
+        experts_TS = functional.pad(experts_TS, (0, 1), value=self._num_experts)
+        return FfnInput(normed_TC, weights_TS, experts_TS, shared=True)
 
 
 class MoeFfn:
@@ -57,7 +67,7 @@ class MoeFfn:
 
     def forward(self, rows: FfnInput) -> torch.Tensor:
         """See `FfnHalf.forward`; one all-reduce for the chosen experts and the shared one together."""
-        normed_TC, weights_TS, experts_TS = rows
+        normed_TC, weights_TS, experts_TS, _ = rows
         assert weights_TS is not None
         assert experts_TS is not None
         out_TC = self._kernels.experts(normed_TC, weights_TS, experts_TS, self.gate_up_EFC, self.down_ECF)

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import torch
 
-from anabranch.kernels.base import Kernels
+from anabranch.kernels.base import Kernels, Products
 from anabranch.model.ffn_half import DenseFfn
 from anabranch.model.loader import WeightLoader
 from anabranch.parallel.group import Group
+
+
+class SharedGate:
+    """How much of the shared expert's answer a token takes."""
+
+    def __init__(self, loader: WeightLoader, kernels: Kernels, layer: int) -> None:
+        self.weight_1C = loader.whole(
+            f"model.layers.{layer}.mlp.shared_expert_gate.weight", 1, loader.config.hidden_size
+        )
+        self._linear = kernels.linear
+
+    def forward(self, normed_TC: torch.Tensor) -> torch.Tensor:
+        """`[T, C] -> [T, 1]`."""
+        return torch.sigmoid(self._linear(normed_TC, self.weight_1C, None))
 
 
 class SharedExpert:
@@ -24,24 +38,20 @@ class SharedExpert:
     def __init__(
         self, loader: WeightLoader, kernels: Kernels, group: Group, layer: int, *, reduce: bool = True
     ) -> None:
-        moe = loader.config.moe
-        assert moe is not None
-        prefix = f"model.layers.{layer}.mlp"
-        self.ffn = DenseFfn(
-            loader,
-            kernels,
-            group,
-            f"{prefix}.shared_expert",
-            moe.shared_expert_intermediate,
-            bias=False,
-            reduce=reduce,
-        )
-        self.gate_1C = loader.whole(f"{prefix}.shared_expert_gate.weight", 1, loader.config.hidden_size)
-        self._linear = kernels.linear
+        self.ffn = shared_ffn(loader, kernels, group, layer, reduce=reduce)
+        self.gate = SharedGate(loader, kernels, layer)
 
     def forward(self, normed_TC: torch.Tensor) -> torch.Tensor:
         """`[T, C] -> [T, C]`, to be added to what the chosen experts answer."""
-        return torch.sigmoid(self._linear(normed_TC, self.gate_1C, None)) * self.ffn.compute(normed_TC)
+        return self.gate.forward(normed_TC) * self.ffn.compute(normed_TC)
+
+
+def shared_ffn(loader: WeightLoader, products: Products, group: Group, layer: int, *, reduce: bool) -> DenseFfn:
+    """A sparse layer's shared expert without its gate."""
+    moe = loader.config.moe
+    assert moe is not None
+    prefix = f"model.layers.{layer}.mlp.shared_expert"
+    return DenseFfn(loader, products, group, prefix, moe.shared_expert_intermediate, bias=False, reduce=reduce)
 
 
 def has_shared_expert(loader: WeightLoader, layer: int) -> bool:

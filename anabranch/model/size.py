@@ -14,8 +14,10 @@ def weight_bytes(config: ModelConfig, dtype: str, tp: int = 1) -> int:
     return max(attention_bytes(config, dtype, tp, rank) + ffn_bytes(config, dtype, tp, rank) for rank in range(tp))
 
 
-def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int, *, shared_experts: bool = False) -> int:
-    """Bytes of an `AttentionStack`, with shared experts or without."""
+def attention_bytes(
+    config: ModelConfig, dtype: str, tp: int, rank: int, *, shared_experts: bool = False, shared_gates: bool = False
+) -> int:
+    """Bytes of an `AttentionStack`, with shared experts, with their gates alone, or with neither."""
     vocabulary = padded_share(config.vocab_size, tp, rank)[0] * config.hidden_size
     count = vocabulary if config.tie_embeddings else 2 * vocabulary
     for layer in range(config.num_layers):
@@ -23,19 +25,28 @@ def attention_bytes(config: ModelConfig, dtype: str, tp: int, rank: int, *, shar
         if config.moe is not None and config.is_sparse(layer):
             count += config.moe.num_experts * config.hidden_size  # the gate
             count += _shared_elements(config, config.moe, tp, rank) if shared_experts else 0
+            count += config.hidden_size if shared_gates and config.moe.shared_expert_intermediate else 0
     return (count + config.hidden_size) * DTYPE_BYTES[dtype] + _ROTARY_BYTES * config.rope.rotary_dim
 
 
-def expert_bytes(config: ModelConfig, dtype: str, layer: int) -> int:
-    """Bytes of one expert of a layer, whole; a dense layer is one expert."""
+def expert_bytes(config: ModelConfig, dtype: str, layer: int, expert: int = 0) -> int:
+    """Bytes of one expert of a layer, whole, without the shared one's gate; see `num_experts`."""
     if config.moe is not None and config.is_sparse(layer):
-        return _dense_elements(config, config.moe.expert_intermediate, 1, 0) * DTYPE_BYTES[dtype]
+        shared = expert == config.moe.num_experts
+        features = config.moe.shared_expert_intermediate if shared else config.moe.expert_intermediate
+        return _dense_elements(config, features, 1, 0) * DTYPE_BYTES[dtype]
     return _dense_elements(config, config.intermediate_size, 1, 0, bias=config.mlp_bias) * DTYPE_BYTES[dtype]
 
 
-def num_experts(config: ModelConfig, layer: int) -> int:
-    """Experts of a layer; a dense layer is one expert."""
-    return config.moe.num_experts if config.moe is not None and config.is_sparse(layer) else 1
+def num_experts(config: ModelConfig, layer: int, *, shared: bool = False) -> int:
+    """Experts of a layer; a dense layer is one expert.
+
+    Args:
+        shared: count the one that all rows choose too, where there is one: it has the last number.
+    """
+    if config.moe is None or not config.is_sparse(layer):
+        return 1
+    return config.moe.num_experts + bool(shared and config.moe.shared_expert_intermediate)
 
 
 def ffn_bytes(config: ModelConfig, dtype: str, tp: int, rank: int) -> int:
@@ -81,8 +92,13 @@ def smallest_ffn(config: ModelConfig) -> int:
     return min(smallest_expert(config), shared_features(config) or smallest_expert(config))
 
 
+def smallest_held(config: ModelConfig, *, shared: bool) -> int:
+    """Features of the narrowest that an FFN worker holds, shared experts or not: the most ranks that it can have."""
+    return smallest_ffn(config) if shared else smallest_expert(config)
+
+
 def smallest_expert(config: ModelConfig) -> int:
-    """Features of the narrowest dense FFN or chosen expert: the most ranks that an FFN worker can have."""
+    """Features of the narrowest dense FFN or chosen expert."""
     if config.moe is None:
         return config.intermediate_size
     if all(config.moe.sparse_layers):

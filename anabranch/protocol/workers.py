@@ -62,6 +62,7 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
         addresses: of an FFN worker: M2N backend name -> address.
         incarnation: of an FFN worker: drawn at random by each process.
         capacity_bytes: of an FFN worker: most weights that it holds; 0: as many as it is given.
+        shared_experts: of an FFN worker: whether it holds shared experts too, so that attention workers do not.
     """
 
     name: Name
@@ -80,6 +81,7 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
     addresses: Addresses = {}
     incarnation: Int63 = 0
     capacity_bytes: Count = 0
+    shared_experts: bool = False
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -100,7 +100,7 @@ class StreamFailed(Event, frozen=True, kw_only=True, tag="failed"):
 
 
 class LanesMeasured(Event, frozen=True, kw_only=True, tag="lanes"):
-    """What a lane's steps take, now and then, with stream 0; from the first rank of an attention node."""
+    """What a lane's steps take, now and then, with stream 0; from the first rank of a node that chooses its lanes."""
 
     costs: LaneCosts
 

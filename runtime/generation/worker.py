@@ -78,8 +78,7 @@ class GenerationWorker(Worker):
 
     Args:
         room: what its ranks run.
-        num_lanes: most lanes, see `GenerationScheduler`.
-        chooses_lanes: whether it takes fewer where these are better.
+        num_lanes: most lanes, see `GenerationScheduler`; fewer are taken where ranks measure what they cost.
     """
 
     def __init__(
@@ -88,11 +87,9 @@ class GenerationWorker(Worker):
         room: RankRoom[GenerationCommand, GenerationEvent],
         *,
         num_lanes: int = 1,
-        chooses_lanes: bool = False,
     ) -> None:
         super().__init__(config)
         self.num_lanes = num_lanes
-        self.chooses_lanes = chooses_lanes
         self.colocated = config.role == "colocated"
         self.ranks = GenerationRanks(config, room, self._on_stream, self.fail)
         self._preempted: set[tuple[str, int, int]] = set()
@@ -263,7 +260,7 @@ class GenerationWorker(Worker):
                 self._commit(committed)
             case StreamFailed(stream_id=stream_id, error=error):
                 self._abort(stream_id, "failed", error.to_error())
-            case LanesMeasured(costs=costs) if self.chooses_lanes:
+            case LanesMeasured(costs=costs):
                 self.scheduler.deal(costs.best(len(self.scheduler.running), self.scheduler.num_lanes))
 
     def _reserved(self, stream_id: int) -> None:

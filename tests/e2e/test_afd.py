@@ -45,11 +45,15 @@ class Apart:
     prefill: Degrees = (1, 1)
     attn: Degrees = (1, 1)
     combine: str = "auto"
+    shared_expert: str = "attn"
 
     def __str__(self) -> str:
         num_attn, num_ffn = self.workers
         meshes = f"{self.prefill[0]}x{self.prefill[1]}to{self.attn[0]}x{self.attn[1]}"
-        return f"{num_attn}+{num_ffn}-{self.recipe}-lanes{self.lanes}-{self.transport}-r{self.replicas}-{meshes}"
+        pooled = "-shared-in-pool" * (self.shared_expert == "ffn")
+        return (
+            f"{num_attn}+{num_ffn}-{self.recipe}-lanes{self.lanes}-{self.transport}-r{self.replicas}-{meshes}{pooled}"
+        )
 
 
 SPLITS = (
@@ -72,6 +76,9 @@ SPLITS = (
     Apart(workers=(3, 2), recipe="llama-gqa-tied", lanes=2, transport="tcp", attn=(1, 2)),
     Apart(workers=(3, 3), recipe="qwen2-moe-mixed", lanes=2, replicas=2),
     Apart(workers=(3, 3), recipe="mixtral", lanes=2, replicas=0, combine="slots"),
+    # Shared experts in the pool, on a worker of their own or beside others, of one rank of attention and of two.
+    Apart(workers=(1, 2), recipe="qwen2-moe-mixed", lanes=2, shared_expert="ffn"),
+    Apart(workers=(2, 3), recipe="qwen2-moe-mixed", lanes=1, replicas=2, attn=(2, 1), shared_expert="ffn"),
     # As many lanes as are best, from step to step.
     Apart(workers=(2, 2), recipe="llama-gqa-tied", lanes=0),
     Apart(workers=(4, 1), recipe="qwen3-moe-mixed", lanes=2),
@@ -101,6 +108,7 @@ def test_tokens_equal_transformers(
             rank_processes=False,
             ffn_transport=split.transport,
             combine=split.combine,
+            shared_expert=split.shared_expert,
         ) as cluster,
         Client(cluster.endpoint, timeout_s=TIMEOUT_S) as client,
     ):

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from anabranch.config.options import SharedExpert
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.errors import AnabranchError
 from anabranch.model.sources import resolve_model
@@ -31,7 +32,9 @@ from tests.support.references import KnownAnswers
 
 SMOLLM2_MIXTURE = "smollm2-135m-8-experts"
 TINY = ("mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed")
-MODELS = (SMOLLM2, SMOLLM2_MIXTURE, *TINY)
+# With its shared experts at the FFN workers.
+POOLED = "qwen2-moe-mixed-pooled"
+MODELS = (SMOLLM2, SMOLLM2_MIXTURE, *TINY, POOLED)
 
 PAIRS = (*itertools.product((1, 2, 3), repeat=2), (4, 1), (1, 4))
 LANES = (1, 2, 3, 4)
@@ -53,18 +56,21 @@ class Model:
     Attributes:
         prompts: a file of them.
         max_tokens: of each answer.
+        shared_expert: see `ClusterOptions`.
     """
 
     name: str
     source: str
     prompts: Path
     max_tokens: int
+    shared_expert: SharedExpert = "attn"
 
     def topology(self) -> Topology:
         small = {"threads": 1, "kv_cache_bytes": 64 << 20, "offload_bytes": 0, "preemption": "recompute"}
         return Topology(
             model=self.source,
             dtype="float32",
+            shared_expert=self.shared_expert,
             max_context=CONTEXT,
             pools=Pools(
                 prefill=PoolConfig(**small),  # type: ignore[arg-type]
@@ -107,8 +113,8 @@ def made(name: str) -> Iterator[Model]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         answers: KnownAnswers
-        if name in TINY:
-            known = Known(name, folder / "model", CONTEXT)
+        if name in (*TINY, POOLED):
+            known = Known(name.removesuffix("-pooled"), folder / "model", CONTEXT)
             answers, source = known, str(known.folder)
             lengths, max_tokens = TINY_LENGTHS, TINY_TOKENS
         else:
@@ -118,7 +124,8 @@ def made(name: str) -> Iterator[Model]:
             source = str(write_mixture(resolve_model(SMOLLM2).path, folder / "model"))
         prompts = folder / "prompts.jsonl"
         prompts.write_text("\n".join(json.dumps(list(answers.clear(length, max_tokens)[0])) for length in lengths))
-        yield Model(name=name, source=source, prompts=prompts, max_tokens=max_tokens)
+        shared_expert: SharedExpert = "ffn" if name == POOLED else "attn"
+        yield Model(name=name, source=source, prompts=prompts, max_tokens=max_tokens, shared_expert=shared_expert)
 
 
 def verify(model: Model, meshes: list[str], note: Callable[[str], None]) -> list[str]:

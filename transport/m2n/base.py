@@ -24,6 +24,7 @@ class ChannelShape:
         model: fingerprint of the model.
         max_rows: most rows of a call.
         max_choices: most assignments of a row; 1 where no layer is sparse.
+        shared_expert: who has the expert that all rows choose: attn or ffn; attn too where there is none.
         num_slots: most calls of one link whose answers have not been taken.
     """
 
@@ -33,6 +34,7 @@ class ChannelShape:
     max_rows: int
     max_choices: int
     num_slots: int
+    shared_expert: str = "attn"
 
 
 class Link(Protocol):

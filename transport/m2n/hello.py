@@ -46,6 +46,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_choices: Extent
     num_slots: Extent
     ucx_address: UcxAddress = b""
+    shared_expert: Name = "attn"
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -95,6 +96,7 @@ def introduce(shape: ChannelShape, incarnation: int, ucx_address: bytes = b"") -
         max_choices=shape.max_choices,
         num_slots=shape.num_slots,
         ucx_address=ucx_address,
+        shared_expert=shape.shared_expert,
     )
     return Introduction(name=my_name(), endpoint=_encoder.encode(hello))
 
@@ -138,6 +140,7 @@ def read_hello(introduction: Introduction, mine: ChannelShape) -> tuple[Hello, C
         ("model", mine.model),
         ("dtype", _name(mine)),
         ("hidden_size", mine.hidden_size),
+        ("shared_expert", mine.shared_expert),
         ("max_choices", mine.max_choices),
     ):
         value = getattr(hello, field)

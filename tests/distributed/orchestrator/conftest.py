@@ -105,7 +105,7 @@ class ByteModel:
             raise InvalidRequest("the model's chat template refuses them: no user", "messages")
         return self.encode("".join(f"{role}:{content}\n" for role, content in messages))
 
-    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
+    def expert_bytes(self, dtype: str, *, shared: bool) -> tuple[tuple[int, int], ...]:
         assert dtype in ("float32", "bfloat16")
         return EXPERTS
 

@@ -106,7 +106,7 @@ def test_fewer_than_hold_all_experts_are_refused_and_the_youngest_leaves_once_ot
         await world.worker("prefill-0", "prefill")
         attn = await world.worker("attn-0", "attn")
         # Each holds half of all, and a little more.
-        total = sum(count * size for count, size in world.model.expert_bytes("float32"))
+        total = sum(count * size for count, size in world.model.expert_bytes("float32", shared=False))
         nodes = [
             await world.worker(f"ffn-{number}", "ffn", capacity_bytes=total * 3 // 5 if number < 2 else 0)
             for number in range(3)

@@ -107,7 +107,7 @@ def sparse(num_rows: int, num_choices: int = 2, seed: int = 0) -> FfnInput:
 
 
 def expected(layer: int, given: FfnInput) -> torch.Tensor:
-    normed_TC, weights_TS, experts_TS = given
+    normed_TC, weights_TS, experts_TS, _ = given
     if experts_TS is None or not normed_TC.numel():
         return expert_row(normed_TC, layer, 0)
     assert weights_TS is not None

@@ -149,6 +149,7 @@ def test_colocated_may_stand_at_the_top() -> None:
         ({"prefix_cache": "on"}, "prefix_cache", "on", "expected `bool`"),
         ({"combine": True}, "combine", True, "got `bool`"),
         ({"ffn_transport": "rdma"}, "ffn_transport", "rdma", "must be one of auto, shm, tcp, ucx"),
+        ({"shared_expert": "both"}, "shared_expert", "both", "must be one of attn, ffn"),
         ({"ffn_timeout_s": 0}, "ffn_timeout_s", 0.0, "must be above 0"),
         ({"pools": {}}, "pools", {}, "give prefill and decode, prefill, attn and ffn, or colocated"),
         ({"block_size": 0}, "block_size", 0, "must be at least 1"),

@@ -51,6 +51,7 @@ OTHER: dict[str, object] = {
     "ffn_transport": "tcp",
     "row_exact": "off",
     "combine": "sums",
+    "shared_expert": "ffn",
     "ffn_timeout_s": 1.5,
     "ffn_unavailable_s": 3.0,
     "lanes": 3,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 
 from anabranch.cache.paged_kv import PagedKv
 from anabranch.config.worker import WorkerConfig
-from anabranch.engine import step_programs
+from anabranch.engine import kept_programs
 from anabranch.engine.build import Engine, build_engine
 from anabranch.engine.last_tokens import LastTokens
 from anabranch.engine.step_programs import StepPrograms
@@ -28,10 +26,10 @@ from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import run_ranks
 from anabranch.request.sampling_params import SamplingParams
 from anabranch.step.plan import SampleSpec, SequencePlan, StepPlan, StepResult
-from tests.support.families import VOCAB, build
+from tests.support.decode_steps import BLOCK_SIZE, NUM_BLOCKS, Steps
+from tests.support.families import build
 
 pytestmark = pytest.mark.unit
-BLOCK_SIZE, NUM_BLOCKS = 4, 96
 # Dense families, in shapes that the compiled kernels cover.
 DENSE = {
     "llama-gqa-tied": {"head_dim": 16},
@@ -84,56 +82,13 @@ def make_engine(tmp_path: Path) -> MakeEngine:
     return make
 
 
-@dataclass
-class Steps:
-    """Decode steps of requests that come, grow, take new blocks and go."""
-
-    seed: int = 0
-
-    def __iter__(self) -> Iterator[StepPlan]:
-        rng = random.Random(self.seed)
-        free = list(range(NUM_BLOCKS))
-        rng.shuffle(free)
-        lens: dict[int, int] = {}
-        tables: dict[int, list[int]] = {}
-        came = 0
-        for step, count in enumerate([1, 2, 4, 4, 3, 3, 4, 1, 1, 4, 2, 4, 4, 4, 3]):
-            while len(lens) > count:
-                gone = rng.choice(list(lens))
-                del lens[gone]
-                free.extend(tables.pop(gone))
-            while len(lens) < count:
-                lens[came], tables[came] = rng.choice([0, 3, 7, 8, 21, 60]), []
-                came += 1
-            order = rng.sample(list(lens), count)
-            for key in order:
-                while len(tables[key]) * BLOCK_SIZE < lens[key] + 1:
-                    tables[key].append(free.pop(0))
-            yield StepPlan(
-                step=step,
-                sequences=tuple(
-                    SequencePlan(
-                        request_id=str(key),
-                        epoch=0,
-                        token_ids=(rng.randrange(VOCAB),),
-                        start=lens[key],
-                        block_ids=tuple(tables[key]),
-                        sample=SampleSpec(params=SamplingParams(), index=step),
-                    )
-                    for key in order
-                ),
-            )
-            for key in order:
-                lens[key] += 1
-
-
 def logits_of(engine: Engine, plan: StepPlan) -> torch.Tensor:
     """This rank's logits, by whichever path the runner takes."""
     runner = engine.runner
     with torch.inference_mode():
         if runner.programs is not None:
             assert runner.programs.covers(plan)
-            return runner.programs.forward(plan, LastTokens())
+            return runner.model.run(runner.programs.forward(plan, LastTokens()))
         batch, attention = runner._lay_out(plan, None)
         return runner.model.run(
             runner.stack.forward(batch.token_ids_T, batch.positions_T, attention, batch.sample_rows_S)
@@ -149,8 +104,8 @@ def test_both_paths_agree_bit_for_bit(recipe: str, dtype: str, make_engine: Make
         assert torch.equal(recorded.kv.data, plain.kv.data), plan.step
     programs = recorded.runner.programs
     assert programs is not None
-    assert sorted(count for count, _ in programs._programs) == [1, 2, 3, 4]
-    assert all(program is not None for program in programs._programs.values())
+    assert sorted(count for count, _ in programs._programs._kept) == [1, 2, 3, 4]
+    assert all(program is not None for program in programs._programs._kept.values())
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
@@ -212,18 +167,18 @@ def test_a_failed_sum_ends_the_program_with_the_groups_error(make_engine: MakeEn
 def test_what_is_not_all_native_calls_is_never_recorded_again(
     recipe: str, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger=step_programs.__name__)
+    caplog.set_level("INFO", logger=kept_programs.__name__)
     recorded, plain = make_engine(recipe), make_engine(recipe, step_programs=False)
     for plan in Steps():
         assert recorded.runner.execute(plan) == plain.runner.execute(plan)
     programs = recorded.runner.programs
     assert programs is not None
-    assert set(programs._programs.values()) == {None}
+    assert set(programs._programs._kept.values()) == {None}
     assert len([line for line in caplog.messages if "are not recorded" in line]) == 1
 
 
 def test_programs_take_turns_beyond_their_number(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_programs, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(kept_programs, "MAX_KEPT", 2)
     recorded, plain = make_engine("llama-gqa-tied"), make_engine("llama-gqa-tied", step_programs=False)
     for plan in Steps():
         assert torch.equal(logits_of(recorded, plan), logits_of(plain, plan))
@@ -236,10 +191,10 @@ def test_programs_of_many_sizes_share_their_memory(make_engine: MakeEngine) -> N
     plans = list(Steps())
     for plan in plans:
         engine.runner.execute(plan)
-    held = engine.runner.kernels._arena.num_bytes
+    held = engine.runner.programs._memory.num_bytes
     for plan in plans:
         engine.runner.execute(plan)
-    assert engine.runner.kernels._arena.num_bytes == held < 2 << 20
+    assert engine.runner.programs._memory.num_bytes == held < 2 << 20
 
 
 def test_steps_that_are_not_covered(make_engine: MakeEngine) -> None:
@@ -287,7 +242,7 @@ def test_what_other_threads_do_meanwhile_is_not_recorded(tmp_path) -> None:
         other.join()
         return kernels.rms_norm(x_TC, weight_C, 1e-6)
 
-    program = kernels.record(step).program
+    program = kernels.record(step, kernels.program_memory()).program
     assert program is not None
     assert torch.equal(kv.layer(0).k[0, 3], torch.ones(1, 16))
     kv.data.zero_()

@@ -19,8 +19,8 @@ def test_layers_joined_one_by_one_equal_the_fused_pass(recipe, make_model, load,
         hidden = stack.embed(torch.tensor(prompt))
         cos, sin = stack.rotary.forward(torch.arange(len(prompt)))
         for first, second in zip(stack.layers, model.ffn.layers, strict=True):
-            hidden, rows = first.step(hidden, None, cos, sin, plain.attention)
-            hidden = hidden + second.forward(rows)
+            hidden, normed = first.step(hidden, None, cos, sin, plain.attention)
+            hidden = hidden + second.forward(first.choose(normed))
         logits = stack.logits(hidden, torch.zeros_like(hidden))
         assert torch.equal(stack.lm_head.gather(logits), expected)
 

@@ -101,6 +101,7 @@ OTHERS = {
     "dtype": (torch.float16, "float16"),
     "hidden_size": (40, "36"),
     "max_choices": (2, "3"),
+    "shared_expert": ("ffn", "attn"),
 }
 
 
