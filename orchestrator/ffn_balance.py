@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from anabranch.errors import MalformedMessage
 from anabranch.parallel.expert_placement import imbalance
@@ -66,13 +66,13 @@ class FfnBalance:
             return None
         return tuple(tuple(sums) or (1.0,) * count for sums, (count, _) in zip(self._rows, layers, strict=True))
 
-    def is_due(self, holdings: Iterable[Holding], layers: Sequence[tuple[int, int]], now_s: float) -> bool:
+    def is_due(self, holdings: Collection[Holding], layers: Sequence[tuple[int, int]], now_s: float) -> bool:
         """Whether the load is so uneven that experts should move, and nothing has been moved for a while."""
         if not self._rebalance_s or not self._began or now_s < self._look_at_s:
             return False
         self._look_at_s = now_s + LOOK * self._rebalance_s
         loads = self.loads(layers)
-        return loads is not None and imbalance(dict(enumerate(holdings)), loads) > TOO_UNEVEN
+        return loads is not None and imbalance(holdings, loads) > TOO_UNEVEN
 
     def moved(self, now_s: float) -> None:
         """Experts move: nothing is due before the cool-down has passed."""

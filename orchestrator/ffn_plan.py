@@ -95,7 +95,7 @@ class FfnPlan:
     def _is_worth_it(
         self, current: Mapping[str, Holding], targets: FfnTargets, loads: Sequence[Sequence[float]]
     ) -> bool:
-        before, after = (imbalance(holdings, loads) for holdings in (current, targets.holdings))
+        before, after = (imbalance(held.values(), loads) for held in (current, targets.holdings))
         if after > WORTH * before:
             return False
         # Old and new have to be held at the same time, or rows would wait meanwhile.

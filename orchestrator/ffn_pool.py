@@ -118,7 +118,7 @@ class FfnPool:
         except AnabranchError as error:
             logger.warning("worker %s: %s", member.name, error)
             return
-        holdings = (node.holding for node in self._placement.nodes)
+        holdings = [node.holding for node in self._placement.nodes]
         if self._balance.is_due(holdings, self._layers, now_s) and self._is_settled() and not self._due.is_set():
             self._for_load = True
             self._due.set()

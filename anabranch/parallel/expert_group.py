@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 Item = tuple[int, int]
 """(layer, expert)"""
@@ -173,7 +173,9 @@ class ExpertGroup:
         most, least = self._load[hot], self._load[hot] * (1 - _GAIN)
         by_share = self._by_share(self._held[hot])
         best: tuple[float, int, int] | None = None
-        for load, node in self._cooler(hot, lambda: best[0] if best else least):
+        for load, node in self._coolest_first(hot):
+            if (most + load) / 2 > (least if best is None else best[0]):
+                break
             for share, items in by_share.items():
                 after = max(most - share, load + share)
                 if after < least and (best is None or after <= best[0]):
@@ -191,7 +193,9 @@ class ExpertGroup:
         """Exchange the two copies whose exchange evens most; they have one size."""
         most, least = self._load[hot], self._load[hot] * (1 - _GAIN)
         best: tuple[float, int, int, int] | None = None
-        for load, node in self._cooler(hot, lambda: best[0] if best else least):
+        for load, node in self._coolest_first(hot):
+            if (most + load) / 2 > (least if best is None else best[0]):
+                break
             ours = self._by_share(self._held[hot] - self._held[node])
             theirs = self._by_share(self._held[node] - self._held[hot])
             shares = sorted(theirs)
@@ -237,13 +241,10 @@ class ExpertGroup:
             by_share.setdefault(self._share(item), []).append(item)
         return by_share
 
-    def _cooler(self, hot: int, best: Callable[[], float]) -> Iterator[tuple[float, int]]:
-        """(load, worker), the least load first, while one of the two could have less than `best()` of their mean."""
+    def _coolest_first(self, hot: int) -> list[tuple[float, int]]:
+        """(load, worker) of those with less than one; with which it can have their mean, at best."""
         most = self._load[hot]
-        for load, node in sorted((load, node) for node, load in enumerate(self._load) if load < most):
-            if (most + load) / 2 > best():
-                return
-            yield load, node
+        return sorted((load, node) for node, load in enumerate(self._load) if load < most)
 
     def _fits(self, item: int, node: int) -> bool:
         return item not in self._held[node] and self.num_bytes <= self._room.left(node)

@@ -9,7 +9,7 @@ load to those with least. An expert that is too hot for any one worker gets more
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 
 from anabranch.errors import ConfigError
@@ -60,23 +60,23 @@ def place(
     }
 
 
-def imbalance(placement: Mapping[Hashable, Sequence[Sequence[int]]], loads: Sequence[Sequence[float]]) -> float:
+def imbalance(holdings: Collection[Sequence[Sequence[int]]], loads: Sequence[Sequence[float]]) -> float:
     """How many times the mean the busiest worker computes, in the average sparse layer; at least 1.
 
     An expert's copies share its rows. Layers weigh as much as they have rows, and each has a busiest worker of its own,
     since one layer is computed after the other.
 
     Args:
-        placement: for each worker and layer, what it holds.
+        holdings: of each worker, for each layer, the experts that it holds.
         loads: per layer and expert, rows in some span of time.
     """
     busiest = mean = 0.0
     for layer, rows in enumerate(loads):
-        if len(rows) < 2 or not placement:
+        if len(rows) < 2 or not holdings:
             continue
-        holdings = [holding[layer] for holding in placement.values()]
-        copies = Counter(chain.from_iterable(holdings))
-        by_node = [sum(rows[expert] / copies[expert] for expert in experts) for experts in holdings]
+        held = [holding[layer] for holding in holdings]
+        copies = Counter(chain.from_iterable(held))
+        by_node = [sum(rows[expert] / copies[expert] for expert in experts) for experts in held]
         busiest += max(by_node)
         mean += sum(by_node) / len(by_node)
     return busiest / mean if mean else 1.0
