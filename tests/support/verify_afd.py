@@ -25,12 +25,13 @@ from anabranch.errors import AnabranchError
 from anabranch.model.sources import resolve_model
 from launch.mesh_option import with_meshes
 from launch.verify import Verifier, print_report
+from tests.support.families import ROUTINGS
 from tests.support.known import SMOLLM2, Known, smollm2_answers
 from tests.support.mixture import write_mixture
 from tests.support.references import KnownAnswers
 
 SMOLLM2_MIXTURE = "smollm2-135m-8-experts"
-TINY = ("mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed")
+TINY = ("mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed", *ROUTINGS)
 MODELS = (SMOLLM2, SMOLLM2_MIXTURE, *TINY)
 
 PAIRS = (*itertools.product((1, 2, 3), repeat=2), (4, 1), (1, 4))
