@@ -145,8 +145,8 @@ class Placing:
         missing = wanted - self._experts.usable()
         self._check_memory(missing, held - kept)
         torch.set_num_threads(1 if self._serving.num_links else self._num_threads)
-        with self._throttle.loading():
-            return self._experts.load(missing, self._interrupted)
+        self._throttle.begin()
+        return self._experts.load(missing, self._interrupted)
 
     def _interrupted(self) -> bool:
         """Between two experts: whether something else is to be placed instead."""

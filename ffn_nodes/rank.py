@@ -21,7 +21,7 @@ from anabranch.protocol.wire_error import WireError
 from ffn_nodes.commands import AnyCommand, Compute, Drop, Load, Loaded
 from ffn_nodes.experts import load_experts
 from ffn_nodes.table import make_table
-from ffn_nodes.throttle import Throttle
+from ffn_nodes.throttle import Throttle, share_interpreter
 from runtime.rank_process import run_rank
 
 # Where a core is contended, who computes gets ten times as much of it.
@@ -79,9 +79,9 @@ class FfnRank:
         while (load := self._loads.get()) is not None:
             error: WireError | None = None
             try:
-                with self._throttle.loading():
-                    if not load_experts(self._table, load.experts, self._interrupted):
-                        continue
+                self._throttle.begin()
+                if not load_experts(self._table, load.experts, self._interrupted):
+                    continue
             except Exception as problem:
                 error = WireError.of(problem)
             self._emit(Loaded(number=load.number, error=error))
@@ -127,4 +127,5 @@ ROOM = FfnRoom(
 )
 
 if __name__ == "__main__":
+    share_interpreter()
     run_rank(ROOM)

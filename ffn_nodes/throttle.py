@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 # The longest rest after one expert, so that a new order is not waited for.
 MAX_REST_S = 0.1
-# How soon the thread that computes gets the interpreter back from the one that loads; Python's own is ten times that.
+# How soon a thread that computes gets the interpreter back from one that loads; Python's own is ten times that.
 SWITCH_S = 0.0005
+
+
+def share_interpreter() -> None:
+    """Let threads of this process take turns often: a product's calls each need the interpreter for a moment."""
+    sys.setswitchinterval(SWITCH_S)
 
 
 class Throttle:
@@ -35,22 +39,12 @@ class Throttle:
         self._began_s = 0.0
         self._num_before = 0
 
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """While experts are loaded, `rest` between them."""
-        usual_s = sys.getswitchinterval()
-        sys.setswitchinterval(min(usual_s, SWITCH_S))
-        self._begin()
-        try:
-            yield
-        finally:
-            sys.setswitchinterval(usual_s)
+    def begin(self) -> None:
+        """Experts are loaded from now on, with `rest` between them."""
+        self._began_s, self._num_before = self._clock(), self._num_products()
 
     def rest(self) -> None:
         """One expert is loaded, and another one is due."""
         if self._num_products() != self._num_before:
             self._sleep(min(self._clock() - self._began_s, MAX_REST_S))
-        self._begin()
-
-    def _begin(self) -> None:
-        self._began_s, self._num_before = self._clock(), self._num_products()
+        self.begin()
