@@ -79,4 +79,4 @@ class SpoilingProxy:
                 self.num_spoilt += 1
                 self._left += self._good_bytes
                 self._spoilt()
-            self._left -= len(data)
+            self._left = max(0, self._left - len(data))
