@@ -91,20 +91,19 @@ class Bench:
         self.expected: list[list[int]] = []
 
     async def run(self, strike: Callable[[], Awaitable[None]] | None = None) -> Streams:
-        """All streams, with a fault in their middle; the first run gives the tokens to compare with."""
+        """All streams, with a fault (or none) once all have tokens; the first run gives the tokens to compare with."""
         async with AsyncClient(self.cluster.endpoint, timeout_s=WAIT_S) as client:
             answers = [Answer(sent_s=time.perf_counter()) for _ in PROMPTS]
             running = [
                 asyncio.create_task(ask(client, prompt, self.num_tokens, answer))
                 for prompt, answer in zip(PROMPTS, answers, strict=True)
             ]
+            await until(
+                "tokens of all streams",
+                lambda: all(len(a.token_s) > 5 or t.done() for a, t in zip(answers, running, strict=True)),
+            )
             struck_s = time.perf_counter()
             if strike is not None:
-                await until(
-                    "tokens of all streams",
-                    lambda: all(len(a.token_s) > 5 or t.done() for a, t in zip(answers, running, strict=True)),
-                )
-                struck_s = time.perf_counter()
                 await strike()
             ends = await asyncio.gather(*running, return_exceptions=True)
         found = [answer.token_ids for answer in answers]
@@ -215,6 +214,7 @@ async def faults(cluster: LocalCluster, num_tokens: int) -> list[Figure]:
         bench.kill("attn-0")
 
     lost = await bench.run(kill_attention)
+    print(f"attn_sigkill: {len(lost.errors)} streams ended ({', '.join(sorted(set(lost.errors)))})", file=sys.stderr)
     figures.append(Figure(key="attn_sigkill_ended", value=len(lost.errors), unit="streams"))
     figures.append(
         Figure(
