@@ -16,10 +16,12 @@ class Answer:
     Attributes:
         sent_s: `time.perf_counter()` when the request was sent.
         token_s: the same clock, when each token came; tokens of one event share a time.
+        token_ids: the tokens.
     """
 
     sent_s: float
     token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finished: Finished | None = None
 
     @property
@@ -50,6 +52,7 @@ async def ask(client: AsyncClient, prompt: list[int], max_tokens: int, answer: A
         async for event in stream:
             match event:
                 case Tokens():
+                    answer.token_ids.extend(event.token_ids)
                     answer.token_s.extend([time.perf_counter()] * len(event.token_ids))
                 case Finished():
                     answer.finished = event

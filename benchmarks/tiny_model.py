@@ -9,6 +9,17 @@ import torch
 import transformers
 
 VOCAB, CONTEXT = 101, 192
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
@@ -18,19 +29,17 @@ def save_tiny_model(folder: Path, seed: int = 7) -> Path:
     Its layers weigh much beside the embedding, so that greedy answers vary with the context.
     """
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    return _save(transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=True, **_SHAPE)), folder)
+
+
+def save_tiny_mixture(folder: Path, seed: int = 7) -> Path:
+    """The same of a Mixtral, 2 of whose 6 experts compute each token."""
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(num_local_experts=6, num_experts_per_tok=2, **_SHAPE)
+    return _save(transformers.MixtralForCausalLM(config), folder)
+
+
+def _save(model: transformers.PreTrainedModel, folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

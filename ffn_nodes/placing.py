@@ -26,6 +26,7 @@ from anabranch.protocol.workers import Place, Placed
 from ffn_nodes.experts import Experts, NodeExperts, experts_of
 from ffn_nodes.rank import be_nice
 from ffn_nodes.serving import Serving
+from ffn_nodes.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Placing:
         self._stall_s = stall_s
         self._keep_s = keep_s
         self._post = post
+        self._throttle = Throttle(lambda: serving.num_products)
         self._told: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
         self._before: Experts = frozenset()
         # Whether something is held for older calls alone.
@@ -142,7 +144,13 @@ class Placing:
         missing = wanted - self._experts.usable()
         self._check_memory(missing, held - kept)
         torch.set_num_threads(1 if self._serving.num_links else self._num_threads)
-        return self._experts.load(missing, lambda: not self._told.empty())
+        self._throttle.begin()
+        return self._experts.load(missing, self._interrupted)
+
+    def _interrupted(self) -> bool:
+        """Between two experts: whether something else is to be placed instead."""
+        self._throttle.rest()
+        return not self._told.empty()
 
     def _check_memory(self, missing: Experts, excess: Experts) -> None:
         needed, free = self._bytes(missing), available_bytes(str(self._experts.device))

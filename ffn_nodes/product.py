@@ -12,6 +12,7 @@ import torch
 
 from anabranch.kernels.combine import sum_assignments
 from ffn_nodes.experts import NodeExperts
+from ffn_nodes.row_counts import RowCounts
 from transport.m2n.messages import Call, Combine, Status
 
 Made = tuple[Status, torch.Tensor]
@@ -23,9 +24,13 @@ class Product:
 
     Args:
         failed: told of what a computation raised, which is answered with FAILED.
+
+    Attributes:
+        row_counts: of what was computed.
     """
 
     def __init__(self, experts: NodeExperts, failed: Callable[[Exception], None]) -> None:
+        self.row_counts = RowCounts(experts.config)
         self._experts = experts
         self._failed = failed
 
@@ -84,6 +89,7 @@ class Product:
         answers_AC = experts.compute_slots(
             layer, rows_TC, rows_A.to(experts.device), experts_A.to(experts.device)
         ).cpu()
+        self.row_counts.add(layer, experts_A)
         parts = answers_AC.split_with_sizes([call.experts_A.numel() for call in calls])
         return [
             sum_assignments(part_AC, call.weights_A, call.rows_A, call.rows_TC.shape[0])

@@ -21,6 +21,7 @@ from anabranch.protocol.wire_error import WireError
 from ffn_nodes.commands import AnyCommand, Compute, Drop, Load, Loaded
 from ffn_nodes.experts import load_experts
 from ffn_nodes.table import make_table
+from ffn_nodes.throttle import Throttle, share_interpreter
 from runtime.rank_process import run_rank
 
 # Where a core is contended, who computes gets ten times as much of it.
@@ -38,6 +39,8 @@ class FfnRank:
     def __init__(self, table: ExpertTable, emit: Callable[[Loaded], None]) -> None:
         self._table = table
         self._emit = emit
+        self._num_products = 0
+        self._throttle = Throttle(lambda: self._num_products)
         self._loads: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._load, name="loading", daemon=True)
         self._thread.start()
@@ -52,6 +55,7 @@ class FfnRank:
                     self._table.drop(layer, (expert,))
             case Compute():
                 self._compute(command)
+                self._num_products += 1
 
     def close(self) -> None:
         self._loads.put(None)
@@ -75,11 +79,16 @@ class FfnRank:
         while (load := self._loads.get()) is not None:
             error: WireError | None = None
             try:
-                if not load_experts(self._table, load.experts, lambda: not self._loads.empty()):
+                self._throttle.begin()
+                if not load_experts(self._table, load.experts, self._interrupted):
                     continue
             except Exception as problem:
                 error = WireError.of(problem)
             self._emit(Loaded(number=load.number, error=error))
+
+    def _interrupted(self) -> bool:
+        self._throttle.rest()
+        return not self._loads.empty()
 
 
 class FfnRoom(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,4 +127,5 @@ ROOM = FfnRoom(
 )
 
 if __name__ == "__main__":
+    share_interpreter()
     run_rank(ROOM)

@@ -21,6 +21,7 @@ from anabranch.errors import AnabranchError, DeadlineExceeded, WorkerDied
 from anabranch.system.clock import result_of
 from ffn_nodes.experts import Experts, NodeExperts
 from ffn_nodes.product import Product
+from ffn_nodes.row_counts import Counts
 from ffn_nodes.waiting_calls import WaitingCalls
 from transport.m2n.base import Arrived, Listener
 from transport.m2n.messages import Answer, Status
@@ -83,6 +84,10 @@ class Serving:
         self._wake()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def take_row_counts(self) -> Counts | None:
+        """See `RowCounts.take`; from any thread."""
+        return self._product.row_counts.take()
 
     def set_excess(self, excess: Experts, timeout_s: float) -> None:
         """Say what to drop as soon as no call that waits needs it, in place of what was said before.

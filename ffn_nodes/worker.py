@@ -2,6 +2,7 @@
 
     build (check the checkpoint, listen) -> Register -> Place: load experts -> Placed -> attention workers link
     -> calls are computed -> Place: load others, drop some -> ... -> Drain: ends once nobody is linked any more
+    (SIGTERM -> Leaving: its experts go to others -> Drain)
 
 What it computes are pure functions of rows: it knows no request, and whoever is lost, on either side, is no reason for
 anybody else to end.
@@ -19,7 +20,7 @@ from anabranch.model.size import shared_features, smallest_held
 from anabranch.model.sources import resolve_model
 from anabranch.parallel.split import check_tp
 from anabranch.protocol.ffn import FfnLoad
-from anabranch.protocol.workers import Message, Place, WorkerInfo, WorkerStats
+from anabranch.protocol.workers import ExpertRows, Leaving, Message, Place, WorkerInfo, WorkerStats
 from anabranch.system.clock import awake_s
 from ffn_nodes.commands import AnyCommand, Loaded
 from ffn_nodes.experts import NodeExperts
@@ -36,8 +37,11 @@ from transport.m2n.base import ChannelShape
 
 logger = logging.getLogger(__name__)
 
-# `ffn_drain_timeout_s`: attention workers give their links up as soon as they are told where else their rows go.
-DRAIN_TIMEOUT_S = 30.0
+# `ffn_drain_timeout_s`: first for others to load what is held here, then, from Drain on, for attention workers to give
+# their links up, which they do as soon as they are told where else their rows go.
+DRAIN_TIMEOUT_S = 60.0
+# Between two reports of the rows that each expert has computed.
+REPORT_S = 5.0
 STOP_TIMEOUT_S = 5.0
 
 
@@ -53,6 +57,7 @@ class FfnWorker(Worker):
         self._table: ExpertTable | None = None
         self._began_s = awake_s()
         self._drain_by_s = 0.0
+        self._report_at_s = self._began_s + REPORT_S
 
     def build(self) -> WorkerInfo:
         config = rank_config(self.config, 0)
@@ -133,7 +138,9 @@ class FfnWorker(Worker):
 
     def drain(self) -> None:
         if not self.draining:
-            self._drain_by_s = awake_s() + DRAIN_TIMEOUT_S
+            # It may be a signal that says so, of which the orchestrator knows nothing.
+            self.post(Leaving())
+        self._drain_by_s = awake_s() + DRAIN_TIMEOUT_S
         super().drain()
 
     def is_idle(self) -> bool:
@@ -142,7 +149,13 @@ class FfnWorker(Worker):
         return serving is None or not serving.num_links or late
 
     def tick(self) -> None:
-        """Nothing here has a deadline of its own."""
+        """Report which experts have computed how much."""
+        if self._serving is None or awake_s() < self._report_at_s:
+            return
+        self._report_at_s = awake_s() + REPORT_S
+        rows = self._serving.take_row_counts()
+        if rows is not None:
+            self.post(ExpertRows(rows=rows))
 
     def close(self) -> None:
         if self._placing is not None and not self._placing.stop(STOP_TIMEOUT_S):

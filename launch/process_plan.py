@@ -59,7 +59,13 @@ def plan_orchestrator(
 ) -> ProcessPlan:
     """The orchestrator; it writes its address to `endpoints_file` once it listens."""
     ffn = topology.pools.ffn
-    ffn_options: dict[str, Any] = {} if ffn is None else {"ffn_workers": ffn.workers, "ffn_replicas": ffn.replicas}
+    ffn_options: dict[str, Any] = {}
+    if ffn is not None:
+        ffn_options = {
+            "ffn_workers": ffn.workers,
+            "ffn_replicas": ffn.replicas,
+            "ffn_rebalance_s": ffn.rebalance_s,
+        }
     config = OrchestratorConfig(
         model=topology.model,
         grpc_bind=topology.grpc,

@@ -56,10 +56,9 @@ class FfnMember:
         self._unsent.append(Place(version=version, holding=holding_of(experts, num_layers)))
         self._timer = AwakeTimer(timeout_s, on_late)
 
-    def take_orders(self) -> list[Place]:
-        """What is to be sent, once."""
-        unsent, self._unsent = self._unsent, []
-        return unsent
+    def take_order(self) -> Place | None:
+        """What is to be sent next, once."""
+        return self._unsent.pop(0) if self._unsent else None
 
     def settle(self, version: int, *, failed: bool) -> bool:
         """It has answered an order, and so all earlier ones; False where that changes nothing."""

@@ -12,16 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import AnabranchError, ConfigError, InvalidRequest
 from anabranch.parallel.expert_placement import place
-from anabranch.protocol.ffn import FfnNode, FfnPlacement, Holding
-from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed
+from anabranch.protocol.ffn import FfnNode, FfnPlacement
+from anabranch.protocol.workers import Drain, ExpertRows, FfnNodes, Place, Placed
+from anabranch.system.clock import loop_clock
 from orchestrator.awake_timer import AwakeTimer
+from orchestrator.ffn_balance import FfnBalance
 from orchestrator.ffn_member import Experts, FfnMember, experts_of, holding_of, union
+from orchestrator.ffn_plan import FfnPlan, FfnTargets
 from orchestrator.membership import Member, Membership
 from orchestrator.served_model import ServedModel
 
@@ -55,7 +58,16 @@ class FfnPool:
         self._gathered = False
         self._num_orders = 0
         self._placement = FfnPlacement(version=0, nodes=())
+        # What it says, and the experts that it gives no owner.
+        self._serving: dict[Member, Experts] = {}
+        self._missing: Experts = frozenset()
         self._problem = ""
+        self._balance = FfnBalance(config.ffn_rebalance_s)
+        # Whether loads decided what workers shall hold.
+        self._measured = False
+        # Whether to plan for the load alone.
+        self._for_load = False
+        self._due = asyncio.Event()
         self._news = asyncio.Event()
 
     # What happens -----------------------------------------------------------------------------------------
@@ -86,9 +98,30 @@ class FfnPool:
             return
         if message.error is not None:
             logger.warning("worker %s does not hold what it was told to: %s", member.name, message.error.message)
-            node.problem = message.error.message
+            if self._measured and node.held:
+                # It goes on with what it holds.
+                logger.warning("experts do not move for the load's sake any more")
+                self._balance.give_up()
+                node.target = node.held
+            else:
+                node.problem = message.error.message
             self._plan()
         self._renew()
+
+    def measured(self, member: Member, message: ExpertRows) -> None:
+        """An FFN worker has computed rows; where the load is uneven, experts move."""
+        if member not in self._nodes or not self._layers:
+            return
+        now_s = loop_clock().now()
+        try:
+            self._balance.add(message.rows, self._layers, now_s)
+        except AnabranchError as error:
+            logger.warning("worker %s: %s", member.name, error)
+            return
+        holdings = [node.holding for node in self._placement.nodes]
+        if self._balance.is_due(holdings, self._layers, now_s) and self._is_settled() and not self._due.is_set():
+            self._for_load = True
+            self._due.set()
 
     @property
     def exists(self) -> bool:
@@ -107,24 +140,52 @@ class FfnPool:
             raise InvalidRequest(f"{workers}: {error}", "workers") from None
 
     async def run(self) -> None:
-        """Send what is due, until cancelled."""
+        """Plan and send what is due, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._plan_what_is_due(), name="ffn plan")
+            tasks.create_task(self._send_what_is_due(), name="ffn news")
+
+    async def _plan_what_is_due(self) -> None:
+        while True:
+            await self._due.wait()
+            self._due.clear()
+            plan, self._for_load = self._plan_of_now(), False
+            # On a thread: with many experts it takes a while.
+            targets = await asyncio.to_thread(plan.make)
+            # Where somebody came or went meanwhile, it is of no use.
+            if targets is not None and not self._due.is_set():
+                self._adopt(targets)
+                self._renew()
+
+    async def _send_what_is_due(self) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
-            placement = self._placement
-            for member, version in list(self._told.items()):
-                if version < placement.version and await self._send(member, FfnNodes(placement=placement)):
-                    self._told[member] = placement.version
-            for node in list(self._nodes.values()):
-                for order in node.take_orders():
-                    await self._send(node.member, order)
-            published = {node.name for node in placement.nodes}
-            for node in list(self._nodes.values()):
-                # One that serves goes on until others hold what it does.
-                if node.member.draining and not node.told_to_drain and node.member.name not in published:
-                    node.told_to_drain = True
-                    await self._send(node.member, Drain())
+            failed: set[Member] = set()
+            # One at a time: what has become due meanwhile may have to go first.
+            while (due := self._next_message(failed)) is not None:
+                member, message = due
+                if not await self._send(member, message):
+                    failed.add(member)
+                elif isinstance(message, FfnNodes) and member in self._told:
+                    self._told[member] = message.placement.version
             self._say_who_serves()
+
+    def _next_message(self, failed: Collection[Member]) -> tuple[Member, FfnNodes | Place | Drain] | None:
+        """What is to be sent next, to whom; attention workers know where rows go before anybody drops an expert."""
+        placement = self._placement
+        for member, version in self._told.items():
+            if version < placement.version and member not in failed:
+                return member, FfnNodes(placement=placement)
+        for node in self._nodes.values():
+            if (order := node.take_order()) is not None:
+                return node.member, order
+        for node in self._nodes.values():
+            # One that serves goes on until others hold what it does.
+            if node.member.draining and not node.told_to_drain and node.member not in self._serving:
+                node.told_to_drain = True
+                return node.member, Drain()
+        return None
 
     def close(self) -> None:
         """Take back all timers."""
@@ -133,7 +194,7 @@ class FfnPool:
         for node in self._nodes.values():
             node.close()
 
-    async def _send(self, member: Member, message: Place | FfnNodes | Drain) -> bool:
+    async def _send(self, member: Member, message: FfnNodes | Place | Drain) -> bool:
         try:
             await self._membership.send(member, message)
         except AnabranchError as error:
@@ -143,46 +204,48 @@ class FfnPool:
 
     def _renew(self) -> None:
         """Do what follows from who shall hold what, and who does."""
-        self._publish()
-        self._order()
+        unready = self._unready()
+        self._publish(unready)
+        self._order(unready)
         self._say_who_serves()
         self._news.set()
 
     # Who shall hold what ----------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """Share the experts out among the workers that are there."""
+        """Have the experts shared out among the workers that are there."""
         usable = [node for node in self._nodes.values() if not node.member.draining]
         if not usable or not self._may_begin(usable):
             return
-        info = usable[0].member.info
-        self._layers = self._model.expert_bytes(info.kv_dtype, shared=info.shared_experts)
-        counts = [count for count, _ in self._layers]
-        self._all = frozenset((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
-        targets = self._share([node for node in usable if not node.problem])
+        if not self._layers:
+            info = usable[0].member.info
+            self._layers = self._model.expert_bytes(info.kv_dtype, shared=info.shared_experts)
+            counts = [count for count, _ in self._layers]
+            self._all = frozenset((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
+        self._for_load = False
+        self._due.set()
+
+    def _plan_of_now(self) -> FfnPlan:
+        nodes = [node for node in self._nodes.values() if not node.member.draining and not node.problem]
+        return FfnPlan(
+            layers=self._layers,
+            capacities={node.member.name: node.member.info.capacity_bytes for node in nodes},
+            replicas=self._config.ffn_replicas,
+            held={node.member.name: node.asked for node in nodes},
+            loads=self._balance.loads(self._layers),
+            for_load=self._for_load,
+        )
+
+    def _adopt(self, targets: FfnTargets) -> None:
+        self._problem = targets.problem
+        self._measured = targets.measured
+        self._balance.moved(loop_clock().now())
         for node in self._nodes.values():
-            node.target = experts_of(targets.get(node.member.name, ()))
+            node.target = experts_of(targets.holdings.get(node.member.name, ()))
 
-    def _share(self, nodes: list[FfnMember]) -> dict[str, Holding]:
-        """What each worker shall hold, on fewer workers than configured where they have no more room.
-
-        Nothing, and `_problem`, where not all experts fit once.
-        """
-        self._problem = problem = ""
-        wanted = min(self._config.ffn_replicas or len(nodes), len(nodes))
-        for replicas in range(wanted, 0, -1):
-            try:
-                return place(
-                    self._layers,
-                    {node.member.name: node.member.info.capacity_bytes for node in nodes},
-                    replicas=replicas,
-                    current={node.member.name: holding_of(node.asked, len(self._layers)) for node in nodes},
-                )
-            except ConfigError as error:
-                problem = str(error)
-                logger.warning("experts cannot be on %d of %d ffn workers each: %s", replicas, len(nodes), error)
-        self._problem = problem
-        return {}
+    def _is_settled(self) -> bool:
+        """Whether everybody holds what it shall, and nothing is on its way."""
+        return not self._unready() and not any(node.loading for node in self._nodes.values())
 
     def _may_begin(self, usable: list[FfnMember]) -> bool:
         if not self._gathered:
@@ -204,9 +267,8 @@ class FfnPool:
             self._renew()
         self._gathering = None
 
-    def _order(self) -> None:
+    def _order(self, unready: Experts) -> None:
         """Tell workers that shall hold something else than they were told."""
-        unready = self._unready()
         timeout_s = self._config.ffn_place_timeout_s
         for node in self._nodes.values():
             # What others do not hold yet stays where it is.
@@ -236,28 +298,29 @@ class FfnPool:
 
     # What is published ------------------------------------------------------------------------------------
 
-    def _publish(self) -> None:
+    def _publish(self, unready: Experts) -> None:
         """Make a new version where who serves what has changed; the first one once every expert has an owner."""
-        unready = self._unready()
-        serving = [(node.member, node.held & (node.target | unready)) for node in self._nodes.values()]
-        published = tuple(
+        serving = {
+            node.member: experts for node in self._nodes.values() if (experts := node.held & (node.target | unready))
+        }
+        missing = self._all - union(serving.values())
+        if not self._placement.version:
+            self._missing = missing
+        if serving == self._serving or (missing and not self._placement.version):
+            return
+        self._serving, self._missing = serving, missing
+        nodes = tuple(
             FfnNode(
                 name=member.name,
                 incarnation=member.info.incarnation,
                 addresses=member.info.addresses,
                 holding=holding_of(experts, len(self._layers)),
             )
-            for member, experts in serving
-            if experts
+            for member, experts in serving.items()
         )
-        if published != self._placement.nodes and (self._placement.version or not self._without_owner(published)):
-            self._placement = FfnPlacement(version=self._placement.version + 1, nodes=published)
-            shares = [f"{member.name} {len(experts)}" for member, experts in serving if experts]
-            shown = ", ".join(shares) or "nobody"
-            logger.info("FFN placement %d, of %d experts: %s", self._placement.version, len(self._all), shown)
-
-    def _without_owner(self, nodes: tuple[FfnNode, ...]) -> Experts:
-        return self._all - union(experts_of(node.holding) for node in nodes)
+        self._placement = FfnPlacement(version=self._placement.version + 1, nodes=nodes)
+        shown = ", ".join(f"{member.name} {len(experts)}" for member, experts in serving.items()) or "nobody"
+        logger.info("FFN placement %d, of %d experts: %s", self._placement.version, len(self._all), shown)
 
     def _say_who_serves(self) -> None:
         """Let attention workers take requests, or no more."""
@@ -277,14 +340,14 @@ class FfnPool:
         if not self._gathered:
             expected = self._config.ffn_workers
             return f"no ffn worker holds experts before {expected} have come (there: {self._names()})"
-        missing = self._without_owner(self._placement.nodes)
-        if not missing:
+        if not self._missing:
             return ""
-        by_layer: dict[int, list[int]] = {}
-        for layer, expert in sorted(missing):
-            by_layer.setdefault(layer, []).append(expert)
-        named = [f"layer {layer}: {_few(experts)}" for layer, experts in list(by_layer.items())[:MAX_NAMED_LAYERS]]
-        more = f"; and of {len(by_layer) - len(named)} more layers" if len(by_layer) > len(named) else ""
+        layers = sorted({layer for layer, _ in self._missing})
+        named = [
+            f"layer {layer}: {_few(sorted(expert for of, expert in self._missing if of == layer))}"
+            for layer in layers[:MAX_NAMED_LAYERS]
+        ]
+        more = f"; and of {len(layers) - len(named)} more layers" if len(layers) > len(named) else ""
         why = [self._problem] if self._problem else []
         why += [f"{node.member.name}: {node.problem}" for node in self._nodes.values() if node.problem]
         why += [f"{node.member.name} loads" for node in self._nodes.values() if node.loading]

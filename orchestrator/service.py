@@ -27,7 +27,9 @@ from anabranch.errors import ConfigError, Draining, PeerLost
 from anabranch.protocol.workers import (
     Beat,
     Ended,
+    ExpertRows,
     Failing,
+    Leaving,
     Placed,
     Preempted,
     PrefillEnded,
@@ -222,6 +224,14 @@ class Orchestrator:
                 member = await self.membership.heard(peer)
                 if member is not None:
                     self._ffn_pool.placed(member, message)
+            elif isinstance(message, ExpertRows):
+                member = await self.membership.heard(peer)
+                if member is not None:
+                    self._ffn_pool.measured(member, message)
+            elif isinstance(message, Leaving):
+                member = await self.membership.heard(peer)
+                if member is not None:
+                    self.membership.mark_draining(member)
             elif isinstance(message, Reserved | Tokens | Preempted | PrefillEnded | Ended):
                 member = await self.membership.heard(peer)
                 if member is not None:

@@ -62,6 +62,8 @@ class OrchestratorConfig(Options):
         ffn_replicas: FFN workers that hold each expert; 0: all do.
         ffn_gather_timeout_s: wait for all of ffn_workers from the first on; then those that are there hold everything.
         ffn_place_timeout_s: wait for an FFN worker to load what it was told to hold; then it counts as dead.
+        ffn_rebalance_s: shortest time between two moves of experts to FFN workers that have less to do; 0: experts
+            never move for the load's sake.
         client_stall_s: wait for a client to read, or to send what its call begins with.
         handshake_timeout_s: wait for a new connection's first frames.
         connection_idle_s: time without a call after which a connection is closed.
@@ -102,6 +104,7 @@ class OrchestratorConfig(Options):
     ffn_replicas: Annotated[int, Between(0, 256)] = 1
     ffn_gather_timeout_s: Seconds = 60.0
     ffn_place_timeout_s: Seconds = 120.0
+    ffn_rebalance_s: Annotated[int, Between(0, 86400, "seconds")] = 300
     client_stall_s: Seconds = 10.0
     handshake_timeout_s: Seconds = 5.0
     connection_idle_s: Seconds = 300.0

@@ -45,9 +45,12 @@ class FfnPoolConfig(WorkerCount, RankOptions, FfnOptions):
 
     Attributes:
         replicas: FFN workers that hold each expert, so that the others go on at once where one is lost; 0: all do.
+        rebalance_s: shortest time between two moves of experts to workers that have less to do; 0: experts never move
+            for the load's sake.
     """
 
     replicas: Annotated[int, Between(0, 256)] = 1
+    rebalance_s: Annotated[int, Between(0, 86400, "seconds")] = 300
 
     def __post_init__(self) -> None:
         super().__post_init__()

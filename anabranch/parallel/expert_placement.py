@@ -8,7 +8,9 @@ load to those with least. An expert that is too hot for any one worker gets more
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 
 from anabranch.errors import ConfigError
 from anabranch.parallel.expert_group import ExpertGroup, Item, Placer, Room
@@ -38,7 +40,7 @@ def place(
     _check(layers, capacities, replicas)
     names = sorted(capacities)
     num_copies = replicas or len(names)
-    before = [_items(current.get(name, ()) if current else (), layers) for name in names]
+    before = [current.get(name, ()) if current else () for name in names]
     limits = [capacities[name] for name in names]
     groups = _owned(layers, limits, before, loads, num_copies, ExpertGroup.share) or _owned(
         layers, limits, before, loads, num_copies, ExpertGroup.pack
@@ -53,15 +55,37 @@ def place(
         if measured:
             group.trim(num_copies)
     return {
-        name: _holding(set().union(*(group.held[node] for group in groups)), len(layers))
+        name: _holding([item for group in groups for item in group.held(node)], len(layers))
         for node, name in enumerate(names)
     }
+
+
+def imbalance(holdings: Collection[Sequence[Sequence[int]]], loads: Sequence[Sequence[float]]) -> float:
+    """How many times the mean the busiest worker computes, in the average sparse layer; at least 1.
+
+    An expert's copies share its rows. Layers weigh as much as they have rows, and each has a busiest worker of its own,
+    since one layer is computed after the other.
+
+    Args:
+        holdings: of each worker, for each layer, the experts that it holds.
+        loads: per layer and expert, rows in some span of time.
+    """
+    busiest = mean = 0.0
+    for layer, rows in enumerate(loads):
+        if len(rows) < 2 or not holdings:
+            continue
+        held = [holding[layer] for holding in holdings]
+        copies = Counter(chain.from_iterable(held))
+        by_node = [sum(rows[expert] / copies[expert] for expert in experts) for experts in held]
+        busiest += max(by_node)
+        mean += sum(by_node) / len(by_node)
+    return busiest / mean if mean else 1.0
 
 
 def _owned(
     layers: Sequence[tuple[int, int]],
     capacities: Sequence[int],
-    before: Sequence[set[Item]],
+    before: Sequence[Sequence[Sequence[int]]],
     loads: Sequence[Sequence[float]] | None,
     num_copies: int,
     placer: Placer,
@@ -74,35 +98,40 @@ def _owned(
 def _groups(
     layers: Sequence[tuple[int, int]],
     room: Room,
-    before: Sequence[set[Item]],
+    before: Sequence[Sequence[Sequence[int]]],
     loads: Sequence[Sequence[float]] | None,
 ) -> list[ExpertGroup]:
     """The largest experts first: they are the hardest to find room for."""
-    dense: dict[int, dict[Item, float]] = {}
-    groups: list[ExpertGroup] = []
+    dense: dict[int, list[Item]] = {}
+    parts: list[tuple[list[Item], int, bool]] = []
     for layer, (num_experts, num_bytes) in enumerate(layers):
-        items = {
-            (layer, expert): 1.0 if loads is None else max(0.0, loads[layer][expert]) for expert in range(num_experts)
-        }
         if num_experts == 1:
-            dense.setdefault(num_bytes, {}).update(items)
+            dense.setdefault(num_bytes, []).append((layer, 0))
         else:
-            groups.append(ExpertGroup(num_bytes=num_bytes, loads=items, before=before, room=room, sparse=True))
-    for num_bytes, items in dense.items():
-        groups.append(ExpertGroup(num_bytes=num_bytes, loads=items, before=before, room=room, sparse=False))
-    return sorted(groups, key=lambda group: -group.num_bytes)
+            parts.append(([(layer, expert) for expert in range(num_experts)], num_bytes, True))
+    parts += [(items, num_bytes, False) for num_bytes, items in dense.items()]
+    return [
+        ExpertGroup(
+            items,
+            num_bytes=num_bytes,
+            loads=[1.0 if loads is None else max(0.0, loads[layer][expert]) for layer, expert in items],
+            before=[_held_before(items, holding, sparse) for holding in before],
+            room=room,
+            sparse=sparse,
+        )
+        for items, num_bytes, sparse in sorted(parts, key=lambda part: -part[1])
+    ]
 
 
-def _items(holding: Sequence[Sequence[int]], layers: Sequence[tuple[int, int]]) -> set[Item]:
-    return {
-        (layer, expert)
-        for layer, (experts, (num_experts, _)) in enumerate(zip(holding, layers, strict=False))
-        for expert in experts
-        if expert < num_experts
-    }
+def _held_before(items: Sequence[Item], holding: Sequence[Sequence[int]], sparse: bool) -> set[int]:
+    """Places among `items` of those that a worker holds; it may have held those of another model."""
+    if sparse:
+        layer = items[0][0]
+        return {expert for expert in holding[layer] if expert < len(items)} if layer < len(holding) else set()
+    return {place for place, (layer, _) in enumerate(items) if layer < len(holding) and 0 in holding[layer]}
 
 
-def _holding(items: set[Item], num_layers: int) -> tuple[tuple[int, ...], ...]:
+def _holding(items: Iterable[Item], num_layers: int) -> tuple[tuple[int, ...], ...]:
     experts: list[list[int]] = [[] for _ in range(num_layers)]
     for layer, expert in sorted(items):
         experts[layer].append(expert)

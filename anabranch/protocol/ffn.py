@@ -20,6 +20,10 @@ MAX_BACKENDS = 8
 Experts: TypeAlias = Annotated[tuple[Extent, ...], Meta(max_length=MAX_EXPERTS)]
 Holding: TypeAlias = Annotated[tuple[Experts, ...], Meta(max_length=MAX_LAYERS)]
 """For each layer, the experts that a node holds, ascending; a dense layer has one expert, 0."""
+ExpertCounts: TypeAlias = Annotated[
+    tuple[Annotated[tuple[Count, ...], Meta(max_length=MAX_EXPERTS)], ...], Meta(max_length=MAX_LAYERS)
+]
+"""For each layer, a number for each expert; none for a dense layer."""
 Addresses: TypeAlias = Annotated[dict[Name, Place], Meta(max_length=MAX_BACKENDS)]
 
 

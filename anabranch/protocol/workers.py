@@ -1,7 +1,8 @@
 """Messages between workers and the orchestrator.
 
 Orchestrator -> worker: Registered, Reserve, Prefill, Generate, Cancel, Place, FfnNodes, Drain, Shutdown, Beat.
-Worker -> orchestrator: Register, Beat, Reserved, Tokens, Preempted, PrefillEnded, Ended, Placed, Failing.
+Worker -> orchestrator: Register, Beat, Reserved, Tokens, Preempted, PrefillEnded, Ended, Placed,
+ExpertRows, Leaving, Failing.
 
 A request's life on a split pair: Reserve -> Reserved (or Ended: failed), Prefill -> PrefillEnded, Tokens...,
 Ended. On a colocated worker: Generate -> Tokens..., Ended. `Ended` is sent exactly once for each
@@ -18,7 +19,7 @@ from msgspec import Meta
 
 from anabranch.bounds import Count, Extent, Int63, Name, Seconds
 from anabranch.bounds import Place as PlaceName
-from anabranch.protocol.ffn import Addresses, FfnLoad, FfnPlacement, Holding
+from anabranch.protocol.ffn import Addresses, ExpertCounts, FfnLoad, FfnPlacement, Holding
 from anabranch.protocol.kv import MAX_PLANES, KvDestination, KvStreamStats
 from anabranch.protocol.wire_error import WireError
 from anabranch.request.ffn_times import FfnTimes, FfnTraffic
@@ -235,6 +236,16 @@ class Placed(Message, frozen=True, kw_only=True, tag="placed"):
     error: WireError | None = None
 
 
+class ExpertRows(Message, frozen=True, kw_only=True, tag="expert_rows"):
+    """An FFN worker's experts of sparse layers have computed so many rows since it last said so."""
+
+    rows: ExpertCounts
+
+
+class Leaving(Message, frozen=True, kw_only=True, tag="leaving"):
+    """An FFN worker is to end, whoever said so: its experts go to others, then it gets Drain. It serves meanwhile."""
+
+
 class Failing(Message, frozen=True, kw_only=True, tag="failing"):
     """A worker's last message: it cannot go on, and all that it holds ends with `error`."""
 
@@ -251,4 +262,6 @@ class Beat(Message, frozen=True, kw_only=True, tag="beat"):
 
 
 ToWorker = Registered | Reserve | Prefill | Generate | Cancel | Place | FfnNodes | Drain | Shutdown | Beat
-ToOrchestrator = Register | Reserved | Tokens | Preempted | PrefillEnded | Ended | Placed | Failing | Beat
+ToOrchestrator = (
+    Register | Reserved | Tokens | Preempted | PrefillEnded | Ended | Placed | ExpertRows | Leaving | Failing | Beat
+)

@@ -84,6 +84,9 @@ SPLITS = (
     Apart(workers=(4, 1), recipe="qwen3-moe-mixed", lanes=2),
     Apart(workers=(1, 4), recipe="qwen2-moe-mixed", lanes=3),
     Apart(workers=(1, 4), recipe="mixtral", lanes=1, replicas=2, transport="tcp"),
+    # An expert, and so a worker, that no row chooses, and one that every row does.
+    Apart(workers=(1, 3), recipe="mixtral-idle-expert", lanes=2),
+    Apart(workers=(2, 2), recipe="mixtral-busy-expert", lanes=3),
     # Partial sums: other bits, the same tokens, since the answers are clear.
     Apart(workers=(2, 2), recipe="qwen3-moe-mixed", lanes=2, combine="sums"),
 )
@@ -118,6 +121,9 @@ def test_tokens_equal_transformers(
         cluster.wait_idle()
         check_cached(client, expected, 16 * split.prefill[1])
         cluster.wait_idle()
+        if split.recipe == "mixtral-idle-expert":
+            rows = [load.num_rows for worker in cluster.workers if (load := worker.stats().ffn_load) is not None]
+            assert (len(rows), rows.count(0)) == (3, 1)
 
 
 @pytest.mark.parametrize("preemption", ["offload", "recompute"])

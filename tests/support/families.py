@@ -143,7 +143,25 @@ RECIPES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+# Routings that chance does not give: name -> (recipe, its changes, for each expert the row of its router and a factor).
+# Of two experts with opposite rows exactly one has a positive score.
+ROUTINGS: dict[str, tuple[str, dict[str, object], tuple[tuple[int, float], ...]]] = {
+    # Expert 0 or 1, never 2.
+    "mixtral-idle-expert": ("mixtral-window", {}, ((0, 1.0), (0, -1.0), (0, 0.0))),
+    # Expert 0 always, and 1 or 2.
+    "mixtral-busy-expert": ("mixtral", {"num_local_experts": 3}, ((1, 0.0), (1, 1.0), (1, -1.0))),
+}
+
+
 def build(recipe: str, **overrides: object) -> transformers.PreTrainedModel:
+    if recipe in ROUTINGS:
+        base, fields, rows = ROUTINGS[recipe]
+        model = build(base, **{**fields, **overrides})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".gate.weight"):
+                    parameter.copy_(torch.stack([factor * parameter[row] for row, factor in rows]))
+        return model
     family, fields = RECIPES[recipe]
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**{**BASE, **fields, **overrides})

@@ -26,12 +26,13 @@ from anabranch.errors import AnabranchError
 from anabranch.model.sources import resolve_model
 from launch.mesh_option import with_meshes
 from launch.verify import Verifier, print_report
+from tests.support.families import ROUTINGS
 from tests.support.known import SMOLLM2, Known, smollm2_answers
 from tests.support.mixture import write_mixture
 from tests.support.references import KnownAnswers
 
 SMOLLM2_MIXTURE = "smollm2-135m-8-experts"
-TINY = ("mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed")
+TINY = ("mixtral", "qwen2-moe-mixed", "qwen3-moe-mixed", *ROUTINGS)
 # With its shared experts at the FFN workers.
 POOLED = "qwen2-moe-mixed-pooled"
 MODELS = (SMOLLM2, SMOLLM2_MIXTURE, *TINY, POOLED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pytest
 import ffn_nodes.worker
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch_client import Admin, Client
+from benchmarks.spoiling_proxy import SpoilingProxy
 from launch.cluster import LocalCluster
 from tests.support.in_process import InProcessCluster, wait_until
 from tests.support.known import Known
@@ -178,67 +178,17 @@ def test_an_attention_node_that_dies_takes_its_own_requests_alone(mixture: Known
         assert [death.name for death in cluster.deaths] == ["attn-0"]
 
 
-class Proxy:
-    """Stands before a TCP address, and spoils a byte of what comes back after so many."""
-
-    def __init__(self, address: str, good_bytes: int) -> None:
-        scheme, host, port, token = address.split(":")
-        self._target = (host, int(port))
-        self._left = good_bytes
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"{scheme}:127.0.0.1:{self._server.getsockname()[1]}:{token}"
-        self.num_spoilt = 0
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._server.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            self._sockets += [near, far]
-            for source, sink, spoils in ((near, far, False), (far, near, True)):
-                thread = threading.Thread(target=self._pump, args=(source, sink, spoils), daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, spoils: bool) -> None:
-        try:
-            while data := bytearray(source.recv(1 << 16)):
-                if spoils:
-                    if 0 <= self._left < len(data):
-                        data[self._left] ^= 0x10
-                        self.num_spoilt += 1
-                    self._left -= len(data)
-                sink.sendall(data)
-        except OSError:
-            pass
-        for each in (source, sink):
-            each.close()
-
-    def close(self) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        for each in self._sockets:
-            each.close()
-        for thread in self._threads:
-            thread.join(WAIT_S)
-
-
 @pytest.mark.parametrize("good_bytes", [1 << 12, 50_000, 123_457])
 def test_a_byte_that_changes_on_its_way_changes_no_token(
     mixture: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good_bytes: int
 ) -> None:
     expected = dict(mixture.clear(length, 9) for length in (1, 2, 5, 17, 63))
-    proxies: list[Proxy] = []
+    proxies: list[SpoilingProxy] = []
     tell = ffn_nodes.worker.ffn_worker_info
 
     def through_proxies(*args: object, **named: object):  # type: ignore[no-untyped-def]
         info = tell(*args, **named)  # type: ignore[arg-type]
-        proxies.append(Proxy(info.addresses["tcp"], good_bytes))
+        proxies.append(SpoilingProxy(info.addresses["tcp"], good_bytes))
         return msgspec.structs.replace(info, addresses={"tcp": proxies[-1].address})
 
     monkeypatch.setattr(ffn_nodes.worker, "ffn_worker_info", through_proxies)

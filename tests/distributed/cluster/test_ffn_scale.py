@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.model.size import expert_bytes, num_experts
+from anabranch.model.sources import resolve_model
 from anabranch_client import Admin, Client, InvalidRequest
 from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
@@ -46,7 +48,8 @@ def running(model: Known, *, num_ffn: int, replicas: int) -> Iterator[tuple[Loca
         pools=Pools(
             prefill=PoolConfig(**SMALL),  # type: ignore[arg-type]
             attn=AttnPoolConfig(lanes=2, **SMALL),  # type: ignore[arg-type]
-            ffn=FfnPoolConfig(workers=num_ffn, threads=1, replicas=replicas),
+            # No more copies than asked for.
+            ffn=FfnPoolConfig(workers=num_ffn, threads=1, replicas=replicas, rebalance_s=0),
         ),
     )
     with (
@@ -86,6 +89,9 @@ def test_one_grows_to_three_and_back(mixture: Known, replicas: int) -> None:
     with running(mixture, num_ffn=1, replicas=replicas) as (cluster, client, admin):
         expected = answers(client)
         [total] = held_bytes(admin).values()
+        config = resolve_model(str(mixture.folder)).config()
+        experts = [(num_experts(config, i), expert_bytes(config, "float32", i)) for i in range(config.num_layers)]
+        assert total == sum(count * num_bytes for count, num_bytes in experts)
         copies = 1 if replicas else 3
         kept = {name: psutil.Process(cluster.process(name).pid) for name in ("attn-0", "ffn-0")}
 

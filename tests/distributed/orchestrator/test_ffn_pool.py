@@ -10,7 +10,7 @@ import pytest
 from anabranch.errors import AnabranchError
 from anabranch.protocol.ffn import FfnPlacement, Holding
 from anabranch.protocol.wire_error import WireError
-from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed, Registered, Reserve
+from anabranch.protocol.workers import Drain, ExpertRows, FfnNodes, Leaving, Place, Placed, Registered, Reserve
 from anabranch_client import FfnUnavailable, NoWorkers, Sampling, Unavailable
 from tests.distributed.orchestrator.conftest import ALL_EXPERTS, EXPERTS, ScriptedWorker, World
 
@@ -287,6 +287,66 @@ def test_a_node_drains_once_others_hold_its_experts(play, wait):
         assert first.received == []
 
     play(scenario, ffn_workers=2, **FOREVER)
+
+
+def test_a_node_that_leaves_by_itself_is_drained_and_one_that_dies_meanwhile_is_lost(play, wait):
+    async def scenario(world):
+        attn, (first, second) = await apart(world, 2)
+        await second.send(Leaving())
+        place = await first.expect(Place)
+        assert place.holding == ALL_EXPERTS
+        # It dies before others have what it held: published without it at once, and nobody is told twice.
+        await second.close()
+        assert list(holdings(await told(attn))) == ["ffn-0"]
+        await first.send(Placed(version=place.version))
+        assert holdings(await told(attn)) == {"ffn-0": ALL_EXPERTS}
+        assert await world.client.health() == "serving"
+        third = await world.worker("ffn-1", "ffn", incarnation=999, pid=77)
+        await holds(third)
+        await told(attn)
+        await holds(first)
+        # Now the other way: it serves until it gets Drain.
+        await first.send(Leaving())
+        await holds(third)
+        placement = await told(attn)
+        while len(placement.nodes) > 1:
+            placement = await told(attn)
+        assert holdings(placement) == {"ffn-1": ALL_EXPERTS}
+        await first.expect(Drain)
+
+    play(scenario, ffn_workers=2, **FOREVER)
+
+
+def test_experts_move_for_the_load_that_workers_report(play, wait):
+    async def scenario(world):
+        attn, nodes = await apart(world, 2)
+        by_name = {node.info.name: node for node in nodes}
+        before = {node.info.name: held for node, held in zip(nodes, await _held(world), strict=True)}
+        hot = before["ffn-0"][0]
+        rows = tuple(1000 if expert in hot else 10 for expert in range(4))
+
+        async def report():
+            await nodes[0].send(ExpertRows(rows=(rows, ())))
+            await asyncio.sleep(0.05)
+
+        while not any(node.received for node in nodes):
+            await report()
+        # What both shall hold is loaded first, then published, then what is too much goes.
+        placement = None
+        while placement is None or set(holdings(placement)["ffn-0"][0]) == set(hot):
+            for node in by_name.values():
+                while node.received:
+                    await holds(node)
+            await asyncio.sleep(0.01)
+            if attn.received:
+                placement = await told(attn)
+                assert min(owners(*holdings(placement).values())) >= 1
+        assert len(set(holdings(placement)["ffn-1"][0]) & set(hot)) >= 1
+
+    async def _held(world):
+        return [node.holding for node in world.orchestrator._ffn_pool._placement.nodes]
+
+    play(scenario, ffn_workers=2, ffn_rebalance_s=1, **FOREVER)
 
 
 @pytest.mark.parametrize(

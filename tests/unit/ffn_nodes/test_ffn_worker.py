@@ -22,7 +22,7 @@ from anabranch.model.ffn_half import FfnInput
 from anabranch.model.load import load_model
 from anabranch.parallel.group import SingleRank
 from anabranch.protocol.ffn import Holding
-from anabranch.protocol.workers import Drain, Failing, Generate, Place, Placed
+from anabranch.protocol.workers import Drain, ExpertRows, Failing, Generate, Leaving, Place, Placed
 from anabranch.system import clock
 from benchmarks.m2n_ends import make_call
 from ffn_nodes import rank, ranked_experts
@@ -190,6 +190,50 @@ def test_drained_it_serves_until_nobody_is_linked(with_worker) -> None:
             assert answer.status is Status.OK
             assert not orchestrator.run.done()
         await ended(orchestrator)
+
+    with_worker(act)
+
+
+def test_a_signal_is_announced_and_it_serves_until_others_have_what_it_holds(with_worker) -> None:
+    async def act(orchestrator: ScriptedOrchestrator, worker: FfnWorker) -> None:
+        assert (await place(orchestrator, 1, ALL)).error is None
+        with linked(orchestrator) as peer:
+            await eventually_async(lambda: not worker.is_idle())
+            # As `runtime.entry` does at SIGTERM.
+            worker.drain()
+            await orchestrator.expect(Leaving)
+            answer = await asyncio.to_thread(peer.ask, make_call(torch.zeros(1, 48), layer=1))
+            assert answer.status is Status.OK
+            await orchestrator.send(Drain())
+            answer = await asyncio.to_thread(peer.ask, make_call(torch.zeros(1, 48), layer=1, ticket=2))
+            assert answer.status is Status.OK
+            assert not orchestrator.run.done()
+        await ended(orchestrator)
+
+    with_worker(act)
+
+
+def test_the_rows_of_each_expert_are_reported_once(with_worker, monkeypatch) -> None:
+    monkeypatch.setattr(worker_module, "awake_s", lambda: clock.awake_s() + elapsed[0])
+    elapsed = [0.0]
+
+    async def act(orchestrator: ScriptedOrchestrator, worker: FfnWorker) -> None:
+        assert (await place(orchestrator, 1, ((0, 1), (0,), (0, 1, 2)))).error is None
+        experts_TS = torch.tensor([[0, 1], [2, 1], [0, 1]])
+        with linked(orchestrator) as peer:
+            refused = make_call(torch.ones(1, 48), layer=2, ticket=1, experts_TS=torch.tensor([[5]]))
+            assert (await asyncio.to_thread(peer.ask, refused)).status is Status.NOT_HELD
+            dense = make_call(torch.ones(3, 48), layer=1, ticket=2)
+            assert (await asyncio.to_thread(peer.ask, dense)).status is Status.OK
+            for ticket in (3, 4):
+                call = make_call(torch.ones(3, 48), layer=2, ticket=ticket, experts_TS=experts_TS)
+                assert (await asyncio.to_thread(peer.ask, call)).status is Status.OK
+            elapsed[0] += worker_module.REPORT_S
+            assert (await orchestrator.expect(ExpertRows)).rows == ((0,) * 6, (), (4, 6, 2, 0, 0, 0))
+            call = make_call(torch.ones(3, 48), layer=0, ticket=5, experts_TS=torch.zeros(3, 1, dtype=torch.int64))
+            assert (await asyncio.to_thread(peer.ask, call)).status is Status.OK
+            elapsed[0] += worker_module.REPORT_S
+            assert (await orchestrator.expect(ExpertRows)).rows == ((3, 0, 0, 0, 0, 0), (), (0,) * 6)
 
     with_worker(act)
 

@@ -145,9 +145,9 @@ def test_the_orchestrator_knows_how_many_ffn_workers_to_wait_for() -> None:
         plan = plan_orchestrator(topology, CONTROL, **files)
         return parse_flags(OrchestratorConfig, plan.arguments, prog="orchestrator", about="")
 
-    pools = Pools(prefill=PoolConfig(), attn=AttnPoolConfig(), ffn=FfnPoolConfig(workers=3, replicas=0))
+    pools = Pools(prefill=PoolConfig(), attn=AttnPoolConfig(), ffn=FfnPoolConfig(workers=3, replicas=0, rebalance_s=7))
     config = planned(Topology(pools=pools))
-    assert (config.ffn_workers, config.ffn_replicas) == (3, 0)
+    assert (config.ffn_workers, config.ffn_replicas, config.ffn_rebalance_s) == (3, 0, 7)
     assert planned(Topology()).ffn_workers == 0
 
 
