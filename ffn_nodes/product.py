@@ -30,7 +30,7 @@ class Product:
     """
 
     def __init__(self, experts: NodeExperts, failed: Callable[[Exception], None]) -> None:
-        self.row_counts = RowCounts(experts.config)
+        self.row_counts = RowCounts(experts.layers)
         self._experts = experts
         self._failed = failed
 

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
-
-from anabranch.model.config import ModelConfig
-from anabranch.model.size import num_experts
 
 Counts = tuple[tuple[int, ...], ...]
 
 
 class RowCounts:
-    """Of sparse layers, since they were last taken. One thread adds, any takes."""
+    """Of sparse layers, since they were last taken. One thread adds, any takes.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._sizes = [
-            num_experts(config, layer) if config.is_sparse(layer) else 0 for layer in range(config.num_layers)
-        ]
+    Args:
+        layers: what can be placed: see `ffn_layers`.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, int]]) -> None:
+        self._sizes = [count if count > 1 else 0 for count, _ in layers]
         self._counts = self._none()
         self._any = False
         self._lock = threading.Lock()
 
     def add(self, layer: int, experts_A: torch.Tensor) -> None:
-        """Count a product's assignments, int32 on the CPU."""
-        counts = torch.bincount(experts_A, minlength=self._sizes[layer])
+        """Count a product's assignments, int32 on the CPU. A shared expert has all rows, wherever it is: none counts."""
+        size = self._sizes[layer]
+        counts = torch.bincount(experts_A, minlength=size)[:size]
         with self._lock:
             self._counts[layer] += counts
             self._any = True
