@@ -265,6 +265,7 @@ class Orchestrator:
         """Shut workers down, end every task, release every address. To be called once, drained or not."""
         self._gateway.draining = True
         self._ffn_scale.close()
+        self.membership.log.close()
         await self._dispatcher.stop_all(Draining("the orchestrator ends"))
         if self._server is not None:
             await self._server.stop(GRPC_GRACE_S)

@@ -62,6 +62,8 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
         addresses: of an FFN worker: M2N backend name -> address.
         incarnation: of an FFN worker: drawn at random by each process.
         capacity_bytes: of an FFN worker: most weights that it holds; 0: as many as it is given.
+        heartbeat_s: time between its beats; 0: not told.
+        step_stall_s: a `work_age_s` above this means that it hangs, however well it beats; 0: not told.
     """
 
     name: Name
@@ -80,6 +82,8 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
     addresses: Addresses = {}
     incarnation: Int63 = 0
     capacity_bytes: Count = 0
+    heartbeat_s: Seconds = 0.0
+    step_stall_s: Seconds = 0.0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
