@@ -30,9 +30,7 @@ def report(**more: object) -> PrefillEnded:
 def finish(timings: RequestTimings, num_output_tokens: int, now: float):
     history = History(max_recoveries=3, max_given_back=8)
     history.ended(Attempt(request(), Route(member("d", "decode"), member("p", "prefill"))))
-    return timings.finished(
-        "stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, history=history, now=now
-    )
+    return timings.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, history=history, now=now)
 
 
 def test_one_attempt():
