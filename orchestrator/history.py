@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from anabranch.errors import AnabranchError, OutOfBlocks, RecoveriesExhausted
+from anabranch.errors import AnabranchError, OutOfBlocks, RecoveriesExhausted, error_from_code
 from orchestrator.answer import RouteTaken
 from orchestrator.attempt import Attempt
 from orchestrator.membership import Member
@@ -81,7 +81,9 @@ class History:
 
     def _end(self) -> AnabranchError:
         if self._max_recoveries == 0:
-            return self._in_a_row[0].error
+            # All requests of a dead worker are told the same error, and each raises its own.
+            error = self._in_a_row[0].error
+            return error_from_code(error.code, str(error))
         each = "; ".join(
             f"{' and '.join(member.name for member in failure.blamed)}: {failure.error}" for failure in self._in_a_row
         )

@@ -158,7 +158,7 @@ class Membership:
         self.departures: deque[Departure] = deque(maxlen=MAX_DEPARTURES)
         self.log = WorkerLog()
         # Those that went and have not been told so, the latest last.
-        self._unfenced: dict[bytes, Member] = {}
+        self._unfenced: dict[bytes, tuple[WorkerInfo, str]] = {}
 
     # Views ------------------------------------------------------------------------------------------------
 
@@ -255,8 +255,9 @@ class Membership:
             error = WorkerDied("this connection is not registered, or counts as dead; start anew")
             gone = self._unfenced.pop(peer, None)
             if gone is not None:
-                error = WorkerDied(f"this connection counts as dead ({gone.end}); start anew")
-                self.log.add(gone.info, "fenced", "it spoke, though it counts as gone")
+                info, end = gone
+                error = WorkerDied(f"this connection counts as dead ({end}); start anew")
+                self.log.add(info, "fenced", "it spoke, though it counts as gone")
             try:
                 await self._channel.dismiss(peer, Registered(error=WireError.of(error)))
             except AnabranchError as failure:
@@ -282,8 +283,8 @@ class Membership:
                 return
             except PeerLost:
                 self.lose(member, "its control connection is gone")
-        assert member.end is not None
-        raise member.end
+        # A new one each time: an error that is raised keeps hold of whoever it passed.
+        raise WorkerDied(str(member.end))
 
     async def watch(self) -> None:
         """Send beats and notice silence, until cancelled."""
@@ -371,7 +372,7 @@ class Membership:
         del self._by_name[member.name]
         if self._by_peer.get(member.peer) is member:
             del self._by_peer[member.peer]
-        self._unfenced[member.peer] = member
+        self._unfenced[member.peer] = member.info, str(member.end)
         if len(self._unfenced) > MAX_DEPARTURES:
             del self._unfenced[next(iter(self._unfenced))]
         self.log.add(member.info, "gone", "it was drained" if expected else reason)

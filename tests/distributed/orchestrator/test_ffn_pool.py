@@ -11,7 +11,7 @@ from anabranch.errors import AnabranchError
 from anabranch.protocol.ffn import FfnPlacement, Holding
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed, Registered, Reserve
-from anabranch_client import FfnUnavailable, NoWorkers, Sampling, Unavailable
+from anabranch_client import NoWorkers, Sampling
 from tests.distributed.orchestrator.conftest import ALL_EXPERTS, EXPERTS, ScriptedWorker, World
 
 pytestmark = pytest.mark.distributed
@@ -190,10 +190,21 @@ def test_without_any_node_requests_that_wait_are_told_why(play):
             await world.client.complete("abc")
         error = WireError(code="ffn_unavailable", message="ffn_unavailable_s: nobody holds layer 0: 1")
         await attn.ended(request, "failed", error)
-        with pytest.raises(FfnUnavailable, match="nobody holds layer 0") as caught:
-            await running
-        assert isinstance(caught.value, Unavailable)
-        assert caught.value.code == "ffn_unavailable"
+        # It waits for one to come, and then goes on.
+        await holds(await world.worker("ffn-1", "ffn"))
+        while not (await told(attn)).nodes:
+            pass
+        again = (await attn.expect(Reserve)).request
+        assert again.epoch == 1
+        await attn.tokens(again, "ab", 0)
+        await attn.ended(again, "length")
+        done = await running
+        assert [(route.workers[1], route.left) for route in done.routes] == [
+            ("attn-0", "ffn_unavailable"),
+            ("attn-0", ""),
+        ]
+        # That is no fault of the attention worker.
+        assert world.orchestrator.membership.by_name("attn-0").num_failed == 0
 
     play(scenario, **FOREVER)
 
