@@ -60,6 +60,10 @@ class Stop:
     error: AnabranchError
 
 
+class StageLate(DeadlineExceeded):
+    """Nothing has happened for as long as the stage allows; not the deadline of the request's client."""
+
+
 class Inbox:
     """Events of one request; anybody on the event loop puts, its one task takes.
 
@@ -118,12 +122,12 @@ class Inbox:
         self._what = f"{name}: nothing for {timeout_s:g} s while {state}"
 
     async def next(self) -> Assigned | Said | Lost | Overran:
-        """The next event. Raises DeadlineExceeded once the allowed time is over, and what a Stop carries."""
+        """The next event. Raises StageLate once the allowed time is over, and what a Stop carries."""
         try:
             async with timeout_at(self._deadline):
                 event = await self._events.get()
         except TimeoutError:
-            raise DeadlineExceeded(self._what) from None
+            raise StageLate(self._what) from None
         if isinstance(event, Stop):
             raise event.error
         if isinstance(event, Said):

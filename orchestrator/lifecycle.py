@@ -26,7 +26,6 @@ import msgspec
 from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import (
     AnabranchError,
-    DeadlineExceeded,
     Draining,
     MalformedMessage,
     RequestCancelled,
@@ -49,7 +48,7 @@ from anabranch.request.token import Token, TokenLogprob
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
 from orchestrator.history import History
-from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Overran, Said
+from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Overran, Said, StageLate
 from orchestrator.membership import Member, Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_timings import RequestTimings
@@ -182,7 +181,7 @@ class Lifecycle:
         while True:
             try:
                 event = await self.inbox.next()
-            except DeadlineExceeded as error:
+            except StageLate as error:
                 if finished is None:
                     raise lateness(attempt, self.state, error) from None
                 logger.warning("request %s: %s", self.name, error)

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 from anabranch.errors import (
     AnabranchError,
-    DeadlineExceeded,
     Draining,
     FfnUnavailable,
     InvalidRequest,
@@ -71,7 +70,7 @@ def report(attempt: Attempt, member: Member, error: AnabranchError) -> WorkerFai
     return WorkerFailure(error, [member], None if blameless else member)
 
 
-def lateness(attempt: Attempt, state: str, error: DeadlineExceeded) -> WorkerFailure:
+def lateness(attempt: Attempt, state: str, error: AnabranchError) -> WorkerFailure:
     """A stage has taken longer than it may. A worker without KV blocks for it is full, and no suspect."""
     decode = attempt.route.decode
     if state == "prefilling":

@@ -13,6 +13,7 @@ from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed, Registered, Reserve
 from anabranch_client import NoWorkers, Sampling
 from tests.distributed.orchestrator.conftest import ALL_EXPERTS, EXPERTS, ScriptedWorker, World
+from tests.support.waiting import eventually_async
 
 pytestmark = pytest.mark.distributed
 
@@ -192,9 +193,8 @@ def test_without_any_node_requests_that_wait_are_told_why(play):
         await attn.ended(request, "failed", error)
         # It waits for one to come, and then goes on.
         await holds(await world.worker("ffn-1", "ffn"))
-        while not (await told(attn)).nodes:
-            pass
-        again = (await attn.expect(Reserve)).request
+        await eventually_async(lambda: any(isinstance(message, Reserve) for message in attn.received))
+        again = next(message for message in attn.received if isinstance(message, Reserve)).request
         assert again.epoch == 1
         await attn.tokens(again, "ab", 0)
         await attn.ended(again, "length")
