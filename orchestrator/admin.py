@@ -23,7 +23,8 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.events import departure_message, worker_event_message, worker_message
 from orchestrator.ffn_scale import FfnScale
 from orchestrator.gateway import Gateway
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.parsing import parser
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Admin"].full_name

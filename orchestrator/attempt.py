@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anabranch.request.request import Request
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.router import Route
 
 # An epoch that has brought so many is no failure of the first steps that a bad prompt or context would cause.

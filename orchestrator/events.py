@@ -8,7 +8,8 @@ from anabranch.protocol.ffn import FfnLoad
 from anabranch.request.ffn_times import FfnTraffic
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.answer import Chunk, Finished
-from orchestrator.membership import Departure, Member
+from orchestrator.member import Member
+from orchestrator.membership import Departure
 from orchestrator.served_model import ServedModel
 from orchestrator.worker_log import WorkerEvent
 

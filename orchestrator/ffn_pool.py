@@ -22,7 +22,8 @@ from anabranch.protocol.ffn import FfnNode, FfnPlacement, Holding
 from anabranch.protocol.workers import Drain, FfnNodes, Place, Placed
 from orchestrator.awake_timer import AwakeTimer
 from orchestrator.ffn_member import Experts, FfnMember, experts_of, holding_of, union
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.served_model import ServedModel
 
 logger = logging.getLogger(__name__)

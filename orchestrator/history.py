@@ -17,7 +17,7 @@ from collections import deque
 from anabranch.errors import AnabranchError, OutOfBlocks, RecoveriesExhausted, error_from_code
 from orchestrator.answer import RouteTaken
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.worker_failure import WorkerFailure
 
 # The latest routes that a client is told of.

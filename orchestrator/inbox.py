@@ -14,7 +14,7 @@ from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved
 from anabranch.request.token import Token
 from anabranch.system.clock import loop_clock, timeout_at
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 # Seconds' worth of one request's tokens at any speed, should this process be held up.
 MAX_WAITING = 16384

@@ -49,7 +49,8 @@ from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
 from orchestrator.history import History
 from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Overran, Said, StageLate
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_timings import RequestTimings
 from orchestrator.served_model import TextStream

@@ -38,6 +38,7 @@ from anabranch.protocol.workers import (
 )
 from anabranch.system.clock import loop_clock
 from orchestrator.context_limit import ContextLimit
+from orchestrator.member import SUSPECT_AFTER, Member
 from orchestrator.registration import check_registration
 from orchestrator.worker_log import WorkerLog
 from transport.control import ControlServer
@@ -45,9 +46,6 @@ from transport.control import ControlServer
 logger = logging.getLogger(__name__)
 
 MAX_DEPARTURES = 32
-SUSPECT_AFTER = 3
-
-State = Literal["ready", "suspect", "cordoned", "draining", "gone"]
 
 
 class Departure(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,72 +55,6 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     reason: str
     expected: bool
-
-
-class Member:
-    """A living worker.
-
-    Attributes:
-        heard_at: when its last message came, on `loop_clock`.
-        end: how it went; None while it lives.
-        num_requests: attempts that it was given and that have not ended.
-        prefill_tokens: prompt tokens of those attempts that are not yet known to be computed.
-        num_unproven: those attempts that have not brought many tokens yet.
-        held_alone: of these, the ones that want the worker for themselves: none or one.
-        num_failed: requests that it has failed since it last served one.
-        waits_for: what an attn worker cannot serve without, in words; empty: it can.
-    """
-
-    def __init__(self, info: WorkerInfo, peer: bytes, heard_at: float) -> None:
-        self.info = info
-        self.peer = peer
-        self.heard_at = heard_at
-        self.stats: WorkerStats | None = None
-        self.draining = False
-        self.cordoned = False
-        self.end: WorkerDied | None = None
-        self.num_requests = 0
-        self.prefill_tokens = 0
-        self.num_unproven = 0
-        self.held_alone = 0
-        self.num_failed = 0
-        self.waits_for = "no ffn worker is known" if info.role == "attn" else ""
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def role(self) -> Role:
-        return self.info.role
-
-    @property
-    def alive(self) -> bool:
-        return self.end is None
-
-    @property
-    def state(self) -> State:
-        if not self.alive:
-            return "gone"
-        if self.draining:
-            return "draining"
-        if self.cordoned:
-            return "cordoned"
-        return "suspect" if self.suspect else "ready"
-
-    @property
-    def suspect(self) -> bool:
-        return self.num_failed >= SUSPECT_AFTER
-
-    @property
-    def ready(self) -> bool:
-        """Whether it may be given requests, if not just now."""
-        return self.alive and not self.draining and not self.cordoned and not self.waits_for
-
-    @property
-    def full(self) -> bool:
-        """Whether it may not be given another request just now, however small."""
-        return bool(self.held_alone or (self.suspect and self.num_requests))
 
 
 class Membership:
@@ -363,11 +295,15 @@ class Membership:
             self.log.add(member.info, "draining")
             self._on_change(member)
 
-    def lose(self, member: Member, reason: str) -> None:
-        """A worker is gone; its requests are told at once. Idempotent."""
+    def lose(self, member: Member, reason: str, *, failed: bool = False) -> None:
+        """A worker is gone; its requests are told at once. Idempotent.
+
+        Args:
+            failed: it said so itself. One that fails drains too, and that is no orderly end.
+        """
         if not member.alive:
             return
-        expected = member.draining and member.num_requests == 0
+        expected = member.draining and member.num_requests == 0 and not failed
         member.end = WorkerDied(f"worker {member.name} (pid {member.info.pid}) died: {reason}")
         del self._by_name[member.name]
         if self._by_peer.get(member.peer) is member:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from anabranch.protocol.workers import Role
 from anabranch.request.request import Request
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.ffn_pool import FfnPool
 from orchestrator.ffn_scale import FfnScale
 from orchestrator.health import HealthReporter
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.router import LeastWork, Router
 from orchestrator.served_model import PromptEncoder, ServedModel
 from transport.control import ControlServer
@@ -217,7 +218,7 @@ class Orchestrator:
             elif isinstance(message, Failing):
                 member = await self.membership.heard(peer)
                 if member is not None:
-                    self.membership.lose(member, message.error.message)
+                    self.membership.lose(member, message.error.message, failed=True)
             elif isinstance(message, Placed):
                 member = await self.membership.heard(peer)
                 if member is not None:

@@ -22,7 +22,7 @@ from anabranch.errors import (
     WorkerDied,
 )
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 
 def is_workers_failure(error: AnabranchError) -> bool:

@@ -10,7 +10,7 @@ from anabranch.errors import OutOfBlocks, PeerLost, RecoveriesExhausted, WorkerD
 from orchestrator.attempt import PROVEN_TOKENS, Attempt
 from orchestrator.history import MAX_ROUTES, History
 from orchestrator.inbox import Inbox
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import LeastWork, Route
 from orchestrator.worker_failure import WorkerFailure, death

@@ -8,7 +8,8 @@ import pytest
 
 from anabranch.errors import AnabranchError, InvalidRequest
 from anabranch.protocol.workers import ModelIdentity, Registered, ToWorker, WorkerInfo
-from orchestrator.membership import SUSPECT_AFTER, Member, Membership
+from orchestrator.member import SUSPECT_AFTER, Member
+from orchestrator.membership import Membership
 from tests.unit.orchestrator.test_router import member
 
 pytestmark = pytest.mark.unit
@@ -110,6 +111,12 @@ def test_a_cordoned_worker_takes_nothing_until_it_is_uncordoned():
             membership.cordon(node)
         membership.lose(worker, "exit status 0")
         assert membership.log._events[-1].reason == "it was drained"
+        # One that fails refuses requests as one that drains does.
+        failing = await cluster.come("c", "colocated")
+        membership.mark_draining(failing)
+        membership.lose(failing, "every step fails", failed=True)
+        assert membership.log._events[-1].reason == "every step fails"
+        assert [gone.expected for gone in membership.departures] == [True, False]
 
     asyncio.run(scenario())
 

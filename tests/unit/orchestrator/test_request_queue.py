@@ -14,7 +14,7 @@ from anabranch.request.request import Request
 from anabranch.system.clock import MAX_GAP_S
 from orchestrator.history import History
 from orchestrator.inbox import Inbox
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import Route
 from tests.unit.orchestrator.test_router import member, request

@@ -9,7 +9,7 @@ from anabranch.protocol.workers import WorkerInfo, WorkerStats
 from anabranch.request.request import Request
 from anabranch.request.sampling_params import SamplingParams
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.router import LeastWork, Route
 
 pytestmark = pytest.mark.unit
