@@ -23,6 +23,7 @@
     +-- DeadlineExceeded                a named wait ran out
     +-- RequestCancelled
     +-- WorkerDied                      the process that held the request ended
+    +-- RecoveriesExhausted             worker after worker failed the request
     +-- FfnUnavailable                  no FFN node answered for a layer or an expert in time
     +-- NoWorkers                       no worker of a role that is needed takes requests
     +-- Draining                        the process takes no new work
@@ -156,6 +157,12 @@ class RequestCancelled(AnabranchError):
 
 class WorkerDied(AnabranchError):
     code = "worker_died"
+
+
+class RecoveriesExhausted(AnabranchError):
+    """Worker after worker failed the request; the message names them. Again it may fell more of them."""
+
+    code = "recoveries_exhausted"
 
 
 class FfnUnavailable(AnabranchError):

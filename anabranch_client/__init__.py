@@ -35,12 +35,14 @@ from anabranch_client.types import (
     Model,
     Pool,
     Prompt,
+    Route,
     Sampling,
     Timings,
     TokenLogprob,
     Tokens,
     Usage,
     Worker,
+    WorkerEvent,
 )
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "Overloaded",
     "Pool",
     "Prompt",
+    "Route",
     "Sampling",
     "ServerFailed",
     "Stream",
@@ -84,4 +87,5 @@ __all__ = [
     "Usage",
     "Worker",
     "WorkerDied",
+    "WorkerEvent",
 ]

@@ -18,7 +18,7 @@ from anabranch_client import convert
 from anabranch_client.calls import MAX_TIMEOUT_S, channel_options, endpoint_of, timeout_of, timeout_or
 from anabranch_client.client import call, mapped
 from anabranch_client.errors import InvalidRequest, Unavailable
-from anabranch_client.types import Cluster
+from anabranch_client.types import Cluster, WorkerEvent
 from anabranch_client.v1 import anabranch_pb2 as pb
 from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
 
@@ -57,7 +57,7 @@ class Admin:
         return convert.from_cluster(self._call(self._stub.GetCluster, request, timeout_s))
 
     def report_exit(self, worker: str, pid: int, how: str, *, timeout_s: float | None = None) -> bool:
-        """Say that a worker's process has ended; its requests end at once.
+        """Say that a worker's process has ended; its requests go on elsewhere at once.
 
         Returns:
             Whether a living worker of that name and pid was registered. Raises ClientError.
@@ -69,6 +69,36 @@ class Admin:
     def drain(self, worker: str, *, timeout_s: float | None = None) -> None:
         """Let a worker finish what runs and exit. Raises ClientError (InvalidRequest for an unknown name)."""
         self._call(self._stub.Drain, pb.DrainRequest(worker=worker), timeout_s)
+
+    def cordon(self, worker: str, *, timeout_s: float | None = None) -> None:
+        """Give a worker no new requests; those that it has go on, and `uncordon` takes it back.
+
+        Raises:
+            ClientError: InvalidRequest for an unknown name, an ffn worker, or one that drains.
+        """
+        self._call(self._stub.Cordon, pb.CordonRequest(worker=worker), timeout_s)
+
+    def uncordon(self, worker: str, *, timeout_s: float | None = None) -> None:
+        """Let a worker take requests again.
+
+        Raises:
+            ClientError: InvalidRequest for an unknown name, or one that drains.
+        """
+        self._call(self._stub.Uncordon, pb.UncordonRequest(worker=worker), timeout_s)
+
+    def events(self, first: int = 0, *, timeout_s: float = MAX_TIMEOUT_S) -> Iterator[WorkerEvent]:
+        """What happened to workers, and then what happens.
+
+        Args:
+            first: sequence number of the first one wanted; 0: the oldest that the orchestrator keeps.
+            timeout_s: after which the stream ends with DeadlineExceeded; go on with the last sequence number + 1.
+
+        Raises (from iteration, also once this is closed):
+            ClientError: InvalidRequest for a number that has not been reached, as after a start of the orchestrator.
+        """
+        request = self._message(pb.EventsRequest, first=first)
+        for event in self._stream(self._stub.Events, request, timeout_s):
+            yield convert.from_worker_event(event)
 
     def scale_ffn(self, workers: int, *, timeout_s: float | None = None) -> None:
         """Ask for so many FFN workers, and return; `cluster` shows who has come and gone. Requests go on meanwhile.
@@ -91,10 +121,15 @@ class Admin:
         Raises (from iteration, also once this is closed): ClientError.
         """
         request = self._message(pb.FollowFfnScaleRequest, max_workers=max_workers)
+        for scale in self._stream(self._stub.FollowFfnScale, request, timeout_s):
+            yield scale.workers
+
+    def _stream(
+        self, method: Callable[..., Iterator[_Response]], request: object, timeout_s: float
+    ) -> Iterator[_Response]:
         timeout_s = timeout_of("timeout_s", timeout_s)
         try:
-            for scale in self._stub.FollowFfnScale(request, timeout=timeout_s, metadata=self._metadata):
-                yield scale.workers
+            yield from method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise mapped(error) from None
         except ValueError as error:

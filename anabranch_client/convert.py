@@ -21,12 +21,14 @@ from anabranch_client.types import (
     Model,
     Pool,
     Prompt,
+    Route,
     Sampling,
     Timings,
     TokenLogprob,
     Tokens,
     Usage,
     Worker,
+    WorkerEvent,
 )
 from anabranch_client.v1 import anabranch_pb2 as pb
 
@@ -165,6 +167,7 @@ def _from_finished(finished: pb.Finished) -> Finished:
             ttft_s=timings.ttft_s,
             tpot_s=timings.tpot_s,
             e2e_s=timings.e2e_s,
+            recovery_s=timings.recovery_s,
         )
         if finished.HasField("timings")
         else None,
@@ -172,6 +175,11 @@ def _from_finished(finished: pb.Finished) -> Finished:
         if finished.HasField("kv")
         else None,
         ffn=_from_ffn_times(finished.ffn) if finished.HasField("ffn") else None,
+        num_recoveries=finished.num_recoveries,
+        routes=tuple(
+            Route(workers=tuple(route.workers), num_tokens=route.num_tokens, left=route.left)
+            for route in finished.routes
+        ),
     )
 
 
@@ -220,6 +228,8 @@ class Gather:
             timings=self._finished.timings,
             kv=self._finished.kv,
             ffn=self._finished.ffn,
+            num_recoveries=self._finished.num_recoveries,
+            routes=self._finished.routes,
         )
 
 
@@ -246,6 +256,19 @@ def from_cluster(cluster: pb.Cluster) -> Cluster:
         num_queued=cluster.num_queued,
         serving=cluster.serving,
         draining=cluster.draining,
+    )
+
+
+def from_worker_event(event: pb.WorkerEvent) -> WorkerEvent:
+    return WorkerEvent(
+        sequence=event.sequence,
+        at_s=event.at_s,
+        worker=event.worker,
+        role=event.role,
+        pid=event.pid,
+        change=event.change,
+        reason=event.reason,
+        num_missed=event.num_missed,
     )
 
 

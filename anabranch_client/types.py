@@ -108,6 +108,7 @@ class Timings:
         ttft_s: accepted to first token.
         tpot_s: mean time between output tokens.
         e2e_s: accepted to the end.
+        recovery_s: from each failure of a worker to the next token, all together.
     """
 
     queue_s: float
@@ -116,6 +117,7 @@ class Timings:
     ttft_s: float
     tpot_s: float
     e2e_s: float
+    recovery_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +158,26 @@ class FfnTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The workers of one epoch of a request.
+
+    Attributes:
+        num_tokens: that it brought.
+        left: why the request went on elsewhere: an error's code, or preempted; empty: it ended here.
+    """
+
+    workers: tuple[str, ...]
+    num_tokens: int
+    left: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The end of a stream.
 
     `kv` is None where one worker did it all, `timings` where they were not asked for, `ffn` where no FFN worker had a
-    part in it.
+    part in it. `num_recoveries` counts how often workers failed the request, and it went on from the tokens that it
+    had; `routes` has one for each epoch (the latest 64), `route` is the last of them.
     """
 
     finish_reason: FinishReason
@@ -169,6 +186,8 @@ class Finished:
     timings: Timings | None
     kv: KvTransfer | None
     ffn: FfnTimes | None = None
+    num_recoveries: int = 0
+    routes: tuple[Route, ...] = ()
 
 
 Event: TypeAlias = Accepted | Tokens | Finished
@@ -176,7 +195,7 @@ Event: TypeAlias = Accepted | Tokens | Finished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer; its end is described at `Finished`."""
 
     request_id: str
     text: str
@@ -188,6 +207,8 @@ class Completion:
     timings: Timings | None
     kv: KvTransfer | None
     ffn: FfnTimes | None = None
+    num_recoveries: int = 0
+    routes: tuple[Route, ...] = ()
 
 
 # The model and the cluster --------------------------------------------------------------------------------
@@ -300,7 +321,7 @@ class Worker:
     """A living worker; loads are as of its last beat, `last_heard_s` seconds ago.
 
     Attributes:
-        state: ready or draining.
+        state: ready, suspect (it failed several requests in a row, and gets one at a time), cordoned or draining.
         num_requests: that the orchestrator has given it and that have not ended.
         num_offloaded: of these, the ones that were preempted, with their KV in host memory.
         ffn_traffic: of an attention worker that has ended a step.
@@ -342,6 +363,27 @@ class Departure:
     pid: int
     reason: str
     expected: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEvent:
+    """Something that happened to a worker.
+
+    Attributes:
+        sequence: counts from 1, anew where the orchestrator was started again.
+        at_s: Unix time.
+        change: came, ready, suspect, cordoned, draining, gone or fenced (it spoke though it was gone).
+        num_missed: events between the one before and this one that the orchestrator no longer kept.
+    """
+
+    sequence: int
+    at_s: float
+    worker: str
+    role: str
+    pid: int
+    change: str
+    reason: str
+    num_missed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

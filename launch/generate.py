@@ -168,6 +168,8 @@ def completion_json(completion: Completion) -> dict[str, object]:
         "usage": dataclasses.asdict(completion.usage),
         "timings": dataclasses.asdict(completion.timings) if completion.timings is not None else None,
         "route": list(completion.route),
+        "num_recoveries": completion.num_recoveries,
+        "routes": [dataclasses.asdict(route) for route in completion.routes],
         "kv": dataclasses.asdict(completion.kv) if completion.kv is not None else None,
         "ffn": dataclasses.asdict(completion.ffn) if completion.ffn is not None else None,
     }

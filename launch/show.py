@@ -58,6 +58,9 @@ def breakdown_table(completion: Completion) -> Table:
     table.add_column(style="dim")
     table.add_column()
     table.add_row("route", said(" -> ".join(completion.route)))
+    for number, route in enumerate(completion.routes[:-1]):
+        brought = f"{route.num_tokens} token{'s' * (route.num_tokens != 1)}, then {route.left}"
+        table.add_row("" if number else "before", said(f"{' -> '.join(route.workers)}: {brought}"))
     cached = f", {usage.num_cached_tokens} from the prefix cache" if usage.num_cached_tokens else ""
     table.add_row("tokens", f"{usage.num_prompt_tokens} in{cached}, {usage.num_output_tokens} out")
     if timings is not None:
@@ -73,6 +76,9 @@ def breakdown_table(completion: Completion) -> Table:
         table.add_row("first token", seconds_text(timings.ttft_s))
         if timings.tpot_s > 0:
             table.add_row("each token", f"{seconds_text(timings.tpot_s)} ({1 / timings.tpot_s:.1f} tokens/s)")
+    if completion.num_recoveries:
+        took = f", {seconds_text(timings.recovery_s)} until tokens came again" if timings is not None else ""
+        table.add_row("recoveries", f"{completion.num_recoveries}{took}")
     if ffn is not None:
         waits = (("queue", ffn.queue_s), ("computing", ffn.compute_s), ("on the way", ffn.way_s))
         times = ", ".join(f"{seconds_text(seconds)} {what}" for what, seconds in waits)

@@ -15,14 +15,15 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from anabranch.errors import AccessDenied, AnabranchError, InvalidRequest
+from anabranch.errors import AccessDenied, AnabranchError, InvalidRequest, shown
 from anabranch.system.clock import loop_clock
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.calls import abort, answered
 from orchestrator.dispatcher import Dispatcher
-from orchestrator.events import departure_message, worker_message
+from orchestrator.events import departure_message, worker_event_message, worker_message
 from orchestrator.ffn_scale import FfnScale
 from orchestrator.gateway import Gateway
+from orchestrator.member import Member
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
 
@@ -79,6 +80,21 @@ class Admin:
                     self._guarded(self.drain),
                     request_deserializer=parser(pb.DrainRequest),
                     response_serializer=pb.DrainResponse.SerializeToString,
+                ),
+                "Cordon": grpc.unary_unary_rpc_method_handler(
+                    self._guarded(self.cordon),
+                    request_deserializer=parser(pb.CordonRequest),
+                    response_serializer=pb.CordonResponse.SerializeToString,
+                ),
+                "Uncordon": grpc.unary_unary_rpc_method_handler(
+                    self._guarded(self.uncordon),
+                    request_deserializer=parser(pb.UncordonRequest),
+                    response_serializer=pb.UncordonResponse.SerializeToString,
+                ),
+                "Events": grpc.unary_stream_rpc_method_handler(
+                    self.events,
+                    request_deserializer=parser(pb.EventsRequest),
+                    response_serializer=pb.WorkerEvent.SerializeToString,
                 ),
                 "ScaleFfn": grpc.unary_unary_rpc_method_handler(
                     self._guarded(self.scale_ffn),
@@ -137,12 +153,36 @@ class Admin:
         return pb.ReportExitResponse(known=True)
 
     async def drain(self, message: pb.DrainRequest) -> pb.DrainResponse:
-        member = self._membership.by_name(message.worker)
+        await self._membership.drain(self._living(message.worker))
+        return pb.DrainResponse()
+
+    async def cordon(self, message: pb.CordonRequest) -> pb.CordonResponse:
+        self._membership.cordon(self._living(message.worker))
+        return pb.CordonResponse()
+
+    async def uncordon(self, message: pb.UncordonRequest) -> pb.UncordonResponse:
+        self._membership.uncordon(self._living(message.worker))
+        return pb.UncordonResponse()
+
+    def _living(self, name: str) -> Member:
+        member = self._membership.by_name(name)
         if member is None:
             names = ", ".join(member.name for member in self._membership.members) or "there are none"
-            raise InvalidRequest(f"{message.worker!r} is no living worker ({names})", "worker")
-        await self._membership.drain(member)
-        return pb.DrainResponse()
+            raise InvalidRequest(f"{shown(name)} is no living worker ({names})", "worker")
+        return member
+
+    async def events(
+        self, message: pb.EventsRequest | InvalidRequest, context: _Context[pb.EventsRequest, pb.WorkerEvent]
+    ) -> None:
+        try:
+            self._check(context)
+            if isinstance(message, InvalidRequest):
+                raise message
+            async with aclosing(self._membership.log.follow(message.first)) as events:
+                async for num_missed, event in events:
+                    await context.write(worker_event_message(num_missed, event))
+        except AnabranchError as error:
+            await abort(context, error)
 
     async def scale_ffn(self, message: pb.ScaleFfnRequest) -> pb.ScaleFfnResponse:
         self._ffn_scale.ask(message.workers)

@@ -28,7 +28,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds; `queue_s` from acceptance to prefill's first chunk, `ttft_s` and `e2e_s` from acceptance."""
+    """Seconds; `queue_s` from acceptance to prefill's first chunk, `ttft_s` and `e2e_s` from acceptance.
+
+    `recovery_s` is from each failure of a worker to the next token, all together.
+    """
 
     queue_s: float
     prefill_s: float
@@ -36,6 +39,7 @@ class Timings:
     ttft_s: float
     tpot_s: float
     e2e_s: float
+    recovery_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +52,29 @@ class KvTransfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteTaken:
+    """The workers of one epoch.
+
+    Attributes:
+        num_tokens: that it brought.
+        left: the code of what ended it before the answer was whole; empty: the answer ended with it.
+    """
+
+    workers: tuple[str, ...]
+    num_tokens: int
+    left: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A complete answer; `kv` is None where no stream was reported, `ffn` where no attention worker said its costs."""
+    """A complete answer.
+
+    Attributes:
+        route: the last of `routes`, which has one for each epoch.
+        kv: None where no stream was reported.
+        ffn: None where no attention worker said its costs.
+        num_recoveries: epochs that workers failed.
+    """
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -59,6 +84,8 @@ class Finished:
     route: tuple[str, ...]
     kv: KvTransfer | None
     ffn: FfnTimes | None = None
+    num_recoveries: int = 0
+    routes: tuple[RouteTaken, ...] = ()
 
 
 class Answer:

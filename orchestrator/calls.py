@@ -20,6 +20,7 @@ from anabranch.errors import (
     InvalidRequest,
     ModelError,
     NoWorkers,
+    RecoveriesExhausted,
     RequestCancelled,
     TransportError,
     UnknownModel,
@@ -42,6 +43,8 @@ _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestCancelled, grpc.StatusCode.CANCELLED),
     (WorkerDied, grpc.StatusCode.UNAVAILABLE),
+    # Not UNAVAILABLE, which clients try again by themselves: it would fell as many workers once more.
+    (RecoveriesExhausted, grpc.StatusCode.ABORTED),
     (FfnUnavailable, grpc.StatusCode.UNAVAILABLE),
     (NoWorkers, grpc.StatusCode.UNAVAILABLE),
     (Draining, grpc.StatusCode.UNAVAILABLE),

@@ -11,7 +11,8 @@ from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved,
 from anabranch.request.request import Request
 from anabranch.request.token import Token
 from orchestrator.lifecycle import Lifecycle
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import Router
 from orchestrator.served_model import ServedModel

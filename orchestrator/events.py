@@ -8,8 +8,10 @@ from anabranch.protocol.ffn import FfnLoad
 from anabranch.request.ffn_times import FfnTraffic
 from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.answer import Chunk, Finished
-from orchestrator.membership import Departure, Member
+from orchestrator.member import Member
+from orchestrator.membership import Departure
 from orchestrator.served_model import ServedModel
+from orchestrator.worker_log import WorkerEvent
 
 _REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -56,6 +58,7 @@ def _finished(end: Finished, *, include_timings: bool) -> pb.Finished:
             ttft_s=timings.ttft_s,
             tpot_s=timings.tpot_s,
             e2e_s=timings.e2e_s,
+            recovery_s=timings.recovery_s,
         )
         if include_timings
         else None,
@@ -72,6 +75,8 @@ def _finished(end: Finished, *, include_timings: bool) -> pb.Finished:
             num_answers=end.ffn.num_answers,
             num_merged_rows=end.ffn.merged_rows,
         ),
+        num_recoveries=end.num_recoveries,
+        routes=[pb.Route(workers=taken.workers, num_tokens=taken.num_tokens, left=taken.left) for taken in end.routes],
     )
 
 
@@ -148,3 +153,16 @@ def _load(load: FfnLoad) -> pb.FfnLoad:
 
 def departure_message(departure: Departure) -> pb.Departure:
     return pb.Departure(name=departure.name, pid=departure.pid, reason=departure.reason, expected=departure.expected)
+
+
+def worker_event_message(num_missed: int, event: WorkerEvent) -> pb.WorkerEvent:
+    return pb.WorkerEvent(
+        sequence=event.sequence,
+        at_s=event.at_s,
+        worker=event.worker,
+        role=event.role,
+        pid=event.pid,
+        change=event.change,
+        reason=event.reason,
+        num_missed=num_missed,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from anabranch.protocol.ffn import Holding
 from anabranch.protocol.workers import Place
 from orchestrator.awake_timer import AwakeTimer
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 Experts = frozenset[tuple[int, int]]
 """(layer, expert); a dense layer has one expert, 0."""

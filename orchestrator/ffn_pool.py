@@ -25,7 +25,8 @@ from orchestrator.awake_timer import AwakeTimer
 from orchestrator.ffn_balance import FfnBalance
 from orchestrator.ffn_member import Experts, FfnMember, experts_of, holding_of, union
 from orchestrator.ffn_plan import FfnPlan, FfnTargets
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.served_model import ServedModel
 
 logger = logging.getLogger(__name__)

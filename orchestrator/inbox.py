@@ -1,7 +1,7 @@
 """What happens to one request, in order, and how long it may take for something to happen.
 
 What workers say is bounded: tokens that wait here are counted, and any other message as one token. A request takes its
-events faster than an honest worker sends them, so one that has MAX_WAITING of them to take ends by that name.
+events faster than an honest worker sends them, so a worker of which MAX_WAITING of them wait has failed the request.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from anabranch.errors import AnabranchError, DeadlineExceeded, Overloaded
+from anabranch.errors import AnabranchError, DeadlineExceeded, MalformedMessage
 from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved
 from anabranch.request.token import Token
 from anabranch.system.clock import loop_clock, timeout_at
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 # Seconds' worth of one request's tokens at any speed, should this process be held up.
 MAX_WAITING = 16384
@@ -46,10 +46,22 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Overran:
+    """A worker sends more than can be taken in; nothing after this is kept."""
+
+    member: Member
+    error: AnabranchError
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Somebody ends the request."""
 
     error: AnabranchError
+
+
+class StageLate(DeadlineExceeded):
+    """Nothing has happened for as long as the stage allows; not the deadline of the request's client."""
 
 
 class Inbox:
@@ -62,7 +74,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.attempt: Attempt | None = None
-        self._events: asyncio.Queue[Assigned | Said | Lost | Stop] = asyncio.Queue()
+        self._events: asyncio.Queue[Assigned | Said | Lost | Overran | Stop] = asyncio.Queue()
         self._num_waiting = 0
         self._overrun = False
         self._deadline = 0.0
@@ -72,6 +84,7 @@ class Inbox:
         """There is a route."""
         assert self.attempt is None
         self.attempt = attempt
+        self._overrun = False
         self._events.put_nowait(Assigned(attempt))
 
     def said(self, member: Member, message: FromWorker) -> None:
@@ -84,12 +97,12 @@ class Inbox:
             self._events.put_nowait(event)
             return
         self._overrun = True
-        self.stop(
-            Overloaded(
-                f"worker {member.name} sends faster than can be taken in: {self._num_waiting} tokens and "
-                f"messages of one request wait, at most {MAX_WAITING} are kept"
-            )
+        self._num_waiting -= _weight(event)
+        error = MalformedMessage(
+            f"worker {member.name} sends faster than can be taken in: more than {MAX_WAITING} tokens and messages of "
+            "one request wait"
         )
+        self._events.put_nowait(Overran(member, error))
 
     def lost(self, member: Member, error: AnabranchError) -> None:
         """A worker is gone."""
@@ -108,13 +121,13 @@ class Inbox:
         self._deadline = loop_clock().now() + timeout_s
         self._what = f"{name}: nothing for {timeout_s:g} s while {state}"
 
-    async def next(self) -> Assigned | Said | Lost:
-        """The next event. Raises DeadlineExceeded once the allowed time is over, and what a Stop carries."""
+    async def next(self) -> Assigned | Said | Lost | Overran:
+        """The next event. Raises StageLate once the allowed time is over, and what a Stop carries."""
         try:
             async with timeout_at(self._deadline):
                 event = await self._events.get()
         except TimeoutError:
-            raise DeadlineExceeded(self._what) from None
+            raise StageLate(self._what) from None
         if isinstance(event, Stop):
             raise event.error
         if isinstance(event, Said):

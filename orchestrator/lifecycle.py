@@ -9,8 +9,9 @@
     ended
 
 A colocated worker goes from queued to prefilling. A worker that gives the request back (its blocks ran out, or
-it drains) sends it to queued again, ahead of the others, as a new epoch that goes on where the last one
-stopped. Whatever ends the request, workers that still hold something of it are told to cancel.
+it drains) or that fails it (`orchestrator.worker_failure`; the stages' deadlines are workers' failures too) sends it to
+queued again, ahead of the others, as a new epoch that goes on where the last one stopped, away from those that
+failed it (`orchestrator.history`). Whatever ends an epoch, workers that still hold something of it are told to cancel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from typing import Literal
 import msgspec
 
 from anabranch.config.orchestrator import OrchestratorConfig
-from anabranch.errors import AnabranchError, DeadlineExceeded, Draining, OutOfBlocks, PeerLost, RequestCancelled
+from anabranch.errors import (
+    AnabranchError,
+    Draining,
+    MalformedMessage,
+    RequestCancelled,
+    WorkerDied,
+)
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Cancel,
@@ -34,17 +41,21 @@ from anabranch.protocol.workers import (
     PrefillEnded,
     Reserve,
     Reserved,
+    ToWorker,
 )
 from anabranch.request.request import Request
 from anabranch.request.token import Token, TokenLogprob
 from orchestrator.answer import Answer, Chunk, Finished, FinishReason
 from orchestrator.attempt import Attempt
-from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Said
-from orchestrator.membership import Member, Membership
+from orchestrator.history import History
+from orchestrator.inbox import Assigned, FromWorker, Inbox, Lost, Overran, Said, StageLate
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_timings import RequestTimings
 from orchestrator.served_model import TextStream
 from orchestrator.waiting_room import Place
+from orchestrator.worker_failure import WorkerFailure, death, is_workers_failure, lateness, misconduct, report
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +102,9 @@ class Lifecycle:
         self._config = config
         self._max_tokens = request.sampling.max_tokens
         self._output_ids: list[int] = list(request.output_ids)
-        self._num_barren = 0
+        # Why workers gave the last epoch back.
+        self._gave_back = ""
+        self._history = History(max_recoveries=config.max_recoveries, max_given_back=config.max_retries)
         self._timings = RequestTimings(accepted_at)
 
     # The machine ------------------------------------------------------------------------------------------
@@ -117,21 +130,23 @@ class Lifecycle:
     async def _drive(self) -> Finished:
         while True:
             self._enter("queued", "queue_timeout_s", self._config.queue_timeout_s)
-            self._queue.put(self.request, self.inbox)
+            self._queue.put(self.request, self.inbox, self._history)
             try:
                 attempt = await self._queued()
-                num_before = len(self._output_ids)
-                outcome = await self._follow(attempt)
-            except PeerLost as error:
-                if self.inbox.attempt is None:
-                    raise
-                await self._cancel(self.inbox.attempt)
-                raise await self._cause(self.inbox.attempt, error) from error
+                try:
+                    outcome = await self._follow(attempt)
+                    if outcome == "again":
+                        self._history.given_back(attempt, self._gave_back)
+                except WorkerFailure as failure:
+                    outcome = self._failed(attempt, failure)
             finally:
                 await self._end_attempt()
             if outcome != "again":
                 return self._finished(outcome, attempt)
-            self._next_epoch(progressed=len(self._output_ids) > num_before)
+            self.request = msgspec.structs.replace(
+                self.request, epoch=self.request.epoch + 1, output_ids=tuple(self._output_ids)
+            )
+            logger.info("request %s goes on as epoch %d", self.name, self.request.epoch)
 
     async def _end_attempt(self) -> None:
         attempt = self.inbox.attempt
@@ -140,14 +155,19 @@ class Lifecycle:
             attempt.close()
             self.inbox.attempt = None
 
-    def _next_epoch(self, *, progressed: bool) -> None:
-        self._num_barren = 0 if progressed else self._num_barren + 1
-        if self._num_barren > self._config.max_retries:
-            raise OutOfBlocks(f"workers gave the request back {self._num_barren} times without a new token")
-        self.request = msgspec.structs.replace(
-            self.request, epoch=self.request.epoch + 1, output_ids=tuple(self._output_ids)
-        )
-        logger.info("request %s goes on as epoch %d", self.name, self.request.epoch)
+    def _failed(self, attempt: Attempt, failure: WorkerFailure) -> Outcome:
+        """What a worker's failure brings: another epoch, or the end where that one was too many."""
+        logger.warning("request %s: a worker failed it in %s: %s", self.name, self.state, failure.error)
+        self._timings.failed(time.monotonic())
+        if failure.suspect is not None:
+            self._membership.failed(failure.suspect, failure.error)
+        # All that is missing may be the word that the answer is whole.
+        if self._output_ids and self._output_ids[-1] in self._silent_ids:
+            return "stop"
+        if len(self._output_ids) >= self._max_tokens:
+            return "length"
+        self._history.failed(attempt, failure)
+        return "again"
 
     async def _queued(self) -> Attempt:
         while True:
@@ -162,16 +182,19 @@ class Lifecycle:
         while True:
             try:
                 event = await self.inbox.next()
-            except DeadlineExceeded as error:
+            except StageLate as error:
                 if finished is None:
-                    raise
+                    raise lateness(attempt, self.state, error) from None
                 logger.warning("request %s: %s", self.name, error)
                 return finished
             if isinstance(event, Lost):
                 if finished is None and attempt.depends_on(event.member):
-                    raise event.error
+                    raise death(event.member, event.error)
                 if event.member is attempt.route.computes_prompt:
                     attempt.prefill_open = attempt.report_due = False
+            elif isinstance(event, Overran):
+                if finished is None:
+                    raise misconduct(event.member, event.error)
             elif isinstance(event, Said):
                 outcome = await self._said(attempt, event.member, event.message)
                 if outcome == "again":
@@ -194,12 +217,18 @@ class Lifecycle:
                 config.reserve_timeout_s + config.prefill_timeout_s,
             )
             attempt.ordered_at = time.monotonic()
-            await self._membership.send(decode, Generate(request=attempt.request))
+            await self._order(decode, Generate(request=attempt.request))
             attempt.report_due = True
         else:
             self._enter("reserving", "reserve_timeout_s", config.reserve_timeout_s)
-            await self._membership.send(decode, Reserve(request=attempt.request))
+            await self._order(decode, Reserve(request=attempt.request))
         attempt.decode_open = True
+
+    async def _order(self, member: Member, message: ToWorker) -> None:
+        try:
+            await self._membership.send(member, message)
+        except WorkerDied as error:
+            raise death(member, error) from None
 
     # What workers say -------------------------------------------------------------------------------------
 
@@ -228,7 +257,7 @@ class Lifecycle:
             return
         self._enter("prefilling", "prefill_timeout_s", self._config.prefill_timeout_s)
         attempt.ordered_at = time.monotonic()
-        await self._membership.send(prefill, Prefill(request=attempt.request, destination=message.destination))
+        await self._order(prefill, Prefill(request=attempt.request, destination=message.destination))
         attempt.prefill_open = attempt.report_due = True
 
     def _on_prefill_ended(self, attempt: Attempt, message: PrefillEnded) -> Outcome | None:
@@ -238,12 +267,13 @@ class Lifecycle:
         attempt.prefill_open = attempt.report_due = False
         if message.error is None:
             self._timings.prefilled(attempt, message)
+            self._membership.served(attempt.route.prefill)
             attempt.prompt_computed()
             self._queue.pump()
         elif attempt.committed:
             logger.warning("request %s: prefill's report: %s", self.name, message.error.message)
         else:
-            return self._given_back_or_raise(attempt.route.prefill, message.error)
+            return self._given_back_or_raise(attempt, attempt.route.prefill, message.error)
         return None
 
     def _on_ended(self, attempt: Attempt, message: Ended) -> Outcome | None:
@@ -259,22 +289,29 @@ class Lifecycle:
         match message.reason:
             case "stop" | "length":
                 if not self._output_ids:
-                    raise AnabranchError(f"worker {member.name} ended the answer ({message.reason}) without a token")
+                    said = f"worker {member.name} ended the answer ({message.reason}) without a token"
+                    raise misconduct(member, MalformedMessage(said))
+                self._membership.served(member)
                 return message.reason
             case "preempted":
+                self._gave_back = "preempted"
                 return "again"
             case "failed":
                 error = message.error or WireError(code="internal", message=f"worker {member.name} gave no reason")
-                return self._given_back_or_raise(member, error)
+                return self._given_back_or_raise(attempt, member, error)
             case "cancelled":
-                raise RequestCancelled(f"worker {member.name} cancelled the request")
+                said = f"worker {member.name} cancelled the request, which nobody asked for"
+                raise misconduct(member, RequestCancelled(said))
 
-    def _given_back_or_raise(self, member: Member, wire_error: WireError) -> Outcome:
-        """A worker that drains has changed nothing and others can take over; all else is the request's end."""
+    def _given_back_or_raise(self, attempt: Attempt, member: Member, wire_error: WireError) -> Outcome:
+        """A worker that drains has changed nothing and others can take over; all else is raised."""
         error = wire_error.to_error()
         if isinstance(error, Draining):
             self._membership.mark_draining(member)
+            self._gave_back = error.code
             return "again"
+        if is_workers_failure(error):
+            raise report(attempt, member, error)
         raise error
 
     def _on_tokens(self, attempt: Attempt, member: Member, tokens: Sequence[Token]) -> Outcome | None:
@@ -284,42 +321,51 @@ class Lifecycle:
         texts: list[str] = []
         logprobs: list[TokenLogprob] = []
         stopped = False
+        wrong: WorkerFailure | None = None
         for token in tokens:
             if token.epoch != attempt.request.epoch or token.index < len(self._output_ids) or stopped:
                 continue
             if token.index > len(self._output_ids) or token.index >= self._max_tokens:
-                raise AnabranchError(
-                    f"worker {member.name} sent token {token.index} where {len(self._output_ids)} "
-                    f"of at most {self._max_tokens} was due"
-                )
+                said = f"token {token.index} where {len(self._output_ids)} of at most {self._max_tokens} was due"
+                wrong = misconduct(member, MalformedMessage(f"worker {member.name} sent {said}"))
+                break
             self._output_ids.append(token.token_id)
             if token.logprob is not None:
                 logprobs.append(token.logprob)
             if token.token_id not in self._silent_ids:
                 text, stopped = self._text.push(token.token_id)
                 texts.append(text)
-        if len(self._output_ids) == first_index:
-            return None
+        if len(self._output_ids) > first_index:
+            self._give_out(attempt, first_index, "".join(texts), tuple(logprobs))
+        if wrong is not None:
+            raise wrong
+        return "stop" if stopped else None
+
+    def _give_out(self, attempt: Attempt, first_index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
+        """Give the client the tokens from `first_index` on."""
         self._timings.tokens_came(time.monotonic())
         self._place.leave()
         if not attempt.committed:
             attempt.committed = True
             attempt.prompt_computed()
             self._queue.pump()
+        if attempt.brought(len(self._output_ids) - first_index):
+            self._membership.served(attempt.route.decode)
+            self._queue.pump()
         self.answer.add(
             Chunk(
                 first_index=first_index,
                 token_ids=tuple(self._output_ids[first_index:]),
-                text="".join(texts),
-                logprobs=tuple(logprobs),
+                text=text,
+                logprobs=logprobs,
             )
         )
         self._enter("decoding", "token_timeout_s", self._config.token_timeout_s)
-        return "stop" if stopped else None
 
     # Ends -------------------------------------------------------------------------------------------------
 
     def _finished(self, reason: FinishReason, attempt: Attempt) -> Finished:
+        self._history.ended(attempt)
         rest = self._text.finish()
         if rest:
             self.answer.add(Chunk(first_index=len(self._output_ids), token_ids=(), text=rest, logprobs=()))
@@ -327,7 +373,7 @@ class Lifecycle:
             reason,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_output_tokens=len(self._output_ids),
-            route=attempt.route.names,
+            history=self._history,
             now=time.monotonic(),
         )
 
@@ -349,20 +395,6 @@ class Lifecycle:
             await self._membership.send(member, cancel)
         except AnabranchError as error:
             logger.debug("cancel of %s not sent: %s", self.name, error)
-
-    async def _cause(self, attempt: Attempt, error: PeerLost) -> AnabranchError:
-        """Why a worker lost its peer: the death of that peer, if it shows within the time that silence takes."""
-        config = self._config
-        self._enter(self.state, "worker_timeout_s", config.worker_timeout_s + 2 * config.heartbeat_s)
-        try:
-            while True:
-                event = await self.inbox.next()
-                if isinstance(event, Lost) and event.member in attempt.route.members:
-                    return event.error
-        except DeadlineExceeded:
-            return error
-        except AnabranchError as stopped:
-            return stopped
 
     def _enter(self, state: State, name: str, timeout_s: float) -> None:
         self.state = state

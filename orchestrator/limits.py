@@ -45,6 +45,8 @@ MAX_CHARS: Mapping[str, int] = {
     "ReportExitRequest.worker": MAX_NAME_CHARS,
     "ReportExitRequest.how": MAX_REASON_CHARS,
     "DrainRequest.worker": MAX_NAME_CHARS,
+    "CordonRequest.worker": MAX_NAME_CHARS,
+    "UncordonRequest.worker": MAX_NAME_CHARS,
 }
 
 # What is as long as the prompt: `max_request_bytes` limits the text, and the context the ids.

@@ -1,8 +1,16 @@
 """Who is in the cluster: workers that registered, when they were last heard, and what they hold.
 
-A worker's life here: Register (refused, or ready) -> ready -> [draining] -> gone. Gone for good: after silence,
-a lost connection or a parent's report, the first thing that its connection still says is answered with
-Registered(error), the connection ends, and so does the process. A restarted worker may take the name again.
+A worker's life here:
+
+    Register (refused, or taken in) -> ready -> [draining] -> gone
+                                       |   ^
+                                       |   +-- suspect: it failed SUSPECT_AFTER requests in a row without dying. It gets
+                                       |       one at a time, and is ready again after one that it served
+                                       +------ cordoned: an operator lets it take none, until it is uncordoned
+
+Gone for good: after silence, a step that takes longer than the worker's own `step_stall_s`, a lost connection or a
+parent's report. Then it is fenced: the first thing that its connection still says is answered with Registered(error),
+the connection ends, and so does the process. A restarted worker may take the name again, and is another one.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from typing import Literal
 
 import msgspec
 
-from anabranch.errors import AnabranchError, ConfigError, NoWorkers, PeerLost, WorkerDied
+from anabranch.errors import AnabranchError, ConfigError, InvalidRequest, NoWorkers, PeerLost, WorkerDied
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import (
     Beat,
@@ -30,14 +38,14 @@ from anabranch.protocol.workers import (
 )
 from anabranch.system.clock import loop_clock
 from orchestrator.context_limit import ContextLimit
+from orchestrator.member import SUSPECT_AFTER, Member
+from orchestrator.registration import check_registration
+from orchestrator.worker_log import WorkerLog
 from transport.control import ControlServer
 
 logger = logging.getLogger(__name__)
 
 MAX_DEPARTURES = 32
-# The fingerprint comes last: where shapes differ, they say more.
-_MODEL_FIELDS = tuple(field for field in ModelIdentity.__struct_fields__ if field not in ("model", "model_fingerprint"))
-_MODEL_FIELDS += ("model_fingerprint",)
 
 
 class Departure(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,52 +57,6 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
     expected: bool
 
 
-class Member:
-    """A living worker.
-
-    Attributes:
-        heard_at: when its last message came, on `loop_clock`.
-        end: how it went; None while it lives.
-        num_requests: attempts that it was given and that have not ended.
-        prefill_tokens: prompt tokens of those attempts that are not yet known to be computed.
-        waits_for: what an attn worker cannot serve without, in words; empty: it can.
-    """
-
-    def __init__(self, info: WorkerInfo, peer: bytes, heard_at: float) -> None:
-        self.info = info
-        self.peer = peer
-        self.heard_at = heard_at
-        self.stats: WorkerStats | None = None
-        self.draining = False
-        self.end: WorkerDied | None = None
-        self.num_requests = 0
-        self.prefill_tokens = 0
-        self.waits_for = "no ffn worker is known" if info.role == "attn" else ""
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def role(self) -> Role:
-        return self.info.role
-
-    @property
-    def alive(self) -> bool:
-        return self.end is None
-
-    @property
-    def state(self) -> Literal["ready", "draining", "gone"]:
-        if not self.alive:
-            return "gone"
-        return "draining" if self.draining else "ready"
-
-    @property
-    def ready(self) -> bool:
-        """Whether it may be given requests."""
-        return self.alive and not self.draining and not self.waits_for
-
-
 class Membership:
     """The living workers.
 
@@ -102,7 +64,11 @@ class Membership:
         served: the orchestrator's own model, whose tokenizer makes the prompts.
         worker_timeout_s: silence after which a worker is gone.
         heartbeat_s: time between beats to each worker.
-        on_change: called with each worker that came, began to drain or went; one that went has `end`.
+        on_change: called with each worker that came, changed its state or went; one that went has `end`.
+
+    Attributes:
+        departures: the latest that went.
+        log: of all that happened to workers.
     """
 
     def __init__(
@@ -122,6 +88,9 @@ class Membership:
         self._by_name: dict[str, Member] = {}
         self._by_peer: dict[bytes, Member] = {}
         self.departures: deque[Departure] = deque(maxlen=MAX_DEPARTURES)
+        self.log = WorkerLog()
+        # Those that went and have not been told so, the latest last.
+        self._unfenced: dict[bytes, tuple[WorkerInfo, str]] = {}
 
     # Views ------------------------------------------------------------------------------------------------
 
@@ -170,9 +139,11 @@ class Membership:
                 wanted.append("attn" if any(member.role == "ffn" for member in members) else "decode")
         absent = f"no {' and no '.join(wanted)} worker takes requests, nor does a colocated one" if wanted else ""
         draining = [member.name for member in members if member.draining]
+        cordoned = [member.name for member in members if member.state == "cordoned"]
         return NoWorkers(
             ", and ".join(filter(None, (waiting, absent)))
             + (f" ({', '.join(draining)} drain{'s' * (len(draining) == 1)})" if draining else "")
+            + (f" (cordoned: {', '.join(cordoned)}; uncordon what is well)" if cordoned else "")
             + "; start one, and try again once health says SERVING"
         )
 
@@ -185,7 +156,8 @@ class Membership:
             await self._answer(peer, None)
             return
         try:
-            self._check(info)
+            living = [member.info for member in self._by_name.values()]
+            check_registration(info, living, self._served, self._worker_timeout_s)
         except ConfigError as error:
             logger.warning("refused worker %s (pid %d): %s", info.name, info.pid, error)
             await self._answer(peer, error)
@@ -196,31 +168,9 @@ class Membership:
         self._by_name[info.name] = member
         self._by_peer[peer] = member
         logger.info("worker %s came: %s, pid %d on %s", info.name, info.role, info.pid, info.host)
+        self.log.add(info, "came")
         await self._answer(peer, None)
         self._on_change(member)
-
-    def _check(self, info: WorkerInfo) -> None:
-        living = self._by_name.get(info.name)
-        if living is not None:
-            raise ConfigError(
-                "name",
-                info.name,
-                f"is taken by a living worker (pid {living.info.pid} on {living.info.host}); choose another name",
-            )
-        # The orchestrator need not have the weights; a worker has them, and says which.
-        for field in ("name", "model_fingerprint", "kv_dtype"):
-            if not getattr(info, field):
-                raise ConfigError(field, "", f"a worker must send its {field}; run the same release everywhere")
-        # An ffn worker has no requests, and so no KV.
-        needed = ("incarnation",) if info.role == "ffn" else ("max_context", "num_blocks", "block_size")
-        for field in (*needed, "vocab_size"):
-            if getattr(info, field) < 1:
-                raise ConfigError(field, getattr(info, field), "must be at least 1")
-        if info.role == "ffn" and not info.addresses:
-            raise ConfigError("addresses", {}, "an ffn worker must send where attn workers reach it")
-        _check_alike(info, self._served, "the orchestrator", _MODEL_FIELDS)
-        for member in self._by_name.values():
-            _check_alike(info, member.info, member.name, (*_MODEL_FIELDS, "kv_dtype"))
 
     async def _answer(self, peer: bytes, error: AnabranchError | None) -> None:
         try:
@@ -235,6 +185,11 @@ class Membership:
         member = self._by_peer.get(peer)
         if member is None:
             error = WorkerDied("this connection is not registered, or counts as dead; start anew")
+            gone = self._unfenced.pop(peer, None)
+            if gone is not None:
+                info, end = gone
+                error = WorkerDied(f"this connection counts as dead ({end}); start anew")
+                self.log.add(info, "fenced", "it spoke, though it counts as gone")
             try:
                 await self._channel.dismiss(peer, Registered(error=WireError.of(error)))
             except AnabranchError as failure:
@@ -243,6 +198,13 @@ class Membership:
         member.heard_at = loop_clock().now()
         if stats is not None:
             member.stats = stats
+            limit_s = member.info.step_stall_s
+            if 0.0 < limit_s < stats.work_age_s:
+                self.lose(
+                    member,
+                    f"step_stall_s: it beats, but has been at one thing for {stats.work_age_s:.1f} s, longer than "
+                    f"{limit_s:g} s; where steps take so long, raise step_stall_s or lower max_step_tokens",
+                )
         return member
 
     async def send(self, member: Member, message: ToWorker) -> None:
@@ -253,8 +215,8 @@ class Membership:
                 return
             except PeerLost:
                 self.lose(member, "its control connection is gone")
-        assert member.end is not None
-        raise member.end
+        # A new one each time: an error that is raised keeps hold of whoever it passed.
+        raise WorkerDied(str(member.end))
 
     async def watch(self) -> None:
         """Send beats and notice silence, until cancelled."""
@@ -272,6 +234,49 @@ class Membership:
                 except AnabranchError as error:
                     logger.debug("no beat to %s: %s", member.name, error)
 
+    # Doing well or not ------------------------------------------------------------------------------------
+
+    def failed(self, member: Member, error: AnabranchError) -> None:
+        """A worker failed a request, as its own fault as far as can be told, and did not die of it."""
+        if not member.alive:
+            return
+        member.num_failed += 1
+        if member.num_failed == SUSPECT_AFTER:
+            reason = f"it failed {SUSPECT_AFTER} requests in a row, the last with: {error}"
+            logger.warning("worker %s is suspect: %s", member.name, reason)
+            self.log.add(member.info, "suspect", reason)
+            self._on_change(member)
+
+    def served(self, member: Member) -> None:
+        """A worker has done its part of a request."""
+        was_suspect = member.suspect and member.alive
+        member.num_failed = 0
+        if was_suspect:
+            logger.info("worker %s is ready again", member.name)
+            self.log.add(member.info, "ready", "it served a request")
+            self._on_change(member)
+
+    def cordon(self, member: Member) -> None:
+        """Give a worker no new work; what it has goes on. Raises InvalidRequest for one that has no requests."""
+        if member.role == "ffn":
+            raise InvalidRequest(f"{member.name} is an ffn worker, which is given no requests; drain it", "worker")
+        if member.draining:
+            raise InvalidRequest(f"{member.name} drains, and takes no new work already", "worker")
+        self._set_cordoned(member, True, "cordoned")
+
+    def uncordon(self, member: Member) -> None:
+        """Let a worker take new work again. Raises InvalidRequest for one that drains, which has no way back."""
+        if member.draining:
+            raise InvalidRequest(f"{member.name} drains and will end; start another worker", "worker")
+        self._set_cordoned(member, False, "ready")
+
+    def _set_cordoned(self, member: Member, cordoned: bool, change: Literal["cordoned", "ready"]) -> None:
+        if member.cordoned != cordoned:
+            member.cordoned = cordoned
+            logger.info("worker %s is %s, as an operator says", member.name, member.state)
+            self.log.add(member.info, change, "an operator said so")
+            self._on_change(member)
+
     # Going ------------------------------------------------------------------------------------------------
 
     async def drain(self, member: Member) -> None:
@@ -287,17 +292,26 @@ class Membership:
         if member.alive and not member.draining:
             member.draining = True
             logger.info("worker %s drains", member.name)
+            self.log.add(member.info, "draining")
             self._on_change(member)
 
-    def lose(self, member: Member, reason: str) -> None:
-        """A worker is gone; its requests are told at once. Idempotent."""
+    def lose(self, member: Member, reason: str, *, failed: bool = False) -> None:
+        """A worker is gone; its requests are told at once. Idempotent.
+
+        Args:
+            failed: it said so itself. One that fails drains too, and that is no orderly end.
+        """
         if not member.alive:
             return
-        expected = member.draining and member.num_requests == 0
+        expected = member.draining and member.num_requests == 0 and not failed
         member.end = WorkerDied(f"worker {member.name} (pid {member.info.pid}) died: {reason}")
         del self._by_name[member.name]
         if self._by_peer.get(member.peer) is member:
             del self._by_peer[member.peer]
+        self._unfenced[member.peer] = member.info, str(member.end)
+        if len(self._unfenced) > MAX_DEPARTURES:
+            del self._unfenced[next(iter(self._unfenced))]
+        self.log.add(member.info, "gone", "it was drained" if expected else reason)
         self.departures.append(Departure(name=member.name, pid=member.info.pid, reason=reason, expected=expected))
         logger.log(
             logging.INFO if expected else logging.ERROR,
@@ -321,19 +335,3 @@ class Membership:
 
 def _context_of(info: WorkerInfo) -> int:
     return info.max_context
-
-
-def _check_alike(info: WorkerInfo, other: ModelIdentity, who: str, fields: tuple[str, ...]) -> None:
-    """Raise ConfigError, with both sides' values, for the first field that differs.
-
-    Only a fingerprint may be unknown (empty), and only on the other side: the orchestrator's, without the weights.
-    """
-    for field in fields:
-        ours, theirs = getattr(info, field), getattr(other, field)
-        if ours != theirs and not (field == "model_fingerprint" and theirs == ""):
-            raise ConfigError(
-                field,
-                ours,
-                f"of {info.name} (model {info.model}) differs from {theirs!r} of {who} (model {other.model}); "
-                "start the orchestrator and all workers with the same model, and all workers with the same dtype",
-            )

@@ -11,6 +11,7 @@ from anabranch.errors import NoWorkers
 from anabranch.request.request import Request
 from orchestrator.attempt import Attempt
 from orchestrator.awake_timer import AwakeTimer
+from orchestrator.history import History
 from orchestrator.inbox import Inbox
 from orchestrator.membership import Membership
 from orchestrator.router import Router, total_tokens
@@ -19,6 +20,7 @@ from orchestrator.router import Router, total_tokens
 class _Waiting(NamedTuple):
     request: Request
     inbox: Inbox
+    history: History
 
 
 class RequestQueue:
@@ -34,10 +36,14 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, request: Request, inbox: Inbox) -> None:
-        """Let a request wait; its inbox gets the attempt once there is a route, or a Stop."""
+    def put(self, request: Request, inbox: Inbox, history: History) -> None:
+        """Let a request wait; its inbox gets the attempt once there is a route, or a Stop.
+
+        Args:
+            history: which workers it keeps away from, and whether it wants them for itself.
+        """
         num_given_back = sum(waiting.request.epoch > 0 for waiting in self._waiting)
-        self._waiting.insert(num_given_back if request.epoch > 0 else len(self), _Waiting(request, inbox))
+        self._waiting.insert(num_given_back if request.epoch > 0 else len(self), _Waiting(request, inbox, history))
         self.pump()
 
     def withdraw(self, inbox: Inbox) -> None:
@@ -63,15 +69,18 @@ class RequestQueue:
         widest = self._membership.max_context()
         passed_over: list[_Waiting] = []
         while self._waiting:
-            request, inbox = self._waiting[0]
-            route = self._router.choose(request, members)
+            request, inbox, history = self._waiting[0]
+            route = self._router.choose(request, members, history.avoid)
             if route is None and total_tokens(request) <= widest:
+                break
+            if route is not None and history.alone and any(member.num_unproven for member in route.members):
+                # Nobody else is given a route meanwhile, so that these come to an end.
                 break
             waiting = self._waiting.popleft()
             if route is None:
                 passed_over.append(waiting)
             else:
-                inbox.assign(Attempt(request, route))
+                inbox.assign(Attempt(request, route, alone=history.alone))
         self._waiting.extendleft(reversed(passed_over))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from anabranch.protocol.workers import Ended, PrefillEnded
 from anabranch.request.ffn_times import FfnTimes
 from orchestrator.answer import Finished, FinishReason, KvTransfer, Timings
 from orchestrator.attempt import Attempt
+from orchestrator.history import History
 
 
 class RequestTimings:
@@ -26,8 +27,21 @@ class RequestTimings:
         self._kv_exposed_s = 0.0
         self._kv_transport = ""
         self._ffn: FfnTimes | None = None
+        self._failed_at: float | None = None
+        self._recovery_s = 0.0
+
+    def failed(self, now: float) -> None:
+        """A worker failed the request."""
+        if self._failed_at is None:
+            self._failed_at = now
+
+    def _recovered(self, now: float) -> None:
+        if self._failed_at is not None:
+            self._recovery_s += now - self._failed_at
+            self._failed_at = None
 
     def tokens_came(self, now: float) -> None:
+        self._recovered(now)
         if self._first_token_at is None:
             self._first_token_at = now
         self._last_token_at = now
@@ -56,10 +70,11 @@ class RequestTimings:
         *,
         num_prompt_tokens: int,
         num_output_tokens: int,
-        route: tuple[str, ...],
+        history: History,
         now: float,
     ) -> Finished:
         """The end of an answer that is complete."""
+        self._recovered(now)
         first = self._first_token_at if self._first_token_at is not None else now
         overlap = 1.0 - self._kv_exposed_s / self._kv_stream_s if self._kv_stream_s > 0.0 else 1.0
         return Finished(
@@ -74,10 +89,13 @@ class RequestTimings:
                 ttft_s=first - self._accepted_at,
                 tpot_s=(self._last_token_at - first) / (num_output_tokens - 1) if num_output_tokens > 1 else 0.0,
                 e2e_s=now - self._accepted_at,
+                recovery_s=self._recovery_s,
             ),
-            route=route,
+            route=history.routes[-1].workers,
             kv=KvTransfer(num_bytes=self._kv_bytes, transport=self._kv_transport, overlap=overlap)
             if self._kv_transport
             else None,
             ffn=self._ffn,
+            num_recoveries=history.num_recoveries,
+            routes=history.routes,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from anabranch.protocol.workers import Role
 from anabranch.request.request import Request
-from orchestrator.membership import Member
+from orchestrator.member import Member
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,13 @@ def total_tokens(request: Request) -> int:
 
 
 class Router(Protocol):
-    def choose(self, request: Request, members: Sequence[Member]) -> Route | None:
+    def choose(
+        self, request: Request, members: Sequence[Member], avoid: Collection[Member] = frozenset()
+    ) -> Route | None:
         """A route for the request now, or None: it waits in the queue and is asked about again.
+
+        Args:
+            avoid: workers that have failed the request; they are taken only where there are no others.
 
         Pure: neither members nor router change.
         """
@@ -60,13 +65,22 @@ class LeastWork:
     def __init__(self, ahead_tokens: int) -> None:
         self._ahead_tokens = ahead_tokens
 
-    def choose(self, request: Request, members: Sequence[Member]) -> Route | None:
+    def choose(
+        self, request: Request, members: Sequence[Member], avoid: Collection[Member] = frozenset()
+    ) -> Route | None:
         """The least loaded pair or colocated worker that may take the request now."""
         total = total_tokens(request)
         prompt = len(request.token_ids)
+        able = [m for m in members if m.ready and m.info.max_context >= total]
+        others = [m for m in able if m not in avoid]
+        # Where others make up no whole path, each role has its own best.
+        whole = _make_a_path(others)
 
         def fitting(*roles: Role) -> list[Member]:
-            return [m for m in members if m.ready and m.role in roles and m.info.max_context >= total]
+            theirs = [m for m in others if m.role in roles]
+            if not theirs and not whole:
+                theirs = [m for m in able if m.role in roles]
+            return [m for m in theirs if not m.full]
 
         def may_take(member: Member) -> bool:
             return member.prefill_tokens == 0 or member.prefill_tokens + prompt <= self._ahead_tokens
@@ -86,3 +100,8 @@ class LeastWork:
         if pair is None or waiting(colocated) < waiting(pair.computes_prompt):
             return Route(colocated)
         return pair
+
+
+def _make_a_path(members: Sequence[Member]) -> bool:
+    roles = {member.role for member in members}
+    return "colocated" in roles or ("prefill" in roles and bool(roles & {"decode", "attn"}))

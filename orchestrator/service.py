@@ -48,7 +48,8 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.ffn_pool import FfnPool
 from orchestrator.ffn_scale import FfnScale
 from orchestrator.health import HealthReporter
-from orchestrator.membership import Member, Membership
+from orchestrator.member import Member
+from orchestrator.membership import Membership
 from orchestrator.router import LeastWork, Router
 from orchestrator.served_model import PromptEncoder, ServedModel
 from transport.control import ControlServer
@@ -219,7 +220,7 @@ class Orchestrator:
             elif isinstance(message, Failing):
                 member = await self.membership.heard(peer)
                 if member is not None:
-                    self.membership.lose(member, message.error.message)
+                    self.membership.lose(member, message.error.message, failed=True)
             elif isinstance(message, Placed):
                 member = await self.membership.heard(peer)
                 if member is not None:
@@ -275,6 +276,7 @@ class Orchestrator:
         """Shut workers down, end every task, release every address. To be called once, drained or not."""
         self._gateway.draining = True
         self._ffn_scale.close()
+        self.membership.log.close()
         await self._dispatcher.stop_all(Draining("the orchestrator ends"))
         if self._server is not None:
             await self._server.stop(GRPC_GRACE_S)

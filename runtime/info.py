@@ -56,5 +56,7 @@ def _without_kv(config: WorkerConfig, model: ModelConfig, dtype: str, device: st
         num_threads=torch.get_num_threads(),
         tp=config.tp,
         cp=config.cp,
+        heartbeat_s=config.heartbeat_s,
+        step_stall_s=config.step_stall_s,
         **msgspec.structs.asdict(identity_of(config.model, model)),
     )

@@ -46,6 +46,8 @@ class OrchestratorConfig(Options):
         prefill_ahead_tokens: prompt tokens given to a prefill worker before the next request waits in the queue;
             a worker without work takes one request of any length.
         max_retries: times that one request is tried again because a worker gave it back without a new token.
+        max_recoveries: times in a row that one request goes on elsewhere because a worker failed it, before it ends by
+            name; 0: it ends with the worker's failure. What max_retries counts is not among them.
         encoders_per_lane: processes that turn prompts into token ids, for each of short texts, long texts, short
             chats and long chats.
         max_prompt_chars: most characters of a prompt of text, and of a chat before and after the model's template.
@@ -90,6 +92,7 @@ class OrchestratorConfig(Options):
     max_unread_tokens: Tokens = 16384
     prefill_ahead_tokens: Tokens = 4096
     max_retries: Annotated[int, Between(0)] = 8
+    max_recoveries: Annotated[int, Between(0, 100)] = 3
     encoders_per_lane: Annotated[int, Between(1, 64)] = 1
     max_prompt_chars: Annotated[int, Between(1, unit="characters")] = 1 << 20
     encode_timeout_s: Seconds = 10.0

@@ -64,6 +64,8 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
         incarnation: of an FFN worker: drawn at random by each process.
         capacity_bytes: of an FFN worker: most weights that it holds; 0: as many as it is given.
         shared_experts: of an FFN worker: whether it holds shared experts too, so that attention workers do not.
+        heartbeat_s: time between its beats; 0: not told.
+        step_stall_s: a `work_age_s` above this means that it hangs, however well it beats; 0: not told.
     """
 
     name: Name
@@ -83,6 +85,8 @@ class WorkerInfo(ModelIdentity, frozen=True, kw_only=True):
     incarnation: Int63 = 0
     capacity_bytes: Count = 0
     shared_experts: bool = False
+    heartbeat_s: Seconds = 0.0
+    step_stall_s: Seconds = 0.0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -211,6 +211,21 @@ class AdminStub:
                 request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.SerializeToString,
                 response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/anabranch.v1.Admin/Cordon',
+                request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.CordonRequest.SerializeToString,
+                response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.CordonResponse.FromString,
+                _registered_method=True)
+        self.Uncordon = channel.unary_unary(
+                '/anabranch.v1.Admin/Uncordon',
+                request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.UncordonRequest.SerializeToString,
+                response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.UncordonResponse.FromString,
+                _registered_method=True)
+        self.Events = channel.unary_stream(
+                '/anabranch.v1.Admin/Events',
+                request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.EventsRequest.SerializeToString,
+                response_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.WorkerEvent.FromString,
+                _registered_method=True)
         self.ScaleFfn = channel.unary_unary(
                 '/anabranch.v1.Admin/ScaleFfn',
                 request_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.ScaleFfnRequest.SerializeToString,
@@ -247,6 +262,26 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cordon(self, request, context):
+        """The worker takes no new work; what it has goes on. Uncordon takes it back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Uncordon(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Events(self, request, context):
+        """What happens to workers, from some number on and then as it happens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ScaleFfn(self, request, context):
         """Asks for so many FFN workers. Who follows (FollowFfnScale) starts more, or drains the youngest; this returns before.
         """
@@ -278,6 +313,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.FromString,
                     response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.CordonRequest.FromString,
+                    response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.CordonResponse.SerializeToString,
+            ),
+            'Uncordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Uncordon,
+                    request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.UncordonRequest.FromString,
+                    response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.UncordonResponse.SerializeToString,
+            ),
+            'Events': grpc.unary_stream_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=anabranch__client_dot_v1_dot_anabranch__pb2.EventsRequest.FromString,
+                    response_serializer=anabranch__client_dot_v1_dot_anabranch__pb2.WorkerEvent.SerializeToString,
             ),
             'ScaleFfn': grpc.unary_unary_rpc_method_handler(
                     servicer.ScaleFfn,
@@ -372,6 +422,87 @@ class Admin:
             '/anabranch.v1.Admin/Drain',
             anabranch__client_dot_v1_dot_anabranch__pb2.DrainRequest.SerializeToString,
             anabranch__client_dot_v1_dot_anabranch__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.Admin/Cordon',
+            anabranch__client_dot_v1_dot_anabranch__pb2.CordonRequest.SerializeToString,
+            anabranch__client_dot_v1_dot_anabranch__pb2.CordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Uncordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/anabranch.v1.Admin/Uncordon',
+            anabranch__client_dot_v1_dot_anabranch__pb2.UncordonRequest.SerializeToString,
+            anabranch__client_dot_v1_dot_anabranch__pb2.UncordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/anabranch.v1.Admin/Events',
+            anabranch__client_dot_v1_dot_anabranch__pb2.EventsRequest.SerializeToString,
+            anabranch__client_dot_v1_dot_anabranch__pb2.WorkerEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -132,10 +132,12 @@ def test_without_a_replica_requests_end_by_name_and_in_time(mixture: Known) -> N
     with running(mixture, num_ffn=1) as (cluster, client, admin):
         undisturbed(client)
         _, ends = strike(client, lambda: os.kill(cluster.process("ffn-0").pid, signal.SIGKILL))
-        lost = [end for end in ends if end.startswith("ffn_unavailable: ")]
+        # They wait for one to come, though not for ever.
+        lost = [end for end in ends if end.startswith("no_workers: ")]
         assert lost
         for end in lost:
-            assert "ffn_unavailable_s: layer" in end
+            assert "no_worker_grace_s: for" in end
+            assert "no ffn worker is there" in end
         wait_until(lambda: admin.cluster().num_requests == 0, "idle")
         wait_until(
             lambda: all(
@@ -155,7 +157,7 @@ def test_without_a_replica_survivors_take_over_what_fits(mixture: Known) -> None
         assert undisturbed(client) == expected
 
 
-def test_an_attention_node_that_dies_takes_its_own_requests_alone(mixture: Known) -> None:
+def test_requests_of_an_attention_node_that_dies_go_on_at_another(mixture: Known) -> None:
     with running(mixture, num_attn=2, num_ffn=1) as (cluster, client, admin):
         expected = undisturbed(client)
         ffn = psutil.Process(cluster.process("ffn-0").pid)
@@ -165,13 +167,8 @@ def test_an_attention_node_that_dies_takes_its_own_requests_alone(mixture: Known
 
         fds, maps = held()
         tokens, ends = strike(client, lambda: os.kill(cluster.process("attn-0").pid, signal.SIGKILL))
-        for found, wanted, end in zip(tokens, expected, ends, strict=True):
-            if end.startswith("worker_died: worker attn-0"):
-                assert found == wanted[: len(found)]
-            else:
-                assert end == "prefill-0+attn-1"
-                assert found == wanted
-        assert any(end.startswith("worker_died: ") for end in ends)
+        assert tokens == expected
+        assert set(ends) == {"prefill-0+attn-1"}
         assert undisturbed(client) == expected
         wait_until(lambda: held()[0] < fds and held()[1] < maps, "its link to be gone", describe=held)
         wait_until(lambda: admin.cluster().num_requests == 0, "idle")

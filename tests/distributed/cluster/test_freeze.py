@@ -19,7 +19,7 @@ import pytest
 
 from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.config.worker import WorkerConfig
-from anabranch_client import Admin, Client, Sampling, Tokens
+from anabranch_client import Admin, Client, Finished, Sampling, Tokens
 from launch import process_plan
 from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
@@ -124,6 +124,9 @@ class Answer:
             if isinstance(event, Tokens):
                 assert event.first_index == len(self.tokens)
                 self.tokens.extend(event.token_ids)
+            elif isinstance(event, Finished):
+                # A pause is no failure of anybody.
+                assert event.num_recoveries == 0
 
 
 def test_an_answer_goes_on(cluster: LocalCluster, good: dict[tuple[int, ...], tuple[int, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang under `anabranch up`: requests end by name, and the rest goes on."""
+"""Ranks that are killed or hang under `anabranch up`: their requests go on at other workers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
         wait_until(lambda: any(load.tokens), "tokens")
     rank = up.children()[f"{worker}.1"]
     os.kill(rank.pid, number)
-    wait_until(lambda: bool(load.failed()), "the worker's requests to end")
     wait_until(lambda: f"died: {worker} (pid" in up.said(), f"up to say that {worker} died", WAIT_S, up.said)
     wait_until(lambda: worker not in [member.name for member in admin.cluster().workers], "it to be gone")
     wait_until(lambda: not rank.is_running(), "the rank to be gone")
@@ -114,9 +113,8 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
     )
     assert re.search(rf"died: {worker} \(pid \d+\) exited with code 1 .*rank 1 of {worker} {how}", up.said()), up.said()
     results = load.results()
-    for result in results:
-        if ": " in result:
-            assert result.startswith("worker_died: ") and worker in result, result
+    assert not [result for result in results if ": " in result or worker in result.split("+")[1:]], results
+    assert max(load.recoveries) > 0
     assert [gone.name for gone in admin.cluster().departures].count(worker) == 1
     return results
 
@@ -151,8 +149,7 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
         for worker, number in (("decode-0", signal.SIGKILL), ("decode-1", signal.SIGSTOP)):
             results = strike(up, admin, Load(client, *LONG_ANSWER), worker, number)
             decoders.remove(worker)
-            # Those of the others were not disturbed.
-            assert {result.partition("+")[2] for result in results if ": " not in result} == decoders, results
+            assert {result.partition("+")[2] for result in results} == decoders, results
             check()
         results = strike(up, admin, Load(client, *LONG_PROMPT), "prefill-0", signal.SIGKILL)
         assert "prefill-1+decode-2" in results, results
@@ -162,7 +159,8 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
         wait_until(lambda: busy(admin, "prefill-1"), "requests at prefill-1")
         os.kill(up.children()["prefill-1.1"].pid, signal.SIGSTOP)
         results = load.results()
-        assert all(result.startswith("worker_died: ") and "prefill-1" in result for result in results), results
+        # They wait for another to come, which nobody starts.
+        assert all(result.startswith(("no_workers: ", "draining: ")) for result in results), results
         wait_until(lambda: up.process.poll() is not None, "up to end", READY_TIMEOUT_S, up.said)
         assert up.process.returncode == 1
         assert "died: prefill-1 (pid" in up.said()

@@ -23,7 +23,7 @@ def flying(worker) -> list[int]:
 
 
 def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, still_serves, good) -> None:
-    cluster, client = serve("prefill", "decode")
+    cluster, client = serve("prefill", "decode", orchestrator={"max_recoveries": 0})
     worker = cluster.worker("decode-1")
     runner = worker.ranks._local.engine.runner
     (_, (prompt, answer), *_) = good.items()
@@ -63,12 +63,18 @@ def test_requests_of_the_step_end_and_one_that_joined_behind_it_does_not(serve, 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
 def test_a_step_that_hangs_ends_its_worker_by_name(tmp_path, known, name) -> None:
-    """Nothing of it shows outside: the worker's event loop goes on, and so do its beats."""
-    reason = r"step_stall_s: the compute thread has been at one thing for \d+\.\d s, longer than 2 s; .*"
+    """Its event loop goes on, and so do its beats; their word of the step in hand is what the orchestrator goes by."""
+    reason = r"step_stall_s: .* has been at one thing for \d+\.\d s, longer than 2 s; .*"
 
     def serve() -> None:
         with (
-            InProcessCluster(tmp_path, known.folder, ("prefill", "decode"), step_stall_s=2.0) as cluster,
+            InProcessCluster(
+                tmp_path,
+                known.folder,
+                ("prefill", "decode"),
+                step_stall_s=2.0,
+                orchestrator={"worker_timeout_s": 1.0, "max_recoveries": 0},
+            ) as cluster,
             Client(cluster.endpoint, timeout_s=30.0) as client,
             cluster.throttled(name) as throttle,
         ):
@@ -80,5 +86,5 @@ def test_a_step_that_hangs_ends_its_worker_by_name(tmp_path, known, name) -> Non
             throttle.open()
             wait_until(lambda: cluster._error is not None, "the end of the worker")
 
-    with pytest.raises(errors.WorkerDied, match=f"^{reason}$"):
+    with pytest.raises(errors.WorkerDied, match=reason):
         serve()

@@ -166,12 +166,22 @@ class ScriptedWorker:
         return answer
 
     async def _beat(self) -> None:
-        stats = WorkerStats(
-            num_free_blocks=60, num_total_blocks=64, num_running=0, num_waiting=0, num_leases=0, queued_tokens=0
-        )
         while True:
-            await self.client.send(Beat(stats=stats))
+            await self.beat()
             await asyncio.sleep(0.05)
+
+    async def beat(self, work_age_s: float = 0.0) -> None:
+        """Send one beat."""
+        stats = WorkerStats(
+            num_free_blocks=60,
+            num_total_blocks=64,
+            num_running=0,
+            num_waiting=0,
+            num_leases=0,
+            queued_tokens=0,
+            work_age_s=work_age_s,
+        )
+        await self.client.send(Beat(stats=stats))
 
     def fall_silent(self) -> None:
         """Go on living without a sign of it, as a stopped process does."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from itertools import islice
 from pathlib import Path
 
 import grpc
 import pytest
 
 from anabranch.errors import ConfigError
+from anabranch.protocol.workers import Drain, Generate
 from anabranch.system.private_files import read_secret, write_secret
-from anabranch_client import AccessDenied, Admin, InvalidRequest
+from anabranch_client import AccessDenied, Admin, InvalidRequest, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
 from tests.support.waiting import WAIT_S
 
@@ -21,6 +23,9 @@ pytestmark = pytest.mark.distributed
 CALLS = {
     "GetCluster": (pb.GetClusterRequest(), pb.Cluster),
     "ReportExit": (pb.ReportExitRequest(worker="both-0", pid=11, how="gone"), pb.ReportExitResponse),
+    "Cordon": (pb.CordonRequest(worker="both-0"), pb.CordonResponse),
+    "Uncordon": (pb.UncordonRequest(worker="both-0"), pb.UncordonResponse),
+    "Events": (pb.EventsRequest(first=-1), pb.WorkerEvent),
     "Drain": (pb.DrainRequest(worker="both-0"), pb.DrainResponse),
     "ScaleFfn": (pb.ScaleFfnRequest(workers=1), pb.ScaleFfnResponse),
     "FollowFfnScale": (pb.FollowFfnScaleRequest(max_workers=0), pb.FfnScale),
@@ -39,7 +44,7 @@ async def status(endpoint: str, method: str, metadata: list[tuple[str, str]]) ->
         answer = call(request, metadata=metadata, timeout=WAIT_S)
         code = await answer.code()
         told = await answer.details()
-        assert code is grpc.StatusCode.OK or "token_file" in told or "workers: " in told
+        assert code is grpc.StatusCode.OK or "token_file" in told or "workers: " in told or "first: " in told
         return code
 
 
@@ -64,8 +69,9 @@ def test_no_call_is_answered_without_the_token(play, method):
         # Nothing was done.
         assert [member.state for member in world.orchestrator.membership.members] == ["ready"]
         assert worker.received == []
-        # Here are no ffn workers that could be scaled, nor may nobody be followed for.
-        good = grpc.StatusCode.INVALID_ARGUMENT if "Ffn" in method else grpc.StatusCode.OK
+        # Here are no ffn workers that could be scaled, nor may nobody be followed for, nor is there a number below 0.
+        wrong_here = "Ffn" in method or method == "Events"
+        good = grpc.StatusCode.INVALID_ARGUMENT if wrong_here else grpc.StatusCode.OK
         assert await status(endpoint, method, [("authorization", f"Bearer {token}")]) is good
 
     play(scenario)
@@ -132,3 +138,49 @@ def test_a_file_that_others_can_read_is_refused(play, tmp_path, key):
         play(scenario, **{key: str(given)})
     with pytest.raises(ConfigError, match=rf"{key}: .*absent.*cannot be read \(No such file or directory\)"):
         play(scenario, **{key: str(tmp_path / "absent")})
+
+
+def test_an_operator_cordons_a_worker_and_follows_what_happens(play):
+    async def scenario(world):
+        first, second = [await world.worker(f"both-{number}", "colocated") for number in range(2)]
+        with world.admin() as admin:
+            events = admin.events()
+
+            def read(number: int) -> list[tuple[str, str, str]]:
+                return [(event.worker, event.change, event.reason) for event in islice(events, number)]
+
+            assert await asyncio.to_thread(read, 2) == [("both-0", "came", ""), ("both-1", "came", "")]
+            await asyncio.to_thread(admin.cordon, "both-0")
+            assert [worker.state for worker in (await asyncio.to_thread(admin.cluster)).workers] == [
+                "cordoned",
+                "ready",
+            ]
+            for _ in range(2):
+                answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=1)))
+                request = (await second.expect(Generate)).request
+                await second.tokens(request, "a", 0)
+                await second.ended(request, "length")
+                assert (await answer).route == ("both-1",)
+            await asyncio.to_thread(admin.uncordon, "both-0")
+            await asyncio.to_thread(admin.drain, "both-1")
+            assert (await second.expect(Drain)) == Drain()
+            with pytest.raises(InvalidRequest, match="worker: both-1 drains and will end"):
+                await asyncio.to_thread(admin.uncordon, "both-1")
+            for call in (admin.cordon, admin.uncordon):
+                with pytest.raises(InvalidRequest, match=r"worker: 'nobody' is no living worker \(both-0, both-1\)"):
+                    await asyncio.to_thread(call, "nobody")
+            await first.close()
+            said = "an operator said so"
+            assert await asyncio.to_thread(read, 4) == [
+                ("both-0", "cordoned", said),
+                ("both-0", "ready", said),
+                ("both-1", "draining", ""),
+                ("both-0", "gone", "its control connection is gone"),
+            ]
+            # From a number on, and not from one that has not been.
+            again = await asyncio.to_thread(next, admin.events(5))
+            assert (again.sequence, again.change, again.num_missed, again.pid) == (5, "draining", 0, second.info.pid)
+            with pytest.raises(InvalidRequest, match="first: 99: give 0 to 7; an orchestrator that started again"):
+                await asyncio.to_thread(next, admin.events(99))
+
+    play(scenario)

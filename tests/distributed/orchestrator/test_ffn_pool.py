@@ -13,6 +13,7 @@ from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, ExpertRows, FfnNodes, Leaving, Place, Placed, Registered, Reserve
 from anabranch_client import FfnUnavailable, NoWorkers, Sampling, Unavailable
 from tests.distributed.orchestrator.conftest import ALL_EXPERTS, EXPERTS, ScriptedWorker, World
+from tests.support.waiting import eventually_async
 
 pytestmark = pytest.mark.distributed
 
@@ -190,10 +191,20 @@ def test_without_any_node_requests_that_wait_are_told_why(play):
             await world.client.complete("abc")
         error = WireError(code="ffn_unavailable", message="ffn_unavailable_s: nobody holds layer 0: 1")
         await attn.ended(request, "failed", error)
-        with pytest.raises(FfnUnavailable, match="nobody holds layer 0") as caught:
-            await running
-        assert isinstance(caught.value, Unavailable)
-        assert caught.value.code == "ffn_unavailable"
+        # It waits for one to come, and then goes on.
+        await holds(await world.worker("ffn-1", "ffn"))
+        await eventually_async(lambda: any(isinstance(message, Reserve) for message in attn.received))
+        again = next(message for message in attn.received if isinstance(message, Reserve)).request
+        assert again.epoch == 1
+        await attn.tokens(again, "ab", 0)
+        await attn.ended(again, "length")
+        done = await running
+        assert [(route.workers[1], route.left) for route in done.routes] == [
+            ("attn-0", "ffn_unavailable"),
+            ("attn-0", ""),
+        ]
+        # That is no fault of the attention worker.
+        assert world.orchestrator.membership.by_name("attn-0").num_failed == 0
 
     play(scenario, **FOREVER)
 

@@ -118,7 +118,9 @@ def test_each_request_ends_once_and_nothing_is_left(play, wait, seed):
         # Whatever a living worker was given has ended there, by itself or by a Cancel.
         await wait(lambda: all(not worker.open for worker in workers))
         counts = {fate: fates.count(fate) for fate in set(fates)}
-        assert set(counts) <= {"finished", "left", "internal", "checksum_mismatch", "worker_died", "peer_lost"}
+        # Four failures in a row are rare, and nothing else ends a request that its client waits for.
+        assert set(counts) <= {"finished", "left", "recoveries_exhausted"}
+        assert counts.get("recoveries_exhausted", 0) <= 2
         assert counts["finished"] > NUM_REQUESTS / 3
         assert world.orchestrator.num_requests == 0
         for worker in workers:

@@ -9,8 +9,9 @@ import pytest
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Generate, Preempted, Prefill, Reserve, Tokens
 from anabranch.request.token import Token, TokenLogprob
-from anabranch_client import ChatMessage, DeadlineExceeded, Finished, Overloaded, Sampling, ServerFailed
+from anabranch_client import ChatMessage, DeadlineExceeded, Finished, Overloaded, Sampling, Unavailable
 from anabranch_client import Tokens as ClientTokens
+from tests.support.waiting import eventually_async
 
 pytestmark = pytest.mark.distributed
 
@@ -194,12 +195,12 @@ def test_a_gap_in_the_tokens_ends_the_request(play, to_prefilling):
         request = await to_prefilling(world, prefill, decode)
         await decode.tokens(request, "a", 0)
         await decode.tokens(request, "c", 2)
-        with pytest.raises(ServerFailed, match="decode-0 sent token 2 where 1 of at most 9 was due"):
+        with pytest.raises(Unavailable, match="decode-0 sent token 2 where 1 of at most 9 was due"):
             await answer
         assert (await decode.expect(Cancel)).request_id == request.request_id
         await prefill.expect(Cancel)
 
-    play(scenario)
+    play(scenario, max_recoveries=0)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,57 @@ def test_every_wait_has_a_named_deadline(play, to_prefilling, setting, stage):
         if stage == "prefilling":
             await prefill.expect(Cancel)
 
-    play(scenario, prefill_ahead_tokens=1, **{setting: 0.3})
+    play(scenario, prefill_ahead_tokens=1, max_recoveries=0, **{setting: 0.3})
+
+
+@pytest.mark.parametrize(
+    ("setting", "blamed"),
+    [
+        ("reserve_timeout_s", ("decode",)),
+        ("prefill_timeout_s", ("prefill", "decode")),
+        ("token_timeout_s", ("decode",)),
+        ("preempted_timeout_s", ("decode",)),
+    ],
+)
+def test_a_stage_that_takes_too_long_is_its_workers_failure(play, to_prefilling, setting, blamed):
+    async def scenario(world):
+        prefill, decode = await world.pair()
+        answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
+        if setting == "reserve_timeout_s":
+            await decode.expect(Reserve)
+        else:
+            request = await to_prefilling(world, prefill, decode)
+        tokens = b""
+        if setting in ("token_timeout_s", "preempted_timeout_s"):
+            await decode.tokens(request, "a", 0)
+            await prefill.prefill_ended(request)
+            tokens = b"a"
+        if setting == "preempted_timeout_s":
+            await decode.send(Preempted(request_id=request.request_id, epoch=request.epoch))
+        others = {role: await world.worker(f"{role}-1", role) for role in ("prefill", "decode")}
+        await decode.expect(Cancel)
+        decode = others["decode"]
+        if "prefill" in blamed:
+            await prefill.expect(Cancel)
+            prefill = others["prefill"]
+        again = (await decode.expect(Reserve)).request
+        assert (again.epoch, bytes(again.output_ids)) == (1, tokens)
+        await decode.reserved(again)
+        # One that is not to blame is as good as another.
+        await wait_for_one_of(prefill, others["prefill"])
+        prefill = prefill if prefill.received else others["prefill"]
+        await prefill.expect(Prefill)
+        await prefill.prefill_ended(again)
+        await decode.tokens(again, b"ab"[len(tokens) :], len(tokens))
+        await decode.ended(again, "length")
+        done = await answer
+        assert (done.text, [route.left for route in done.routes]) == ("ab", ["deadline_exceeded", ""])
+
+    play(scenario, **{setting: 0.3})
+
+
+async def wait_for_one_of(*workers):
+    await eventually_async(lambda: any(worker.received for worker in workers))
 
 
 def test_too_many_waiting_requests_are_refused_at_once(play, wait):

@@ -148,6 +148,9 @@ def test_hundreds_that_stall_leave_a_few_lines_and_nothing_else(play, caplog):
         await asyncio.to_thread(stall)
         await world.quiet()
         assert call_states() <= before + 3
+        # It is the clients' fault, and no worker's.
+        (member,) = world.orchestrator.membership.members
+        assert member.num_failed == 0
 
     with caplog.at_level(logging.WARNING):
         play(scenario, client_stall_s=0.5)

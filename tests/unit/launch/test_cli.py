@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from anabranch_client import Completion, FfnTimes, KvTransfer, Timings, Usage
+from anabranch_client import Completion, FfnTimes, KvTransfer, Route, Timings, Usage
 from launch.cli import app
 from launch.generate import completion_json
 from launch.show import breakdown_table
@@ -152,8 +152,18 @@ def test_the_json_of_an_answer() -> None:
         "token_ids": [1, 2],
         "finish_reason": "length",
         "usage": {"num_prompt_tokens": 3, "num_output_tokens": 2, "num_cached_tokens": 0},
-        "timings": {"queue_s": 0.1, "prefill_s": 0.2, "kv_stream_s": 0.3, "ttft_s": 0.4, "tpot_s": 0.5, "e2e_s": 0.6},
+        "timings": {
+            "queue_s": 0.1,
+            "prefill_s": 0.2,
+            "kv_stream_s": 0.3,
+            "ttft_s": 0.4,
+            "tpot_s": 0.5,
+            "e2e_s": 0.6,
+            "recovery_s": 0.0,
+        },
         "route": ["prefill-0", "decode-0"],
+        "num_recoveries": 0,
+        "routes": [],
         "kv": {"bytes": 7, "transport": "tcp", "overlap": 0.9},
         "ffn": {"queue_s": 0.7, "compute_s": 0.8, "way_s": 0.9, "num_answers": 4, "num_merged_rows": 10},
     }
@@ -179,3 +189,34 @@ def test_a_client_only_install_says_what_to_install() -> None:
     ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 1
     assert ran.stderr == "error: typer is not installed; pip install 'anabranch[server]'\n"
+
+
+def test_the_breakdown_tells_of_recoveries() -> None:
+    timings = Timings(queue_s=0.1, prefill_s=0.2, kv_stream_s=0.1, ttft_s=0.3, tpot_s=0.01, e2e_s=2.0, recovery_s=0.25)
+    completion = Completion(
+        request_id="r",
+        text="",
+        token_ids=(1, 2, 3),
+        logprobs=(),
+        finish_reason="length",
+        usage=Usage(num_prompt_tokens=3, num_output_tokens=3, num_cached_tokens=0),
+        route=("p-1", "d-1"),
+        timings=timings,
+        kv=None,
+        num_recoveries=1,
+        routes=(
+            Route(workers=("p-0", "d-0"), num_tokens=1, left="worker_died"),
+            Route(workers=("p-0", "d-1"), num_tokens=0, left="preempted"),
+            Route(workers=("p-1", "d-1"), num_tokens=2, left=""),
+        ),
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(breakdown_table(completion))
+    shown = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert shown[:3] == [
+        "route p-1 -> d-1",
+        "before p-0 -> d-0: 1 token, then worker_died",
+        "p-0 -> d-1: 0 tokens, then preempted",
+    ]
+    assert "recoveries 1, 250.0 ms until tokens came again" in shown
+    assert [route["left"] for route in completion_json(completion)["routes"]] == ["worker_died", "preempted", ""]

@@ -18,7 +18,6 @@ import pytest
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
 from anabranch.errors import WorkerDied
 from anabranch_client import Admin, Client, Sampling, Tokens
-from anabranch_client import WorkerDied as RequestLost
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.process import ProcessExit
@@ -82,21 +81,25 @@ def test_prefill_and_decode_share_a_process_in_process() -> None:
         assert answer.kv.transport == "inproc"
 
 
-def test_a_killed_worker_is_named_and_its_requests_end() -> None:
+def test_a_killed_worker_is_named_and_its_requests_go_on() -> None:
     deaths: list[ProcessExit] = []
     pools = Pools(colocated=PoolConfig(workers=2, kv_cache_bytes=64 << 20, threads=1))
     with LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster:
         with Client(cluster.endpoint) as client, Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin:
-            stream = client.generate("Once upon a time", Sampling(max_tokens=1000, ignore_eos=True))
-            assert any(isinstance(event, Tokens) for event in stream)
+            sampling = Sampling(max_tokens=200, ignore_eos=True)
+            stream = client.generate("Once upon a time", sampling)
+            begun = next(event for event in stream if isinstance(event, Tokens))
             holder = next(worker for worker in admin.cluster().workers if worker.num_requests)
             os.kill(holder.pid, signal.SIGKILL)
             death = cluster.wait_for_death(WAIT_S)
             assert death is not None
             assert death.name == holder.name
             assert death.reason == "was killed by SIGKILL"
-            with pytest.raises(RequestLost, match=holder.name):
-                list(stream)
+            *rest, finished = stream
+            assert (finished.num_recoveries, finished.routes[0].workers) == (1, (holder.name,))
+            assert finished.route != (holder.name,)
+            found = [token for event in (begun, *rest) for token in event.token_ids]
+            assert tuple(found) == client.complete("Once upon a time", sampling).token_ids
             eventually(lambda: deaths == [death])
             departures = admin.cluster().departures
             assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]

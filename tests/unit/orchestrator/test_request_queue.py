@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 
@@ -12,8 +12,9 @@ from anabranch.config.orchestrator import OrchestratorConfig
 from anabranch.errors import NoWorkers
 from anabranch.request.request import Request
 from anabranch.system.clock import MAX_GAP_S
+from orchestrator.history import History
 from orchestrator.inbox import Inbox
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import Route
 from tests.unit.orchestrator.test_router import member, request
@@ -41,13 +42,19 @@ class Workers:
 class OneAtATime:
     """A router that gives a worker one request."""
 
-    def choose(self, request: Request, members: Sequence[Member]) -> Route | None:
+    def choose(
+        self, request: Request, members: Sequence[Member], avoid: Collection[Member] = frozenset()
+    ) -> Route | None:
         wide = (m for m in members if m.num_requests == 0 and m.info.max_context >= len(request.prompt_ids) + 10)
         return next(map(Route, wide), None)
 
 
 def queue_for(workers: Workers, **changes: object) -> RequestQueue:
     return RequestQueue(OrchestratorConfig(model="m", **changes), OneAtATime(), workers)
+
+
+def fresh() -> History:
+    return History(max_recoveries=3, max_given_back=8)
 
 
 def again(request_id: str) -> Request:
@@ -68,7 +75,7 @@ def test_first_come_first_served_behind_those_that_were_given_back():
         ]
         inboxes = {given.request_id: Inbox() for given in asked}
         for given in asked:
-            queue.put(given, inboxes[given.request_id])
+            queue.put(given, inboxes[given.request_id], fresh())
         queue.withdraw(inboxes["b"])
         queue.withdraw(inboxes["running"])
         assert len(queue) == 3
@@ -91,8 +98,8 @@ def test_one_that_nobody_is_wide_enough_for_holds_up_nobody():
         workers = Workers(member("small", "colocated", max_context=100))
         queue = queue_for(workers)
         wide, narrow = Inbox(), Inbox()
-        queue.put(request(num_prompt=500), wide)
-        queue.put(request(), narrow)
+        queue.put(request(num_prompt=500), wide, fresh())
+        queue.put(request(), narrow, fresh())
         assert narrow.attempt is not None
         assert wide.attempt is None
         workers.members.append(member("large", "colocated"))
@@ -107,7 +114,7 @@ def test_without_workers_all_are_told_after_a_while():
         queue = queue_for(Workers(), no_worker_grace_s=0.01)
         inboxes = [Inbox(), Inbox()]
         for inbox in inboxes:
-            queue.put(request(), inbox)
+            queue.put(request(), inbox, fresh())
             inbox.allow("queue_timeout_s", 60.0, "queued")
         for inbox in inboxes:
             with pytest.raises(NoWorkers, match=r"no_worker_grace_s: for 0.01 s nobody is there"):
@@ -115,7 +122,7 @@ def test_without_workers_all_are_told_after_a_while():
         # One that comes later has no grace of its own left.
         late = Inbox()
         late.allow("queue_timeout_s", 60.0, "queued")
-        queue.put(request(), late)
+        queue.put(request(), late, fresh())
         with pytest.raises(NoWorkers):
             await late.next()
         queue.close()
@@ -128,7 +135,7 @@ def test_what_this_process_was_held_up_for_is_no_absence():
         workers = Workers()
         queue = queue_for(workers, no_worker_grace_s=2 * MAX_GAP_S)
         inbox = Inbox()
-        queue.put(request(), inbox)
+        queue.put(request(), inbox, fresh())
         inbox.allow("queue_timeout_s", 60.0, "queued")
         time.sleep(4 * MAX_GAP_S)  # noqa: ASYNC251  # the subject
         for _ in range(10):

@@ -7,7 +7,11 @@ import pytest
 from anabranch.protocol.kv import KvStreamStats
 from anabranch.protocol.workers import Ended, PrefillEnded
 from anabranch.request.ffn_times import FfnTimes
+from orchestrator.attempt import Attempt
+from orchestrator.history import History
 from orchestrator.request_timings import RequestTimings
+from orchestrator.router import Route
+from tests.unit.orchestrator.test_router import member, request
 
 pytestmark = pytest.mark.unit
 
@@ -24,7 +28,9 @@ def report(**more: object) -> PrefillEnded:
 
 
 def finish(timings: RequestTimings, num_output_tokens: int, now: float):
-    return timings.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, route=("p", "d"), now=now)
+    history = History(max_recoveries=3, max_given_back=8)
+    history.ended(Attempt(request(), Route(member("d", "decode"), member("p", "prefill"))))
+    return timings.finished("stop", num_prompt_tokens=3, num_output_tokens=num_output_tokens, history=history, now=now)
 
 
 def test_one_attempt():
@@ -79,3 +85,13 @@ def test_what_ffns_cost_adds_up_over_attempts():
     assert finish(timings, 2, 3.0).ffn == FfnTimes(
         queue_s=1.0, compute_s=2.0, way_s=0.5, num_answers=20, merged_rows=70
     )
+
+
+def test_what_recoveries_take_lasts_until_the_next_token() -> None:
+    timings = RequestTimings(0.0)
+    timings.failed(1.0)
+    timings.failed(2.0)
+    timings.tokens_came(4.0)
+    timings.tokens_came(5.0)
+    timings.failed(6.0)
+    assert finish(timings, 2, 6.5).timings.recovery_s == 3.5

@@ -9,7 +9,7 @@ from anabranch.protocol.workers import WorkerInfo, WorkerStats
 from anabranch.request.request import Request
 from anabranch.request.sampling_params import SamplingParams
 from orchestrator.attempt import Attempt
-from orchestrator.membership import Member
+from orchestrator.member import Member
 from orchestrator.router import LeastWork, Route
 
 pytestmark = pytest.mark.unit
@@ -134,3 +134,58 @@ def test_a_colocated_worker_takes_over_when_the_pair_has_more_to_do():
     assert names(router.choose(request(), members)) == ("p", "d")
     Attempt(request(), Route(pair[1], pair[0]))
     assert names(router.choose(request(), members)) == ("c",)
+
+
+def test_those_that_failed_a_request_are_taken_only_where_there_are_no_others():
+    prefills = [member(f"p{n}", "prefill") for n in range(2)]
+    decodes = [member(f"d{n}", "decode") for n in range(2)]
+    members = prefills + decodes
+    router = LeastWork(100)
+    assert names(router.choose(request(), members, {decodes[0]})) == ("p0", "d1")
+    assert names(router.choose(request(), members, {prefills[0], decodes[0]})) == ("p1", "d1")
+    # Others that are busy are waited for; those that are no path are not.
+    Attempt(request(90), Route(decodes[1], prefills[1]))
+    assert router.choose(request(20), members, {prefills[0]}) is None
+    assert names(router.choose(request(), members, set(prefills))) == ("p0", "d0")
+    assert names(router.choose(request(), [*prefills, decodes[0]], {prefills[0], decodes[0]})) == ("p1", "d0")
+    assert names(router.choose(request(), members, set(members))) == ("p0", "d0")
+
+
+def test_a_colocated_worker_and_a_pair_are_others_of_each_other():
+    pair = [member("p", "prefill"), member("d", "decode")]
+    both = member("c", "colocated")
+    router = LeastWork(100)
+    assert names(router.choose(request(), [*pair, both], {pair[1]})) == ("c",)
+    assert names(router.choose(request(), [*pair, both], {both})) == ("p", "d")
+    small = member("c", "colocated", max_context=5)
+    assert names(router.choose(request(), [*pair, small], {pair[1]})) == ("p", "d")
+
+
+def test_one_that_came_again_is_another_one():
+    old, new = member("c", "colocated"), member("c", "colocated")
+    other = member("e", "colocated")
+    Attempt(request(), Route(other))
+    assert names(LeastWork(100).choose(request(), [new, other], {old})) == ("c",)
+
+
+def test_a_suspect_worker_gets_one_request_at_a_time_and_one_held_alone_gets_none():
+    worker, prefill = member("d", "decode"), member("p", "prefill")
+    members = [prefill, worker]
+    router = LeastWork(100)
+    worker.num_failed = 3
+    running = Attempt(request(), router.choose(request(), members))
+    running.prompt_computed()
+    assert router.choose(request(), members) is None
+    running.close()
+    assert names(router.choose(request(), members)) == ("p", "d")
+    worker.num_failed = 0
+    lonely = Attempt(request(), router.choose(request(), members), alone=True)
+    lonely.prompt_computed()
+    assert router.choose(request(), members) is None
+    assert not lonely.brought(15)
+    assert router.choose(request(), members) is None
+    assert lonely.brought(1)
+    assert not lonely.brought(1)
+    assert names(router.choose(request(), members)) == ("p", "d")
+    lonely.close()
+    assert [(m.num_requests, m.num_unproven, m.held_alone, m.prefill_tokens) for m in members] == [(0, 0, 0, 0)] * 2
