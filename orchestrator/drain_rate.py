@@ -55,7 +55,7 @@ class DrainRate:
         self._buckets.append((start_s, num_tokens))
 
     def tokens_per_s(self, now_s: float) -> float | None:
-        """The rate over the latest window with a queue; None while too little was seen, or it was long ago."""
+        """The rate over the latest window with a queue; None while nothing was given, or it was long ago."""
         if self._since is None and now_s - self._last_busy_at > STALE_S:
             return None
         busy_s = self._busy_at(now_s)
@@ -63,7 +63,8 @@ class DrainRate:
         while self._buckets and self._buckets[0][0] < self._from_s:
             self._buckets.popleft()
         span_s = busy_s - self._from_s
-        return sum(tokens for _, tokens in self._buckets) / span_s if span_s >= MIN_BUSY_S else None
+        num_tokens = sum(tokens for _, tokens in self._buckets)
+        return num_tokens / span_s if num_tokens and span_s >= MIN_BUSY_S else None
 
     def _busy_at(self, now_s: float) -> float:
         return self._busy_s + (0.0 if self._since is None else max(0.0, now_s - self._since))

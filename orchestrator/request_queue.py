@@ -36,12 +36,10 @@ class RequestQueue:
         tenants: are charged the prompts that workers are given.
     """
 
-    def __init__(
-        self, config: OrchestratorConfig, router: Router, membership: Membership, tenants: Tenants | None = None
-    ) -> None:
+    def __init__(self, config: OrchestratorConfig, router: Router, membership: Membership, tenants: Tenants) -> None:
         self._router = router
         self._membership = membership
-        self._tenants = tenants or Tenants({})
+        self._tenants = tenants
         self._order: FairOrder[_Item] = FairOrder(self._tenants, config.priority_step_s)
         self._waiting: dict[Inbox, Waiting[_Item]] = {}
         # Those that no living path is wide enough for, in the order in which they were to go, and how wide it was.
@@ -127,12 +125,12 @@ class RequestQueue:
         """About how long a request that comes now will wait; None where nothing was measured."""
         ahead = self._order.tokens_ahead(self._tenants.find(tenant), priority)
         rate = self._rate.tokens_per_s(time.monotonic())
-        return ahead / rate if rate else None
+        return None if rate is None else ahead / rate
 
     def retry_after_s(self, num_tokens: float) -> float:
         """When to try again: once workers will have been given so many prompt tokens."""
         rate = self._rate.tokens_per_s(time.monotonic())
-        return DEFAULT_RETRY_S if rate is None else self.bounded_retry_s(num_tokens / rate if rate else MAX_RETRY_S)
+        return DEFAULT_RETRY_S if rate is None else self.bounded_retry_s(num_tokens / rate)
 
     @staticmethod
     def bounded_retry_s(wait_s: float) -> float:

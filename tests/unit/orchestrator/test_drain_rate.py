@@ -45,7 +45,7 @@ def test_the_window_moves_on() -> None:
     drained(rate, 30.0, 30.0 + 2 * WINDOW_S, 2000)
     assert rate.tokens_per_s(30.0 + 2 * WINDOW_S) == pytest.approx(2000, rel=0.05)
     # Workers that take nothing any more.
-    assert rate.tokens_per_s(30.0 + 4 * WINDOW_S) == 0.0
+    assert rate.tokens_per_s(30.0 + 4 * WINDOW_S) is None
 
 
 def test_what_was_long_ago_is_forgotten() -> None:

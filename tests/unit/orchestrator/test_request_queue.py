@@ -18,7 +18,7 @@ from orchestrator.membership import Member
 from orchestrator.request_queue import DEFAULT_RETRY_S, MAX_RETRY_S, MIN_RETRY_S, RequestQueue
 from orchestrator.router import Route
 from orchestrator.standing import Standing
-from orchestrator.tenants import Account
+from orchestrator.tenants import Account, Tenants
 from tests.unit.orchestrator.test_router import member, request
 
 pytestmark = pytest.mark.unit
@@ -50,7 +50,7 @@ class OneAtATime:
 
 
 def queue_for(workers: Workers, **changes: object) -> RequestQueue:
-    return RequestQueue(OrchestratorConfig(model="m", **changes), OneAtATime(), workers)
+    return RequestQueue(OrchestratorConfig(model="m", **changes), OneAtATime(), workers, Tenants({}))
 
 
 def standing(tenant: Account | None = None, priority: int = 0) -> Standing:
