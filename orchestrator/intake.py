@@ -115,7 +115,7 @@ class Intake:
         prompt, prompt_ids = submission.prompt, submission.prompt_ids
         if prompt is not None:
             check_prompt(prompt, self._model, self._config.max_prompt_chars)
-        place = self._dispatcher.room.enter(submission.num_bytes, submission.tenant or "")
+        place = self._dispatcher.room.enter(submission.num_bytes, submission.tenant or "", submission.priority)
         try:
             self._check_wait(submission)
             if prompt is None:

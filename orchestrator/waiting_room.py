@@ -6,14 +6,20 @@ import time
 from collections.abc import Callable
 
 from anabranch.errors import Overloaded
+from orchestrator.fair_order import MAX_PRIORITY
 from orchestrator.shares import SharedBound, Wanting
 
 # Of a prompt's id: its int object and its entry of the request's tuple, and up to 16 bytes in the parsed message.
 TOKEN_BYTES = 56
 
 
+def weight_of_priority(priority: int) -> int:
+    """A step of priority is worth twice the share of the room; an integer, so that sums of them are exact."""
+    return 1 << (MAX_PRIORITY - priority)
+
+
 class WaitingRoom:
-    """Counts those that wait; full, it refuses, and a tenant that has its share already before the others.
+    """Counts those that wait; full, it refuses, and a tenant or priority that has its share before the others.
 
     Args:
         max_places: most that wait.
@@ -31,10 +37,12 @@ class WaitingRoom:
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._places = SharedBound(max_places)
-        self._bytes = SharedBound(max_bytes)
-        self._tokens = SharedBound(max_tokens)
+        self._places: SharedBound[str] = SharedBound(max_places)
+        self._bytes: SharedBound[str] = SharedBound(max_bytes)
+        self._tokens: SharedBound[str] = SharedBound(max_tokens)
         self._wanting = Wanting(weight_of)
+        self._places_by_priority: SharedBound[int] = SharedBound(max_places)
+        self._wanting_by_priority = Wanting(weight_of_priority)
         self._clock = clock
 
     @property
@@ -49,16 +57,32 @@ class WaitingRoom:
     def num_tokens(self) -> int:
         return self._tokens.num
 
-    def enter(self, num_bytes: int, tenant: str = "") -> Place:
+    def enter(self, num_bytes: int, tenant: str = "", priority: int = 0) -> Place:
         """Take a place, with so many bytes to begin with. Raises Overloaded."""
+        try:
+            self._check_places(tenant, priority)
+        except Overloaded:
+            self._wanting_by_priority.refused(priority, self._clock())
+            raise
+        self.check_bytes(tenant, num_bytes, alone=self.num_places == 0)
+        self._places.add(tenant, 1)
+        self._places_by_priority.add(priority, 1)
+        self._bytes.add(tenant, num_bytes)
+        self._wanting.came(tenant)
+        self._wanting_by_priority.came(priority)
+        return Place(self, tenant, priority, num_bytes)
+
+    def _check_places(self, tenant: str, priority: int) -> None:
         if self._places.is_full(1):
             self._refuse(tenant, f"{self.num_places} requests wait for their first token, as many as max_queued allows")
         self._check_share(self._places, tenant, 1, "requests", "max_queued")
-        self.check_bytes(tenant, num_bytes, alone=self.num_places == 0)
-        self._places.add(tenant, 1)
-        self._bytes.add(tenant, num_bytes)
-        self._wanting.came(tenant)
-        return Place(self, tenant, num_bytes)
+        bound = self._places_by_priority
+        if bound.is_beyond_share(priority, 1, lambda: self._wanting_by_priority.share_of(priority, self._clock())):
+            self._refuse(
+                tenant,
+                f"{bound.of(priority)} requests of priority {priority} wait for their first token; 1 more is beyond "
+                f"their share of the {bound.most} that max_queued allows, while others want room",
+            )
 
     def hold(self, tenant: str, num_bytes: int, num_tokens: int) -> None:
         """Take room for the ids of a prompt that has a place. Raises Overloaded."""
@@ -75,12 +99,14 @@ class WaitingRoom:
         self._bytes.add(tenant, num_bytes)
         self._tokens.add(tenant, num_tokens)
 
-    def leave(self, tenant: str, num_bytes: int, num_tokens: int) -> None:
+    def leave(self, tenant: str, priority: int, num_bytes: int, num_tokens: int) -> None:
         """Give a place up, with all that was taken for it."""
         self._places.add(tenant, -1)
+        self._places_by_priority.add(priority, -1)
         self._bytes.add(tenant, -num_bytes)
         self._tokens.add(tenant, -num_tokens)
         self._wanting.left(tenant)
+        self._wanting_by_priority.left(priority)
 
     def check_bytes(self, tenant: str, num_bytes: int, *, alone: bool) -> None:
         """Raise Overloaded where so many more bytes are too many."""
@@ -94,7 +120,7 @@ class WaitingRoom:
             )
         self._check_share(self._bytes, tenant, num_bytes, "bytes", "max_queued_bytes")
 
-    def _check_share(self, bound: SharedBound, tenant: str, num: int, what: str, key: str) -> None:
+    def _check_share(self, bound: SharedBound[str], tenant: str, num: int, what: str, key: str) -> None:
         if bound.is_beyond_share(tenant, num, lambda: self._wanting.share_of(tenant, self._clock())):
             self._refuse(
                 tenant,
@@ -110,9 +136,10 @@ class WaitingRoom:
 class Place:
     """One that waits, until `leave`."""
 
-    def __init__(self, room: WaitingRoom, tenant: str, num_bytes: int) -> None:
+    def __init__(self, room: WaitingRoom, tenant: str, priority: int, num_bytes: int) -> None:
         self._room = room
         self._tenant = tenant
+        self._priority = priority
         self._num_bytes = num_bytes
         self._num_tokens = 0
         self._left = False
@@ -129,4 +156,4 @@ class Place:
         """Give the place up; a second call does nothing."""
         if not self._left:
             self._left = True
-            self._room.leave(self._tenant, self._num_bytes, self._num_tokens)
+            self._room.leave(self._tenant, self._priority, self._num_bytes, self._num_tokens)

@@ -81,12 +81,12 @@ class Room:
         self.now_s = 0.0
         self.room = WaitingRoom(100, 1 << 30, 1 << 30, lambda name: weights.get(name, 1.0), lambda: self.now_s)
 
-    def enter(self, tenant: str, times: int) -> list[Place]:
+    def enter(self, tenant: str, times: int, priority: int = 0) -> list[Place]:
         """The places of those that were let in."""
         found = []
         for _ in range(times):
             try:
-                found.append(self.room.enter(0, tenant))
+                found.append(self.room.enter(0, tenant, priority))
             except Overloaded:
                 continue
         return found
@@ -144,4 +144,35 @@ def test_names_of_refused_tenants_are_bounded_and_weigh_nothing_once_gone() -> N
         place.leave()
     room.now_s += WANTS_S + 1
     assert room.room._wanting.share_of("new", room.now_s) == pytest.approx(1.0)
-    assert (room.room.num_places, room.room._places._by_tenant) == (0, {})
+    assert (room.room.num_places, room.room._places._by_party) == (0, {})
+
+
+def test_the_urgent_get_most_of_a_full_room_and_the_lowest_keep_a_place() -> None:
+    room = Room()
+    low = room.enter("a", 100, 5)
+    urgent: list[Place] = []
+    while low and len(urgent) < 99:
+        low.pop().leave()
+        low += room.enter("a", 1, 5)
+        urgent += room.enter("a", 1, -5)
+    assert (len(low), len(urgent)) == (1, 99)
+    # Under a flood of urgent ones the lowest get their place again when it is free.
+    low.pop().leave()
+    assert not room.enter("a", 1, -5)
+    with pytest.raises(Overloaded, match="99 requests of priority -5 wait for their first token; 1 more is beyond the"):
+        room.room.enter(0, "a", -5)
+    assert room.enter("a", 1, 5)
+    # One step is worth twice the share.
+    room = Room()
+    room.enter("a", 100, 1)
+    assert room.room._wanting_by_priority.share_of(0, 0.0) == pytest.approx(2 / 3)
+
+
+def test_priorities_of_any_distance_weigh_nothing_once_gone() -> None:
+    room = Room()
+    places = [place for priority in (-100, 100, 0) for place in room.enter("a", 1, priority)]
+    for place in places[::2]:
+        place.leave()
+    assert room.room._wanting_by_priority.share_of(100, 0.0) == 1.0
+    places[1].leave()
+    assert room.room._places_by_priority._by_party == {}
