@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from types import TracebackType
 
+import msgspec
 import uvloop
 
 from anabranch.config.orchestrator import OrchestratorConfig
@@ -77,8 +78,8 @@ async def _serve(settings: dict[str, object]) -> None:
     options, workers, numbers = settings["options"], settings["workers"], settings["rates"]
     assert isinstance(options, dict) and isinstance(workers, int) and isinstance(numbers, list)
     rates = Rates(step_s=numbers[0], prefill_tokens_per_s=numbers[1], max_running=numbers[2])
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    orchestrator = Orchestrator(OrchestratorConfig(model="simulated", **options), SimModel(), SimEncoder())
+    config = msgspec.convert({"model": "simulated", **options}, OrchestratorConfig)
+    orchestrator = Orchestrator(config, SimModel(), SimEncoder())
     await orchestrator.start()
     endpoint = orchestrator.control_endpoint
     tasks = [

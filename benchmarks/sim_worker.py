@@ -124,7 +124,14 @@ class SimWorker:
             role="colocated",
             pid=os.getpid(),
             host="simulated",
-            **{**_fields(IDENTITY), "model_fingerprint": "simulated"},
+            model=IDENTITY.model,
+            model_fingerprint="simulated",
+            vocab_size=IDENTITY.vocab_size,
+            hidden_size=IDENTITY.hidden_size,
+            num_layers=IDENTITY.num_layers,
+            num_heads=IDENTITY.num_heads,
+            num_kv_heads=IDENTITY.num_kv_heads,
+            head_dim=IDENTITY.head_dim,
             kv_dtype="float32",
             max_context=CONTEXT,
             num_blocks=NUM_BLOCKS,
@@ -231,7 +238,3 @@ class SimWorker:
             prefill_s=item.prefill_s,
         )
         await self._client.send(ended)
-
-
-def _fields(identity: ModelIdentity) -> dict[str, str | int]:
-    return {name: getattr(identity, name) for name in identity.__struct_fields__}

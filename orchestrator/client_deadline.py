@@ -30,7 +30,7 @@ class ClientDeadline:
     def check(self) -> None:
         """Raise DeadlineExceeded once it is over."""
         if self.remaining_s <= 0.0:
-            raise self._error()
+            raise self.error()
 
     def extend(self, other: ClientDeadline) -> None:
         """Somebody else waits for the same answer, and maybe longer."""
@@ -51,7 +51,8 @@ class ClientDeadline:
         if self.remaining_s > 0.0:
             self.watch(on_over)
         else:
-            on_over(self._error())
+            on_over(self.error())
 
-    def _error(self) -> DeadlineExceeded:
+    def error(self) -> DeadlineExceeded:
+        """What a request is told that was not done in time."""
         return DeadlineExceeded(f"deadline: the {self._given_s:.3g} s that the client gave are over")

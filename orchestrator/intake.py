@@ -112,14 +112,15 @@ class Intake:
         accepted_at = time.monotonic()
         self._check_open()
         sampling = checked_sampling(submission, self._model)
-        prompt, prompt_ids = submission.prompt, submission.prompt_ids
+        prompt = submission.prompt
         if prompt is not None:
             check_prompt(prompt, self._model, self._config.max_prompt_chars)
         place = self._dispatcher.room.enter(submission.num_bytes, submission.tenant or "", submission.priority)
         try:
             self._check_wait(submission)
             if prompt is None:
-                check_ids(prompt_ids, self._model.vocab_size, self.context_limit())
+                check_ids(submission.prompt_ids, self._model.vocab_size, self.context_limit())
+                prompt_ids = tuple(submission.prompt_ids)
             else:
                 check_fits(prompt, self._model.longest_token_chars, self.context_limit())
                 prompt_ids = await self._encode_in_time(prompt, submission)
@@ -175,8 +176,8 @@ class Intake:
             async with asyncio.timeout(None if remaining_s == math.inf else remaining_s):
                 return await self._encode(prompt)
         except TimeoutError:
-            submission.deadline.check()
-            raise
+            # This clock and the loop's may differ by a millisecond.
+            raise submission.deadline.error() from None
 
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         self.num_encoding += 1

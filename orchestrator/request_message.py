@@ -32,7 +32,7 @@ def submission_of(message: pb.GenerateRequest, remaining_s: float | None) -> Sub
     """
     return Submission(
         prompt=prompt_of(message),
-        prompt_ids=tuple(message.token_ids.ids),
+        prompt_ids=message.token_ids.ids,
         sampling=_sampling_of(message.sampling),
         ignore_eos=message.sampling.ignore_eos,
         client_id=message.request_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +18,7 @@ class Submission:
     """A request as a client sent it: nothing is checked but sizes.
 
     Attributes:
-        prompt: text or messages; None: the prompt is `prompt_ids`.
+        prompt: text or messages; None: the prompt is `prompt_ids`, which are not copied before there is room for them.
         sampling: with the client's own stop tokens alone.
         ignore_eos: the model's stop tokens are not to be added to these.
         client_id: the client's name for the request; empty: it gave none.
@@ -26,7 +27,7 @@ class Submission:
     """
 
     prompt: Prompt | None
-    prompt_ids: tuple[int, ...] = ()
+    prompt_ids: Sequence[int] = ()
     sampling: SamplingParams
     ignore_eos: bool = False
     client_id: str = ""
@@ -39,5 +40,5 @@ class Submission:
 
     def fingerprint(self) -> bytes:
         """Alike for requests that ask for the same answer; 32 bytes."""
-        parts = (self.prompt, self.prompt_ids, self.sampling, self.ignore_eos, self.cache_salt)
+        parts = (self.prompt, tuple(self.prompt_ids), self.sampling, self.ignore_eos, self.cache_salt)
         return hashlib.sha256(msgspec.msgpack.encode(parts, order="deterministic")).digest()

@@ -14,6 +14,7 @@ from anabranch.request.sampling_params import SamplingParams
 from anabranch_client import DeadlineExceeded, Overloaded, Sampling
 from orchestrator.client_deadline import ClientDeadline
 from orchestrator.submission import Submission
+from tests.support.waiting import WAIT_S
 
 pytestmark = pytest.mark.distributed
 
@@ -186,28 +187,31 @@ def test_prompt_tokens_of_those_who_wait_are_bounded(play, wait):
 
 
 def test_calls_beyond_the_most_are_refused_on_one_channel_too(play):
-    """gRPC must not let them wait in silence for others to end."""
+    """A client's gRPC must not let them wait in silence for others to end, whatever the queue holds."""
 
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
-        calls = [asyncio.create_task(world.client.complete("abc", ONE)) for _ in range(300)]
-        done, waiting = await asyncio.wait(calls, timeout=30.0, return_when=asyncio.FIRST_EXCEPTION)
-        while len(waiting) > 3:
-            more, waiting = await asyncio.wait(waiting, timeout=30.0, return_when=asyncio.FIRST_EXCEPTION)
-            assert more, f"{len(waiting)} calls say nothing"
-            done |= more
-        assert len(waiting) == 3
-        for call in done:
-            error = call.exception()
-            assert isinstance(error, Overloaded), error
-            assert str(error).startswith("max_calls: 3 calls are under way")
-            assert error.retry_after_s == 1.0  # nothing was measured
-        for _ in range(3):
-            await serve_one(worker)
-        await asyncio.gather(*waiting)
+        streams, requests = [], []
+        for _ in range(10):
+            stream = world.client.generate("abc", Sampling(max_tokens=2))
+            streams.append(stream)
+            async with asyncio.timeout(WAIT_S):
+                await anext(stream)
+                requests.append((await worker.expect(Generate)).request)
+                await worker.tokens(requests[-1], "k", 0)
+                assert (await anext(stream)).text == "k"
+        for outcome in await asyncio.gather(
+            *(world.client.complete("abc", ONE) for _ in range(200)), return_exceptions=True
+        ):
+            assert isinstance(outcome, Overloaded), outcome
+            assert str(outcome).startswith("max_calls: 10 calls are under way")
+            assert outcome.retry_after_s is not None
+        for stream, request in zip(streams, requests, strict=True):
+            await worker.tokens(request, "l", 1)
+            await worker.ended(request, "length")
+            assert [event async for event in stream][0].text == "l"
 
-    # What the queue holds has no part in it.
-    play(scenario, max_calls=3, max_queued=4, prefill_ahead_tokens=1)
+    play(scenario, max_calls=10, max_queued=2, token_timeout_s=60.0)
 
 
 def test_the_trailer_says_when_to_try_again(play, wait):

@@ -137,10 +137,11 @@ def test_a_request_that_nobody_comes_back_for_ends(play):
     play(scenario, idempotency_grace_s=0.05)
 
 
-def test_what_failed_is_not_remembered(play):
+def test_what_failed_is_not_remembered(play, wait):
     async def scenario(world):
         worker = await world.worker("both-0", "colocated")
         calls = [asyncio.create_task(world.client.complete("abc", THREE, idempotency_key="k")) for _ in range(2)]
+        await wait(lambda: world.orchestrator._gateway.num_calls == 2)
         request = (await worker.expect(Generate)).request
         await worker.ended(request, "failed", WireError(code="model", message="it broke"))
         for call in calls:
