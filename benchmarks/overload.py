@@ -149,16 +149,20 @@ class Load:
             tally.num_done += self._counts()
 
     async def _watch(self) -> None:
-        admin = Admin(self._cluster.endpoint, token_file=self._cluster.admin_token_file)
+        token_file = self._cluster.admin_token_file
         async with AsyncClient(self._cluster.endpoint) as client:
-            while True:
-                cluster = await asyncio.to_thread(admin.cluster)
-                self.most_queued = max(self.most_queued, cluster.num_queued)
-                began_s = time.perf_counter()
-                await client.model()
-                if self._counts():
-                    self.calls_s.append(time.perf_counter() - began_s)
-                await asyncio.sleep(0.05)
+            with Admin(self._cluster.endpoint, token_file=token_file) as admin:
+                await self._look(admin, client)
+
+    async def _look(self, admin: Admin, client: AsyncClient) -> None:
+        while True:
+            cluster = await asyncio.to_thread(admin.cluster)
+            self.most_queued = max(self.most_queued, cluster.num_queued)
+            began_s = time.perf_counter()
+            await client.model()
+            if self._counts():
+                self.calls_s.append(time.perf_counter() - began_s)
+            await asyncio.sleep(0.05)
 
 
 def run(parties: Sequence[Party], duration_s: float, **options: object) -> Load:

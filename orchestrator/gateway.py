@@ -92,7 +92,7 @@ class Gateway:
             if generation is not None:
                 generation.leave(error)
             if isinstance(error, CapacityError):
-                self._intake.date(error)
+                self._intake.set_retry_time(error)
             await abort(context, error)
         except grpc.aio.InternalError as error:
             logger.debug("a write failed, its client is gone: %s", error)

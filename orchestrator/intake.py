@@ -69,7 +69,7 @@ class Intake:
                 return await self._start(submission)
             return await self._keyed.join((submission.tenant or "", submission.idempotency_key), submission)
         except CapacityError as error:
-            self.date(error)
+            self.set_retry_time(error)
             raise
 
     async def tokenize(self, prompt: Prompt, num_bytes: int) -> tuple[int, ...]:
@@ -82,14 +82,14 @@ class Intake:
             finally:
                 place.leave()
         except CapacityError as error:
-            self.date(error)
+            self.set_retry_time(error)
             raise
 
     def context_limit(self) -> ContextLimit:
         """How long a request may be: what living workers hold, or what the model was made for."""
         return self._membership.context_limit() or ContextLimit(num_tokens=self._model.max_context)
 
-    def date(self, error: CapacityError) -> None:
+    def set_retry_time(self, error: CapacityError) -> None:
         """Say when to try again, where the error does not: once what waits now has been given to workers."""
         if error.retry_after_s is None:
             error.retry_after_s = self.retry_after_s()
