@@ -8,7 +8,7 @@ import pytest
 
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Cancel, Generate
-from anabranch_client import AsyncClient, InvalidRequest, Overloaded, Sampling, ServerFailed, Tokens
+from anabranch_client import AsyncClient, InvalidRequest, Overloaded, Sampling, Tokens
 
 pytestmark = pytest.mark.distributed
 
@@ -143,9 +143,9 @@ def test_what_failed_is_not_remembered(play, wait):
         calls = [asyncio.create_task(world.client.complete("abc", THREE, idempotency_key="k")) for _ in range(2)]
         await wait(lambda: world.orchestrator._gateway.num_calls == 2)
         request = (await worker.expect(Generate)).request
-        await worker.ended(request, "failed", WireError(code="model", message="it broke"))
+        await worker.ended(request, "failed", WireError(code="invalid_request", message="it broke"))
         for call in calls:
-            with pytest.raises(ServerFailed, match="it broke"):
+            with pytest.raises(InvalidRequest, match="it broke"):
                 await call
         again = asyncio.create_task(world.client.complete("abc", THREE, idempotency_key="k"))
         await answer(worker)
