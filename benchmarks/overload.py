@@ -181,10 +181,15 @@ def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
     peak, worst = max(goodput.values()), runs[loads[-1]]
     tally = worst.tallies[0]
     figures = [
-        Figure(key=f"goodput_at_{load:g}x", value=goodput[load], unit="1/s", reference=CAPACITY_PER_S,
-               reference_name="workers' own")
+        Figure(
+            key=f"goodput_at_{load:g}x",
+            value=goodput[load],
+            unit="1/s",
+            reference=CAPACITY_PER_S,
+            reference_name="workers' own",
+        )
         for load in loads[:-1]
-    ]  # fmt: skip
+    ]
     name = f"{loads[-1]:g}x"
     return [
         *figures,
@@ -205,9 +210,7 @@ def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
             target=1.0,
             higher_is_better=False,
         ),
-        Figure(
-            key="refusal_p50", value=1e3 * quantile(tally.refusals_s, 0.5), unit="ms"
-        ),
+        Figure(key="refusal_p50", value=1e3 * quantile(tally.refusals_s, 0.5), unit="ms"),
         Figure(key="any_call_p99", value=1e3 * quantile(worst.calls_s, 0.99), unit="ms"),
         Figure(
             key="refusal_p99",
@@ -219,7 +222,7 @@ def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
         Figure(key="refused", value=tally.num_refused / duration_s, unit="1/s"),
         Figure(key="late", value=tally.num_late / duration_s, unit="1/s"),
         Figure(key="retry_after_p50", value=quantile(tally.retries_s, 0.5), unit="s"),
-    ]  # fmt: skip
+    ]
 
 
 def fair(duration_s: float) -> list[Figure]:
@@ -229,7 +232,7 @@ def fair(duration_s: float) -> list[Figure]:
         [Party(load=5.0, tenant="gold"), Party(load=5.0, tenant="free")], duration_s, tenant_weights=["gold=3"]
     ).tallies
     idle = run([Party(load=10.0, tenant="a"), Party(load=0.2, tenant="b")], duration_s).tallies
-    unlike = abs(1.0 - equal[0].num_tokens / equal[1].num_tokens)
+    unlike = abs(1.0 - equal[0].num_tokens / max(1, equal[1].num_tokens))
     ratio = weighted[0].num_tokens / max(1, weighted[1].num_tokens)
     all_tokens = sum(tally.num_tokens for tally in idle) / duration_s
     return [

@@ -94,6 +94,7 @@ class Tenants:
                 account.listed = True
                 self._num_entries += 1
                 heapq.heappush(self._least, (account.counter, self._num_entries, account))
+                self._tidy()
         account.num_waiting += 1
 
     def leave(self, account: Account) -> None:
@@ -115,6 +116,14 @@ class Tenants:
             else:
                 return counter
         return 0.0 if self._last is None else self._last.counter
+
+    def _tidy(self) -> None:
+        """Entries of those who wait no more go when they come to the top; before they are too many, all go."""
+        if len(self._least) > 2 * self._num_waiting + MAX_IDLE:
+            for _, _, account in self._least:
+                account.listed = account.num_waiting > 0
+            self._least = [entry for entry in self._least if entry[2].listed]
+            heapq.heapify(self._least)
 
     def _forget(self) -> None:
         """Forget half of the idle tenants, those with the least counters.

@@ -255,3 +255,15 @@ def test_backlogged_tenants_differ_by_little(weights: list[int], seed: int) -> N
         world.put("x", head.account.name, tokens=rng.randint(1, 20))
     shares = [tokens / (weights[index] / 10) for index, tokens in served.items()]
     assert max(shares) - min(shares) <= 2 * 20 / (min(weights) / 10)
+
+
+def test_who_comes_and_goes_while_others_are_not_served_leaves_nothing() -> None:
+    world = World()
+    world.put("patient", "p", priority=100)
+    for number in range(5 * MAX_IDLE):
+        gone = world.put("x", f"t{number}")
+        world.order.remove(gone)
+        world.tenants.close(gone.account)
+    assert len(world.tenants._least) <= MAX_IDLE + 4
+    assert len(world.tenants) <= MAX_IDLE + 2
+    assert world.all() == ["patient"]
