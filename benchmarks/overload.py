@@ -165,18 +165,18 @@ class Load:
             await asyncio.sleep(0.05)
 
 
-def run(parties: Sequence[Party], duration_s: float, **options: object) -> Load:
+async def run(parties: Sequence[Party], duration_s: float, **options: object) -> Load:
     """Put a load on a new cluster."""
     options = {"max_queued": MAX_QUEUED, "prefill_ahead_tokens": PROMPT_TOKENS, **options}
     with SimCluster(WORKERS, RATES, options) as cluster:
         load = Load(cluster, parties, duration_s)
-        uvloop.run(load.run())
+        await load.run()
     return load
 
 
-def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
+async def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
     """One tenant asks for more and more."""
-    runs = {load: run([Party(load=load)], duration_s) for load in loads}
+    runs = {load: await run([Party(load=load)], duration_s) for load in loads}
     goodput = {load: runs[load].tallies[0].num_done / duration_s for load in loads}
     peak, worst = max(goodput.values()), runs[loads[-1]]
     tally = worst.tallies[0]
@@ -225,13 +225,12 @@ def overloaded(loads: Sequence[float], duration_s: float) -> list[Figure]:
     ]
 
 
-def fair(duration_s: float) -> list[Figure]:
+async def fair(duration_s: float) -> list[Figure]:
     """Tenants share what there is."""
-    equal = run([Party(load=7.5, tenant="a"), Party(load=2.5, tenant="b")], duration_s).tallies
-    weighted = run(
-        [Party(load=5.0, tenant="gold"), Party(load=5.0, tenant="free")], duration_s, tenant_weights=["gold=3"]
-    ).tallies
-    idle = run([Party(load=10.0, tenant="a"), Party(load=0.2, tenant="b")], duration_s).tallies
+    equal = (await run([Party(load=7.5, tenant="a"), Party(load=2.5, tenant="b")], duration_s)).tallies
+    two = [Party(load=5.0, tenant="gold"), Party(load=5.0, tenant="free")]
+    weighted = (await run(two, duration_s, tenant_weights=["gold=3"])).tallies
+    idle = (await run([Party(load=10.0, tenant="a"), Party(load=0.2, tenant="b")], duration_s)).tallies
     unlike = abs(1.0 - equal[0].num_tokens / max(1, equal[1].num_tokens))
     ratio = weighted[0].num_tokens / max(1, weighted[1].num_tokens)
     all_tokens = sum(tally.num_tokens for tally in idle) / duration_s
@@ -250,13 +249,10 @@ def fair(duration_s: float) -> list[Figure]:
     ]
 
 
-def starved(duration_s: float) -> list[Figure]:
+async def starved(duration_s: float) -> list[Figure]:
     """Urgent requests alone are more than workers can do."""
-    urgent, usual, lowest = run(
-        [Party(load=2.0, priority=-5), Party(load=2.0), Party(load=2.0, priority=5)],
-        duration_s,
-        priority_step_s=PRIORITY_STEP_S,
-    ).tallies
+    three = [Party(load=2.0, priority=-5), Party(load=2.0), Party(load=2.0, priority=5)]
+    urgent, usual, lowest = (await run(three, duration_s, priority_step_s=PRIORITY_STEP_S)).tallies
     return [
         Figure(key=f"priority_{name}_served", value=tally.num_done / duration_s, unit="1/s")
         for name, tally in (("-5", urgent), ("0", usual))
@@ -287,13 +283,19 @@ def order_step(num_waiting: int) -> float:
     return best_s
 
 
+async def measured(*, quick: bool) -> list[Figure]:
+    """All that needs a cluster; in one event loop, for gRPC's threads know no other."""
+    loads = (1.0, 2.0, 10.0) if quick else (0.5, 1.0, 1.5, 2.0, 4.0, 10.0)
+    return [
+        *await overloaded(loads, 5.0 if quick else 20.0),
+        *await fair(7.0 if quick else 20.0),
+        *await starved(5.0 if quick else 20.0),
+    ]
+
+
 def main() -> int:
     options = parse_options("overload", __doc__)
-    duration_s = 5.0 if options.quick else 20.0
-    loads = (1.0, 2.0, 10.0) if options.quick else (0.5, 1.0, 1.5, 2.0, 4.0, 10.0)
-    figures = overloaded(loads, duration_s)
-    figures += fair(duration_s if not options.quick else 7.0)
-    figures += starved(duration_s)
+    figures = uvloop.run(measured(quick=options.quick))
     figures.append(
         Figure(
             key="order_step_at_10000",
