@@ -285,11 +285,11 @@ def order_step(num_waiting: int) -> float:
 
 async def measured(*, quick: bool) -> list[Figure]:
     """All that needs a cluster; in one event loop, for gRPC's threads know no other."""
-    loads = (1.0, 2.0, 10.0) if quick else (0.5, 1.0, 1.5, 2.0, 4.0, 10.0)
+    loads = (1.0, 10.0) if quick else (0.5, 1.0, 1.5, 2.0, 4.0, 10.0)
     return [
-        *await overloaded(loads, 5.0 if quick else 20.0),
-        *await fair(7.0 if quick else 20.0),
-        *await starved(5.0 if quick else 20.0),
+        *await overloaded(loads, 4.0 if quick else 20.0),
+        *await fair(5.0 if quick else 20.0),
+        *await starved(4.0 if quick else 20.0),
     ]
 
 
