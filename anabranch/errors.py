@@ -100,7 +100,14 @@ class ChatTemplateError(ModelError):
 
 
 class CapacityError(AnabranchError):
+    """There is no room now; later there may be.
+
+    Attributes:
+        retry_after_s: when to try again, where that is known.
+    """
+
     code = "capacity"
+    retry_after_s: float | None = None
 
 
 class OutOfBlocks(CapacityError):

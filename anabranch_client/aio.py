@@ -22,7 +22,7 @@ from anabranch_client.calls import (
     timeout_of,
     timeout_or,
 )
-from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of
+from anabranch_client.errors import CallCancelled, ClientError, code_of, error_of, retry_after_of
 from anabranch_client.types import ChatMessage, Completion, Event, Health, Model, Prompt, Sampling
 from anabranch_client.v1 import anabranch_pb2 as pb
 from anabranch_client.v1 import anabranch_pb2_grpc as pb_grpc
@@ -31,7 +31,8 @@ _Result = TypeVar("_Result")
 
 
 def _mapped(error: grpc.aio.AioRpcError) -> ClientError:
-    return error_of(error.code(), error.details(), code_of(error.trailing_metadata()))
+    trailers = error.trailing_metadata()
+    return error_of(error.code(), error.details(), code_of(trailers), retry_after_of(trailers))
 
 
 async def _mapped_await(awaitable: Awaitable[_Result]) -> _Result:
@@ -127,6 +128,9 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStream:
         """Start an answer and give its events as they come.
@@ -137,13 +141,25 @@ class AsyncClient:
                 the server draw one.
             cache_salt: the prompt's KV is shared with requests of the same salt alone; None is one of them. Give one
                 to each party that must not learn from a faster answer what others have asked.
-            timeout_s: deadline of the whole answer.
+            priority: lower goes first, -100 to 100; a request that waits catches up with time.
+            tenant: who asks; tenants share the cluster by tokens served. None is one of them.
+            idempotency_key: a second request with it gets the first one's answer, from its beginning, while that runs
+                or is remembered. A request with a key goes on for a while after its stream was closed.
+            timeout_s: deadline of the whole answer; work that could not meet it is not begun.
 
         Raises:
             InvalidRequest: the message cannot even be built, or timeout_s is no time to wait; all else is raised by
                 the stream.
         """
-        request = convert.to_generate(prompt, sampling, request_id=request_id, cache_salt=cache_salt)
+        request = convert.to_generate(
+            prompt,
+            sampling,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            priority=priority,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+        )
         return AsyncStream(self._stub.Generate(request, timeout=timeout_or(timeout_s, self._timeout_s)))
 
     async def complete(
@@ -153,12 +169,22 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
         timeout_s: float | None = None,
     ) -> Completion:
         """Wait for a whole answer. Raises ClientError."""
         gather = convert.Gather()
         async with self.generate(
-            prompt, sampling, request_id=request_id, cache_salt=cache_salt, timeout_s=timeout_s
+            prompt,
+            sampling,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            priority=priority,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            timeout_s=timeout_s,
         ) as stream:
             async for event in stream:
                 gather.add(event)

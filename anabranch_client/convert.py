@@ -96,21 +96,34 @@ def _to_sampling(sampling: Sampling) -> pb.SamplingParams:
 
 
 def to_generate(
-    prompt: Prompt, sampling: Sampling | None, *, request_id: str | None = None, cache_salt: str | None = None
+    prompt: Prompt,
+    sampling: Sampling | None,
+    *,
+    request_id: str | None = None,
+    cache_salt: str | None = None,
+    priority: int = 0,
+    tenant: str | None = None,
+    idempotency_key: str | None = None,
 ) -> pb.GenerateRequest:
     """The request's message. Raises InvalidRequest for what protobuf cannot carry."""
     try:
         field = _prompt_field(prompt)
     except (TypeError, ValueError) as error:
         raise _invalid("prompt", error) from None
-    try:
-        request = pb.GenerateRequest(request_id=request_id or "", include_timings=True)
-    except (TypeError, ValueError) as error:
-        raise _invalid("request_id", error) from None
-    try:
-        request.cache_salt = cache_salt or ""
-    except (TypeError, ValueError) as error:
-        raise _invalid("cache_salt", error) from None
+    request = pb.GenerateRequest(include_timings=True)
+    given = {
+        "request_id": request_id or "",
+        "cache_salt": cache_salt or "",
+        "priority": priority,
+        "tenant": tenant,
+        "idempotency_key": idempotency_key,
+    }
+    for name, value in given.items():
+        try:
+            if value is not None:
+                setattr(request, name, value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _invalid(name, error) from None
     request.MergeFrom(pb.GenerateRequest(**field))  # type: ignore[arg-type]
     if sampling is not None:
         request.sampling.CopyFrom(_to_sampling(sampling))

@@ -24,6 +24,8 @@ from __future__ import annotations
 import grpc
 
 CODE_KEY = "anabranch-code"
+RETRY_AFTER_KEY = "anabranch-retry-after-s"
+MAX_RETRY_AFTER_S = 3600.0
 
 
 class ClientError(Exception):
@@ -53,7 +55,13 @@ class CallFailed(ClientError):
 
 
 class Overloaded(CallFailed):
-    """The server has no room now."""
+    """The server has no room now.
+
+    Attributes:
+        retry_after_s: when to try again, by what the server measured; None where it did not say.
+    """
+
+    retry_after_s: float | None = None
 
 
 class DeadlineExceeded(CallFailed):
@@ -116,22 +124,40 @@ _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
 _SILENCE = ("ping timeout", "keepalive watchdog", "timed out before receiving SETTINGS")
 
 
-def error_of(status: grpc.StatusCode, details: str | None, code: str | None) -> ClientError:
-    """The error for a gRPC status, its message, and the server's code where it gave one."""
+def error_of(
+    status: grpc.StatusCode, details: str | None, code: str | None, retry_after_s: float | None = None
+) -> ClientError:
+    """The error for a gRPC status, its message, and the server's code and retry time where it gave them."""
     if code is None and status is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
         return InvalidRequest(details or "", code="message_too_large")
     if code is None and status is grpc.StatusCode.UNAVAILABLE and any(word in (details or "") for word in _SILENCE):
         return Unavailable(f"the server gives no sign of life ({details})", code="unresponsive")
     kind = _BY_CODE.get(code or "") or _BY_STATUS.get(status, ServerFailed)
-    return kind(details or status.name.lower(), code=code or status.name.lower())
+    error = kind(details or status.name.lower(), code=code or status.name.lower())
+    if isinstance(error, Overloaded):
+        error.retry_after_s = retry_after_s
+    return error
 
 
 def code_of(trailers: object) -> str | None:
     """The value of `anabranch-code` in trailing metadata, as either gRPC flavour gives it."""
+    return _trailer(trailers, CODE_KEY)
+
+
+def retry_after_of(trailers: object) -> float | None:
+    """The value of `anabranch-retry-after-s` in trailing metadata, in seconds; None for what is no time to wait."""
+    try:
+        value = float(_trailer(trailers, RETRY_AFTER_KEY) or "")
+    except ValueError:
+        return None
+    return value if 0.0 <= value <= MAX_RETRY_AFTER_S else None
+
+
+def _trailer(trailers: object, wanted: str) -> str | None:
     if trailers is None:
         return None
     assert hasattr(trailers, "__iter__")
     for key, value in trailers:
-        if key == CODE_KEY:
+        if key == wanted:
             return value if isinstance(value, str) else value.decode("utf-8", "replace")
     return None

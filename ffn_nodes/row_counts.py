@@ -24,7 +24,7 @@ class RowCounts:
         self._lock = threading.Lock()
 
     def add(self, layer: int, experts_A: torch.Tensor) -> None:
-        """Count a product's assignments, int32 on the CPU. A shared expert has all rows, wherever it is: none counts."""
+        """Count a product's assignments, int32 on the CPU; not those of a shared expert, which has all rows."""
         size = self._sizes[layer]
         counts = torch.bincount(experts_A, minlength=size)[:size]
         with self._lock:

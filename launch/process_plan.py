@@ -69,6 +69,7 @@ def plan_orchestrator(
     config = OrchestratorConfig(
         model=topology.model,
         grpc_bind=topology.grpc,
+        tenant_weights=topology.tenant_weights,
         control_bind=control,
         secret_file=str(secret_file),
         admin_token_file=str(admin_token_file),

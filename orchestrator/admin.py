@@ -22,7 +22,7 @@ from orchestrator.calls import abort, answered
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.events import departure_message, worker_event_message, worker_message
 from orchestrator.ffn_scale import FfnScale
-from orchestrator.gateway import Gateway
+from orchestrator.intake import Intake
 from orchestrator.member import Member
 from orchestrator.membership import Membership
 from orchestrator.parsing import parser
@@ -53,12 +53,12 @@ class Admin:
     """
 
     def __init__(
-        self, membership: Membership, dispatcher: Dispatcher, gateway: Gateway, ffn_scale: FfnScale, token: bytes
+        self, membership: Membership, dispatcher: Dispatcher, intake: Intake, ffn_scale: FfnScale, token: bytes
     ) -> None:
         self._authorization = b"Bearer " + token
         self._membership = membership
         self._dispatcher = dispatcher
-        self._gateway = gateway
+        self._intake = intake
         self._ffn_scale = ffn_scale
 
     def handlers(self) -> grpc.GenericRpcHandler[Message, Message]:
@@ -141,8 +141,8 @@ class Admin:
             departures=[departure_message(departure) for departure in self._membership.departures],
             num_requests=self._dispatcher.num_requests,
             num_queued=len(self._dispatcher.queue),
-            serving=self._membership.serving and not self._gateway.draining,
-            draining=self._gateway.draining,
+            serving=self._membership.serving and not self._intake.draining,
+            draining=self._intake.draining,
         )
 
     async def report_exit(self, message: pb.ReportExitRequest) -> pb.ReportExitResponse:

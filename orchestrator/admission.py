@@ -1,4 +1,4 @@
-"""From a client's message to a request that workers can take, or an error that names the field."""
+"""Whether a request can be taken, and what it becomes; each refusal names the field."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import msgspec
 
 from anabranch.errors import ContextExceeded, InvalidRequest
 from anabranch.request.sampling_params import SamplingParams
-from anabranch_client.v1 import anabranch_pb2 as pb
 from orchestrator.context_limit import ContextLimit
-from orchestrator.served_model import Messages, Prompt, ServedModel, num_chars_of
+from orchestrator.fair_order import MAX_PRIORITY, MIN_PRIORITY
+from orchestrator.served_model import Prompt, ServedModel, num_chars_of
+from orchestrator.submission import Submission
 
-_CLIENT_ID = re.compile(r"[!-~]{1,128}")
+_NAME = re.compile(r"[!-~]{1,128}")
 
 
 def drawn_id() -> str:
@@ -23,34 +24,34 @@ def drawn_id() -> str:
     return uuid.uuid4().hex
 
 
-def client_id_of(request: pb.GenerateRequest) -> str:
-    """The client's name for its request, "" where it gave none. Raises InvalidRequest."""
-    if request.request_id and not _CLIENT_ID.fullmatch(request.request_id):
-        raise InvalidRequest("must have 1 to 128 printable ASCII characters without spaces", "request_id")
-    return request.request_id
+def check_terms(submission: Submission) -> None:
+    """Check what a request is called, who asks, and how urgently. Raises InvalidRequest, DeadlineExceeded."""
+    names = {
+        "request_id": submission.client_id or None,
+        "tenant": submission.tenant,
+        "idempotency_key": submission.idempotency_key,
+    }
+    for field, name in names.items():
+        if name is not None and not _NAME.fullmatch(name):
+            raise InvalidRequest("must have 1 to 128 printable ASCII characters without spaces, or be left out", field)
+    if not MIN_PRIORITY <= submission.priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"is {submission.priority}; give {MIN_PRIORITY} (goes first) to {MAX_PRIORITY}", "priority"
+        )
+    submission.deadline.check()
 
 
-def sampling_of(message: pb.SamplingParams, vocab_size: int, eos_token_ids: Sequence[int]) -> SamplingParams:
+def checked_sampling(submission: Submission, model: ServedModel) -> SamplingParams:
     """Sampling parameters, checked; unless the client ignores them, with the model's own stop tokens.
 
     Raises:
         InvalidRequest: names the field.
     """
-    given: dict[str, object] = {
-        field.name: getattr(message, field.name)
-        for field in message.DESCRIPTOR.fields
-        if field.has_presence and message.HasField(field.name)
-    }
-    sampling = SamplingParams(
-        logit_bias=dict(message.logit_bias),
-        stop=tuple(message.stop),
-        stop_token_ids=frozenset(message.stop_token_ids),
-    )
-    sampling = msgspec.structs.replace(sampling, **given)
-    sampling.validate(vocab_size)
-    if message.ignore_eos:
+    sampling = submission.sampling
+    sampling.validate(model.vocab_size)
+    if submission.ignore_eos:
         return sampling
-    return msgspec.structs.replace(sampling, stop_token_ids=sampling.stop_token_ids.union(eos_token_ids))
+    return msgspec.structs.replace(sampling, stop_token_ids=sampling.stop_token_ids.union(model.eos_token_ids))
 
 
 def fitted(sampling: SamplingParams, num_prompt_tokens: int, limit: ContextLimit) -> SamplingParams:
@@ -77,8 +78,8 @@ def check_num_ids(num_ids: int, limit: ContextLimit) -> None:
         raise _too_long(num_ids, limit)
 
 
-def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tuple[int, ...]:
-    """A prompt of token ids. Raises InvalidRequest, ContextExceeded."""
+def check_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> None:
+    """Check a prompt of token ids. Raises InvalidRequest, ContextExceeded."""
     if not ids:
         raise InvalidRequest("is empty", "token_ids")
     # Before looking at each, so that a huge list is not walked on the event loop.
@@ -88,36 +89,22 @@ def checked_ids(ids: Sequence[int], vocab_size: int, limit: ContextLimit) -> tup
             raise InvalidRequest(
                 f"{token_id} at position {position} is out of range; ids go from 0 to {vocab_size - 1}", "token_ids"
             )
-    return tuple(ids)
 
 
-def text_or_messages(
-    request: pb.GenerateRequest | pb.TokenizeRequest, model: ServedModel, max_chars: int
-) -> Prompt | None:
-    """The prompt that has to be encoded, of bounded size; None for token ids. Raises InvalidRequest."""
-    kind = request.WhichOneof("prompt")
-    if kind is None:
-        fields = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
-        raise InvalidRequest(f"is missing; set {', '.join(fields[:-1])} or {fields[-1]}", "prompt")
-    if kind == "token_ids":
-        return None
-    prompt = _messages(request.chat, model) if kind == "chat" else request.text
+def check_prompt(prompt: Prompt, model: ServedModel, max_chars: int) -> None:
+    """Check a text, or a chat's messages. Raises InvalidRequest."""
+    field = "text" if isinstance(prompt, str) else "chat"
+    if field == "chat" and not model.has_chat_template:
+        raise InvalidRequest(f"the model {model.name} has no chat template; send text or token_ids", field)
+    if not isinstance(prompt, str):
+        for position, (role, _) in enumerate(prompt):
+            if not role:
+                raise InvalidRequest(f"message {position} has no role", field)
     if not prompt:
-        raise InvalidRequest("is empty", kind)
+        raise InvalidRequest("is empty", field)
     num_chars = num_chars_of(prompt)
     if num_chars > max_chars:
-        raise InvalidRequest(f"has {num_chars} characters; max_prompt_chars allows {max_chars}", kind)
-    return prompt
-
-
-def _messages(chat: pb.Chat, model: ServedModel) -> Messages:
-    if not model.has_chat_template:
-        raise InvalidRequest(f"the model {model.name} has no chat template; send text or token_ids", "chat")
-    messages = [(message.role, message.content) for message in chat.messages]
-    for position, (role, _) in enumerate(messages):
-        if not role:
-            raise InvalidRequest(f"message {position} has no role", "chat")
-    return messages
+        raise InvalidRequest(f"has {num_chars} characters; max_prompt_chars allows {max_chars}", field)
 
 
 def check_fits(prompt: Prompt, longest_token_chars: int | None, limit: ContextLimit) -> None:

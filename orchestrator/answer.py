@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,17 +145,28 @@ class Answer:
 
     def _take(self) -> Chunk:
         """The oldest chunks as one, up to MAX_CHUNK_TOKENS."""
-        chunks = [self._unread.popleft()]
-        num_tokens = len(chunks[0].token_ids)
-        while self._unread and num_tokens + len(self._unread[0].token_ids) <= MAX_CHUNK_TOKENS:
-            chunks.append(self._unread.popleft())
-            num_tokens += len(chunks[-1].token_ids)
-        self._num_unread_tokens -= num_tokens
-        if len(chunks) == 1:
-            return chunks[0]
-        return Chunk(
-            first_index=chunks[0].first_index,
-            token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
-            text="".join(chunk.text for chunk in chunks),
-            logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        )
+        chunk, num_taken = merged(self._unread)
+        for _ in range(num_taken):
+            self._unread.popleft()
+        self._num_unread_tokens -= len(chunk.token_ids)
+        return chunk
+
+
+def merged(chunks: Iterable[Chunk]) -> tuple[Chunk, int]:
+    """The first chunks as one of up to MAX_CHUNK_TOKENS, and how many they were; at least one, however long."""
+    taken: list[Chunk] = []
+    num_tokens = 0
+    for chunk in chunks:
+        num_tokens += len(chunk.token_ids)
+        if taken and num_tokens > MAX_CHUNK_TOKENS:
+            break
+        taken.append(chunk)
+    if len(taken) == 1:
+        return taken[0], 1
+    one = Chunk(
+        first_index=taken[0].first_index,
+        token_ids=tuple(token_id for chunk in taken for token_id in chunk.token_ids),
+        text="".join(chunk.text for chunk in taken),
+        logprobs=tuple(logprob for chunk in taken for logprob in chunk.logprobs),
+    )
+    return one, len(taken)

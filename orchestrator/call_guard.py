@@ -111,14 +111,16 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     Args:
         max_calls: at a time, of all clients; one more is refused.
         stall_s: longest wait for a client.
+        retry_after_s: when who is refused shall try again, in seconds.
 
     Attributes:
         num_calls: under way now.
     """
 
-    def __init__(self, *, max_calls: int, stall_s: float) -> None:
+    def __init__(self, *, max_calls: int, stall_s: float, retry_after_s: Callable[[], float]) -> None:
         self._max_calls = max_calls
         self._stall_s = stall_s
+        self._retry_after_s = retry_after_s
         self._log = LimitedLog(logger)
         self.num_calls = 0
 
@@ -153,7 +155,9 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     async def _serve(self, handler: grpc.RpcMethodHandler[Any, Any], context: GuardedContext) -> None:
         if self.num_calls > self._max_calls:
-            await abort(context.as_context, Overloaded(f"max_calls: {self._max_calls} calls are under way"))
+            error = Overloaded(f"max_calls: {self._max_calls} calls are under way; try again later")
+            error.retry_after_s = self._retry_after_s()
+            await abort(context.as_context, error)
         argument: Any = _requests(context)
         if not handler.request_streaming:
             argument = await context.read()

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 2000
 CODE_KEY = "anabranch-code"
+RETRY_AFTER_KEY = "anabranch-retry-after-s"
 
 _STATUSES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
@@ -63,8 +64,11 @@ def _status_of(error: AnabranchError) -> grpc.StatusCode:
 
 
 async def abort(context: _Context[_Request, _Response], error: AnabranchError) -> NoReturn:
-    """End the call with the error's status, message and code."""
-    await context.abort(_status_of(error), str(error)[:MAX_MESSAGE_CHARS], ((CODE_KEY, error.code),))
+    """End the call with the error's status, message and code, and when to try again where it says so."""
+    trailers = [(CODE_KEY, error.code)]
+    if isinstance(error, CapacityError) and error.retry_after_s is not None:
+        trailers.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
+    await context.abort(_status_of(error), str(error)[:MAX_MESSAGE_CHARS], tuple(trailers))
     raise AssertionError("abort raises")
 
 

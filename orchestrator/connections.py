@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 RESERVED_DESCRIPTORS = 256
 # A client that waits for a long prompt may ask this often whether the server lives.
 MIN_PING_INTERVAL_S = 5.0
+# Beyond the most calls.
+SPARE_STREAMS = 1024
 
 
 def raise_descriptor_limit() -> None:
@@ -47,7 +49,9 @@ def server_options(config: OrchestratorConfig) -> list[tuple[str, int]]:
         # Otherwise a second process could take the same port and half of the clients in silence.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", config.max_request_bytes),
-        ("grpc.max_concurrent_streams", 4 * config.max_queued),
+        # A client's gRPC lets calls beyond this wait in silence: there are always more than `max_calls` lets in, so
+        # that the rest is refused by name. These are the refusals of one connection that may be under way.
+        ("grpc.max_concurrent_streams", config.max_calls + SPARE_STREAMS),
         ("grpc.max_allowed_incoming_connections", max(1, connections)),
         # From the connection to the client's SETTINGS.
         ("grpc.server_handshake_timeout_ms", _ms(config.handshake_timeout_s)),

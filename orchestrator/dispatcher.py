@@ -6,16 +6,20 @@ import asyncio
 import logging
 
 from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.config.tenants import parse_tenant_weights
 from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Ended, Preempted, PrefillEnded, Reserved, Tokens
 from anabranch.request.request import Request
 from anabranch.request.token import Token
+from orchestrator.client_deadline import ClientDeadline
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.member import Member
 from orchestrator.membership import Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import Router
 from orchestrator.served_model import ServedModel
+from orchestrator.standing import Standing
+from orchestrator.tenants import Tenants
 from orchestrator.waiting_room import Place, WaitingRoom
 
 logger = logging.getLogger(__name__)
@@ -33,10 +37,13 @@ class Dispatcher:
         self._config = config
         self._model = model
         self._membership = membership
-        self.queue = RequestQueue(config, router, membership)
+        self._tenants = Tenants(parse_tenant_weights(config.tenant_weights))
+        self.queue = RequestQueue(config, router, membership, self._tenants)
         self._requests: dict[str, Lifecycle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self.room = WaitingRoom(config.max_queued, config.max_queued_bytes)
+        self.room = WaitingRoom(
+            config.max_queued, config.max_queued_bytes, config.max_queued_tokens, self._tenants.weight_of
+        )
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
@@ -46,7 +53,17 @@ class Dispatcher:
 
     # Requests ---------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, accepted_at: float, *, client_id: str, place: Place) -> Lifecycle:
+    def submit(
+        self,
+        request: Request,
+        accepted_at: float,
+        *,
+        client_id: str,
+        place: Place,
+        tenant: str,
+        priority: int,
+        deadline: ClientDeadline,
+    ) -> Lifecycle:
         """Start a request.
 
         Args:
@@ -54,11 +71,14 @@ class Dispatcher:
                 from this one's by the id alone.
             client_id: the client's name for it, which need not be unique.
             place: in the waiting room; the request leaves it.
+            tenant, priority, deadline: what decides when its turn comes.
         """
         request_id = request.request_id
         assert request_id not in self._requests
+        standing = Standing(account=self._tenants.open(tenant), priority=priority, deadline=deadline)
         lifecycle = Lifecycle(
             request,
+            standing=standing,
             client_id=client_id,
             place=place,
             text=self._model.text_stream(request.sampling),
@@ -72,10 +92,13 @@ class Dispatcher:
         self._all_ended.clear()
         task = asyncio.create_task(lifecycle.run(), name=f"request {request_id}")
         self._tasks[request_id] = task
-        task.add_done_callback(lambda _: self._forget(request_id))
+        deadline.watch(lifecycle.inbox.stop)
+        task.add_done_callback(lambda _: self._forget(request_id, standing))
         return lifecycle
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str, standing: Standing) -> None:
+        standing.deadline.cancel()
+        self._tenants.close(standing.account)
         del self._requests[request_id], self._tasks[request_id]
         if not self._requests:
             self._all_ended.set()
@@ -118,8 +141,8 @@ class Dispatcher:
         assert not self._requests, f"requests: {list(self._requests)}"
         assert not self._tasks, f"tasks: {list(self._tasks)}"
         assert not self.queue, f"queue: {len(self.queue)}"
-        waiting = self.room.num_places, self.room.num_bytes
-        assert waiting == (0, 0), f"waiting room: {waiting[0]} places, {waiting[1]} bytes"
+        waiting = self.room.num_places, self.room.num_bytes, self.room.num_tokens
+        assert waiting == (0, 0, 0), f"waiting room: {waiting[0]} places, {waiting[1]} bytes, {waiting[2]} tokens"
         for member in self._membership.members:
             assert member.num_requests == 0, f"{member.name} counts {member.num_requests} requests"
             assert member.prefill_tokens == 0, f"{member.name} counts {member.prefill_tokens} prompt tokens"

@@ -54,6 +54,7 @@ from orchestrator.membership import Membership
 from orchestrator.request_queue import RequestQueue
 from orchestrator.request_timings import RequestTimings
 from orchestrator.served_model import TextStream
+from orchestrator.standing import Standing
 from orchestrator.waiting_room import Place
 from orchestrator.worker_failure import WorkerFailure, death, is_workers_failure, lateness, misconduct, report
 
@@ -69,6 +70,8 @@ class Lifecycle:
     Args:
         request: epoch 0; `sampling.max_tokens` is set.
         client_id: the client's name for the request; empty: it goes by the request's own id.
+        standing: decides when its turn comes; its tenant is charged the answer's tokens, and nothing is ordered once
+            its deadline is over.
         place: among the requests that wait for their first token; left with that token, or at the end.
         text: turns its tokens into text.
     """
@@ -78,6 +81,7 @@ class Lifecycle:
         request: Request,
         *,
         client_id: str,
+        standing: Standing,
         place: Place,
         text: TextStream,
         queue: RequestQueue,
@@ -93,6 +97,7 @@ class Lifecycle:
         self.state: State = "queued"
         self.answer = Answer(config.max_unread_tokens)
         self.inbox = Inbox()
+        self._standing = standing
         self._place = place
         self._text = text
         # They end the answer and have no text.
@@ -130,7 +135,7 @@ class Lifecycle:
     async def _drive(self) -> Finished:
         while True:
             self._enter("queued", "queue_timeout_s", self._config.queue_timeout_s)
-            self._queue.put(self.request, self.inbox, self._history)
+            self._queue.put(self.request, self.inbox, self._standing, self._history)
             try:
                 attempt = await self._queued()
                 try:
@@ -184,6 +189,7 @@ class Lifecycle:
                 event = await self.inbox.next()
             except StageLate as error:
                 if finished is None:
+                    self._standing.deadline.check()
                     raise lateness(attempt, self.state, error) from None
                 logger.warning("request %s: %s", self.name, error)
                 return finished
@@ -208,6 +214,7 @@ class Lifecycle:
                     self._enter("finishing", "report_timeout_s", self._config.report_timeout_s)
 
     async def _give(self, attempt: Attempt) -> None:
+        self._standing.deadline.check()
         config = self._config
         decode = attempt.route.decode
         if attempt.route.prefill is None:
@@ -255,6 +262,7 @@ class Lifecycle:
         prefill = attempt.route.prefill
         if prefill is None or self.state != "reserving":
             return
+        self._standing.deadline.check()
         self._enter("prefilling", "prefill_timeout_s", self._config.prefill_timeout_s)
         attempt.ordered_at = time.monotonic()
         await self._order(prefill, Prefill(request=attempt.request, destination=message.destination))
@@ -343,6 +351,7 @@ class Lifecycle:
 
     def _give_out(self, attempt: Attempt, first_index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
         """Give the client the tokens from `first_index` on."""
+        self._standing.account.charge(len(self._output_ids) - first_index)
         self._timings.tokens_came(time.monotonic())
         self._place.leave()
         if not attempt.committed:

@@ -41,6 +41,8 @@ MAX_CHARS: Mapping[str, int] = {
     "ChatMessage.role": MAX_ROLE_CHARS,
     "GenerateRequest.request_id": MAX_NAME_CHARS,
     "GenerateRequest.cache_salt": MAX_SALT_CHARS,
+    "GenerateRequest.tenant": MAX_NAME_CHARS,
+    "GenerateRequest.idempotency_key": MAX_NAME_CHARS,
     "SamplingParams.stop": MAX_STOP_STRING_CHARS,
     "ReportExitRequest.worker": MAX_NAME_CHARS,
     "ReportExitRequest.how": MAX_REASON_CHARS,

@@ -1,7 +1,7 @@
 """The orchestrator: gateway, requests, workers, and the tasks that keep them going.
 
-    clients --gRPC--> Gateway -> Lifecycle (one task each) --control channel--> workers
-                                    ^--- its inbox <--- receive task <-------------'
+    clients --gRPC--> Gateway -> Intake -> Lifecycle (one task each) --control channel--> workers
+                                              ^--- its inbox <--- receive task <-------------'
 
 Tasks: one receives from workers, one beats and notices silence, one tells workers which FFN workers hold what, one
 watches the processes that encode prompts, one per request.
@@ -48,6 +48,7 @@ from orchestrator.dispatcher import Dispatcher
 from orchestrator.ffn_pool import FfnPool
 from orchestrator.ffn_scale import FfnScale
 from orchestrator.health import HealthReporter
+from orchestrator.intake import Intake
 from orchestrator.member import Member
 from orchestrator.membership import Membership
 from orchestrator.router import LeastWork, Router
@@ -122,7 +123,8 @@ class Orchestrator:
         self._ffn_pool = FfnPool(config, self._model, self.membership, self._serving_changed)
         self._ffn_scale = FfnScale(self._ffn_pool)
         self._dispatcher = Dispatcher(config, self._model, self._router, self.membership)
-        self._gateway = gateway.Gateway(config, self._model, self._encoder, self.membership, self._dispatcher)
+        self._intake = Intake(config, self._model, self._encoder, self.membership, self._dispatcher)
+        self._gateway = gateway.Gateway(self._model, self._intake, self.membership)
         self._health = HealthReporter((gateway.SERVICE,), lambda: self.membership.serving and not self.draining)
         try:
             await self._encoder.start()
@@ -146,10 +148,12 @@ class Orchestrator:
 
     async def _start_grpc(self) -> None:
         config = self._config
-        guard = CallGuard(max_calls=config.max_calls, stall_s=config.client_stall_s)
+        guard = CallGuard(
+            max_calls=config.max_calls, stall_s=config.client_stall_s, retry_after_s=self._intake.retry_after_s
+        )
         server = grpc.aio.server(interceptors=(guard,), options=server_options(config))
         administration = admin.Admin(
-            self.membership, self._dispatcher, self._gateway, self._ffn_scale, self._admin_token
+            self.membership, self._dispatcher, self._intake, self._ffn_scale, self._admin_token
         )
         server.add_generic_rpc_handlers((self._gateway.handlers(), administration.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -252,7 +256,7 @@ class Orchestrator:
 
     @property
     def draining(self) -> bool:
-        return self._gateway.draining
+        return self._intake.draining
 
     @property
     def num_requests(self) -> int:
@@ -260,7 +264,7 @@ class Orchestrator:
 
     async def drain(self) -> None:
         """Take no new requests; wait for those in flight, and end what is left after `drain_timeout_s`."""
-        self._gateway.draining = True
+        self._intake.draining = True
         self._health.changed()
         try:
             async with timeout(self._config.drain_timeout_s):
@@ -274,10 +278,11 @@ class Orchestrator:
 
     async def close(self) -> None:
         """Shut workers down, end every task, release every address. To be called once, drained or not."""
-        self._gateway.draining = True
+        self._intake.draining = True
         self._ffn_scale.close()
         self.membership.log.close()
         await self._dispatcher.stop_all(Draining("the orchestrator ends"))
+        await self._intake.close()
         if self._server is not None:
             await self._server.stop(GRPC_GRACE_S)
         await self.membership.shut_down()
@@ -293,6 +298,6 @@ class Orchestrator:
         """Assert that no request has left anything behind; to be called when idle."""
         self._dispatcher.check_integrity()
         assert self._gateway.num_calls == 0, f"{self._gateway.num_calls} Generate calls"
-        assert self._gateway.num_encoding == 0, f"{self._gateway.num_encoding} prompts being encoded"
+        self._intake.check_integrity()
         strays = [t.get_name() for t in asyncio.all_tasks() if t.get_name().startswith("request ")]
         assert not strays, f"tasks: {strays}"

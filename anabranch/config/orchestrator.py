@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from anabranch.config.bounds import Between, Count, Line, MessageSize, Options, Seconds, Size, Tokens, is_port
+from anabranch.config.tenants import TenantWeights, parse_tenant_weights
 from anabranch.errors import ConfigError
 from anabranch.system.hosts import is_loopback
 
@@ -38,6 +39,14 @@ class OrchestratorConfig(Options):
         allow_remote: let the two addresses be reachable from other machines, without TLS.
         max_queued: most requests that wait for their first token; more are refused at once.
         max_queued_bytes: most memory that these take together (message, prompt ids); more are refused at once.
+        max_queued_tokens: most prompt tokens of these; more are refused at once. While several tenants want room, each
+            may fill its share of these three bounds, or as much as is left free.
+        priority_step_s: waiting that makes up for one step of priority, so that the lowest gets its turn.
+        tenant_weights: NAME=WEIGHT of tenants that are served more or less than others, whose weight is 1.
+        idempotency_s: how long the answer to a request with an idempotency key is remembered.
+        idempotency_grace_s: how long a request with an idempotency key goes on after all its callers have left.
+        max_idempotent_answers: most answers that are remembered, or under way with a key.
+        max_idempotent_bytes: most memory of remembered answers; the oldest are forgotten first.
         max_calls: most calls at a time, of all clients; more are refused at once.
         max_connections: most connections of clients at a time; fewer where the process may not have the descriptors.
         max_request_bytes: largest message of a client.
@@ -85,6 +94,13 @@ class OrchestratorConfig(Options):
     allow_remote: bool = False
     max_queued: Count = 256
     max_queued_bytes: Size = 256 << 20
+    max_queued_tokens: Tokens = 1 << 20
+    priority_step_s: Seconds = 1.0
+    tenant_weights: TenantWeights = ()
+    idempotency_s: Seconds = 600.0
+    idempotency_grace_s: Seconds = 10.0
+    max_idempotent_answers: Count = 1024
+    max_idempotent_bytes: Size = 64 << 20
     max_calls: Count = 4096
     max_connections: Count = 4096
     max_request_bytes: MessageSize = 4 << 20
@@ -123,6 +139,7 @@ class OrchestratorConfig(Options):
             raise ConfigError(
                 "worker_timeout_s", self.worker_timeout_s, f"must be at least two beats ({2 * self.heartbeat_s} s)"
             )
+        parse_tenant_weights(self.tenant_weights)
         self._check_bind("grpc_bind", self.grpc_bind, "unix:")
         self._check_control_bind()
 

@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 
 from anabranch.config.bounds import Between, Options, is_port
 from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions, RankOptions
+from anabranch.config.tenants import TenantWeights, parse_tenant_weights
 from anabranch.errors import ConfigError
 from anabranch.parallel.mesh import Mesh
 from anabranch.protocol.workers import Role
@@ -104,14 +105,17 @@ class Topology(ClusterOptions):
 
     Attributes:
         grpc: address that the gateway listens on; port 0: chosen by the system.
+        tenant_weights: NAME=WEIGHT of tenants that are served more or less than others, whose weight is 1.
         pools: which workers there are.
     """
 
     grpc: str = "127.0.0.1:0"
+    tenant_weights: TenantWeights = ()
     pools: Pools = field(default_factory=lambda: Pools(prefill=PoolConfig(), decode=PoolConfig()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_tenant_weights(self.tenant_weights)
         if not self.pools.by_role:
             raise ConfigError("pools", {}, "give prefill and decode, prefill, attn and ffn, or colocated")
         if self.step_stall_s <= self.collective_timeout_s:

@@ -87,6 +87,12 @@ def test_logprobs(run: Run) -> None:
         assert chosen == likeliest, "greedy takes the likeliest"
 
 
+def test_retry(run: Run, cluster: LocalCluster) -> None:
+    with Client(cluster.endpoint) as client:
+        answer = client.complete("The capital of France is", Sampling(max_tokens=16))
+    assert run("retry") == f"{answer.text}\n"
+
+
 def test_admin(run: Run) -> None:
     first, *workers = run("admin").splitlines()
     assert first == "0 requests, 0 of them queued"

@@ -49,6 +49,17 @@ CONTEXT = "context_exceeded"
 
 # What is sent -> code, and how the message begins.
 TABLE: dict[str, tuple[pb.GenerateRequest | bytes, str, str]] = {
+    "priority too low": (pb.GenerateRequest(text="abc", priority=-101), INVALID, "priority: is -101; give -100 (goes"),
+    "priority huge": (pb.GenerateRequest(text="abc", priority=2**63 - 1), INVALID, f"priority: is {2**63 - 1}"),
+    "tenant empty": (pb.GenerateRequest(text="abc", tenant=""), INVALID, "tenant: must have 1 to 128 printable ASCII"),
+    "tenant of 10 kB": (pb.GenerateRequest(text="abc", tenant="x" * 10_000), INVALID, "tenant: has 10000 characters"),
+    "tenant with a space": (pb.GenerateRequest(text="abc", tenant="a b"), INVALID, "tenant: must have 1 to 128"),
+    "key empty": (pb.GenerateRequest(text="abc", idempotency_key=""), INVALID, "idempotency_key: must have 1 to 128"),
+    "key too long": (
+        pb.GenerateRequest(text="abc", idempotency_key="k" * 129),
+        INVALID,
+        "idempotency_key: has 129 characters; at most 128 are allowed",
+    ),
     "no prompt": (pb.GenerateRequest(), INVALID, "prompt: is missing; set text, token_ids or chat"),
     "empty text": (pb.GenerateRequest(text=""), INVALID, "text: is empty"),
     "empty ids": (ids(), INVALID, "token_ids: is empty"),

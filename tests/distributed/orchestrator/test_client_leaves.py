@@ -28,9 +28,9 @@ def test_a_client_cancels_at_each_stage(play, to_prefilling, wait, stage):
             first = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
             await decode.expect(Reserve)
         answer = asyncio.create_task(world.client.complete("abc", Sampling(max_tokens=2)))
-        gateway = world.orchestrator._gateway
+        gateway, intake = world.orchestrator._gateway, world.orchestrator._intake
         if stage == "encoding":
-            await wait(lambda: gateway.num_encoding == 1)
+            await wait(lambda: intake.num_encoding == 1)
         elif stage == "queued":
             await wait(lambda: len(world.orchestrator._dispatcher.queue) == 1)
         elif stage == "reserving":

@@ -11,7 +11,7 @@ from anabranch.errors import AnabranchError
 from anabranch.protocol.ffn import FfnPlacement, Holding
 from anabranch.protocol.wire_error import WireError
 from anabranch.protocol.workers import Drain, ExpertRows, FfnNodes, Leaving, Place, Placed, Registered, Reserve
-from anabranch_client import FfnUnavailable, NoWorkers, Sampling, Unavailable
+from anabranch_client import NoWorkers, Sampling
 from tests.distributed.orchestrator.conftest import ALL_EXPERTS, EXPERTS, ScriptedWorker, World
 from tests.support.waiting import eventually_async
 

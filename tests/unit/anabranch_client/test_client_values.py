@@ -11,10 +11,10 @@ import pytest
 from google.protobuf import descriptor_pb2
 
 import anabranch_client
-from anabranch_client import ChatMessage, Sampling, ServerFailed
+from anabranch_client import ChatMessage, InvalidRequest, Overloaded, Sampling, ServerFailed
 from anabranch_client.calls import health_request, health_response
 from anabranch_client.convert import Gather, from_event, to_generate
-from anabranch_client.errors import ClientError, code_of, error_of
+from anabranch_client.errors import ClientError, code_of, error_of, retry_after_of
 from anabranch_client.v1 import anabranch_pb2 as pb
 
 pytestmark = pytest.mark.unit
@@ -125,3 +125,30 @@ def test_healths_messages_are_the_standard_ones():
         (health_pb2.HealthCheckResponse.UNKNOWN, "unknown"),
     ):
         assert health_response(health_pb2.HealthCheckResponse(status=status).SerializeToString()) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("1.5", 1.5), (b"0.25", 0.25), ("-1", None), ("nan", None), ("1e9", None), ("soon", None)]
+)
+def test_when_to_try_again(value, seconds):
+    trailers = (("anabranch-code", "overloaded"), ("anabranch-retry-after-s", value))
+    error = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", code_of(trailers), retry_after_of(trailers))
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s == seconds
+    assert retry_after_of(()) is None
+    assert Overloaded("x", code="overloaded").retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("priority", 2**70), ("priority", "high"), ("tenant", 5), ("idempotency_key", b"\xff")]
+)
+def test_what_a_message_cannot_carry_is_named(field, value):
+    with pytest.raises(InvalidRequest, match=f"^{field}: "):
+        to_generate("x", None, **{field: value})
+
+
+def test_an_empty_name_is_told_from_none():
+    request = to_generate("x", None, tenant="", priority=-3)
+    assert request.HasField("tenant")
+    assert not request.HasField("idempotency_key")
+    assert request.priority == -3

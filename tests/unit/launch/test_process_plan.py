@@ -99,7 +99,7 @@ def test_the_in_process_transport_shares_one_process() -> None:
 
 def test_the_orchestrator_listens_where_the_topology_says() -> None:
     plan = plan_orchestrator(
-        Topology(grpc="127.0.0.1:50051", model="m"),
+        Topology(grpc="127.0.0.1:50051", model="m", tenant_weights=("gold=3", "free=0.5")),
         CONTROL,
         secret_file=Path("/tmp/x/control.secret"),
         admin_token_file=Path("/tmp/x/admin.token"),
@@ -109,6 +109,7 @@ def test_the_orchestrator_listens_where_the_topology_says() -> None:
     assert config.model == "m"
     assert config.grpc_bind == "127.0.0.1:50051"
     assert config.control_bind == CONTROL
+    assert config.tenant_weights == ("gold=3", "free=0.5")
     assert config.endpoints_file == "/tmp/x/endpoints.json"
     assert config.secret_file == "/tmp/x/control.secret"
     assert config.admin_token_file == "/tmp/x/admin.token"

@@ -14,7 +14,7 @@ from orchestrator.member import Member
 from orchestrator.request_queue import RequestQueue
 from orchestrator.router import LeastWork, Route
 from orchestrator.worker_failure import WorkerFailure, death
-from tests.unit.orchestrator.test_request_queue import Workers, again, queue_for
+from tests.unit.orchestrator.test_request_queue import Workers, again, queue_for, standing
 from tests.unit.orchestrator.test_router import member, request
 
 pytestmark = pytest.mark.unit
@@ -80,7 +80,7 @@ def test_the_last_chance_is_taken_alone():
         queue = queue_for(Workers(*workers))
         queue._router = LeastWork(1000)
         inboxes = {name: Inbox() for name in ("running", "doomed", "later", "last")}
-        queue.put(request(request_id="running"), inboxes["running"], history())
+        queue.put(request(request_id="running"), inboxes["running"], standing(), history())
         running = inboxes["running"].attempt
         doomed = history()
         for number in range(3):
@@ -88,15 +88,15 @@ def test_the_last_chance_is_taken_alone():
             doomed.failed(attempt(), died(member(f"c{number}", "colocated")))
         assert doomed.alone
         # One is free: it goes there, and is alone there until it has brought tokens.
-        queue.put(request(request_id="doomed"), inboxes["doomed"], doomed)
+        queue.put(request(request_id="doomed"), inboxes["doomed"], standing(), doomed)
         assert inboxes["doomed"].attempt.route.names == ("b",)
         for _ in range(3):
             Attempt(request(), Route(workers[0])).prompt_computed()
-        queue.put(request(request_id="later"), inboxes["later"], history())
+        queue.put(request(request_id="later"), inboxes["later"], standing(), history())
         assert inboxes["later"].attempt.route.names == ("a",)
         # Another one of its kind finds nobody alone, and nobody is let in before it.
-        queue.put(again("last"), inboxes["last"], doomed)
-        queue.put(request(), Inbox(), history())
+        queue.put(again("last"), inboxes["last"], standing(), doomed)
+        queue.put(request(), Inbox(), standing(), history())
         assert inboxes["last"].attempt is None
         assert len(queue) == 2
         assert inboxes["doomed"].attempt.brought(PROVEN_TOKENS)
@@ -121,7 +121,8 @@ def test_a_poison_fells_few_workers_and_ends_nobody_else(num_poisons):
         names = [f"poison-{n}" for n in range(num_poisons)] + [f"good-{n}" for n in range(12)]
         waiting = {name: (Inbox(), history()) for name in names}
         for name in names:
-            queue.put(request(request_id=name), *waiting[name])
+            inbox, record = waiting[name]
+            queue.put(request(request_id=name), inbox, standing(), record)
         num_deaths = 0
         ended, finished = set(), set()
         for _ in range(200):
@@ -151,7 +152,7 @@ def test_a_poison_fells_few_workers_and_ends_nobody_else(num_poisons):
                     except RecoveriesExhausted:
                         ended.add(name)
                         continue
-                    queue.put(again(name), inbox, record)
+                    queue.put(again(name), inbox, standing(), record)
                 workers.members.append(member(dead.name, "colocated"))
             queue.pump()
         assert ended == {name for name in names if name.startswith("poison")}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from anabranch.config.flags import to_flags
+from anabranch.config.flags import parse_flags, to_flags
 from anabranch.config.orchestrator import OrchestratorConfig
+from anabranch.config.tenants import parse_tenant_weights
 from anabranch.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.unit
     [
         ("max_queued", 0),
         ("max_queued_bytes", 0),
+        ("max_queued_tokens", 0),
+        ("priority_step_s", 0.0),
         ("no_worker_grace_s", 0.0),
         ("max_request_bytes", -1),
         ("max_retries", -1),
@@ -41,6 +44,25 @@ def test_a_bad_value_is_named(key, value):
         OrchestratorConfig(**{key: value})
     assert caught.value.key == key
     assert caught.value.value == pytest.approx(value, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "entry", ["", "gold", "gold=", "=3", "a b=3", "a,b=3", "gold=0", "gold=0.0001", "gold=1001", "gold=-1", "gold=nan"]
+)
+def test_a_weight_that_is_none_is_named(entry):
+    with pytest.raises(ConfigError, match=r"tenant_weights: .*give NAME=WEIGHT, such as gold=3"):
+        OrchestratorConfig(tenant_weights=("free=0.5", entry))
+
+
+def test_weights_are_given_once_and_not_too_many():
+    with pytest.raises(ConfigError, match="names a tenant twice"):
+        OrchestratorConfig(tenant_weights=("a=1", "a=2"))
+    with pytest.raises(ConfigError, match="names more than 1024 tenants"):
+        OrchestratorConfig(tenant_weights=tuple(f"t{number}=1" for number in range(1025)))
+    weights = ("gold=3", "a=b=0.5")
+    config = OrchestratorConfig(tenant_weights=weights)
+    assert parse_flags(OrchestratorConfig, to_flags(config), prog="x", about="x").tenant_weights == weights
+    assert parse_tenant_weights(weights) == {"gold": 3.0, "a=b": 0.5}
 
 
 @pytest.mark.parametrize(
