@@ -41,7 +41,7 @@ from launch import sweeper
 from launch.ffn_scale import FfnScale
 from launch.gateway_probe import GatewayProbe
 from launch.machine_fit import check_fit, most_ffn_workers
-from launch.process import ChildProcess, ProcessExit, stop_all, wait_all
+from launch.process import IMPORTS, ChildProcess, ProcessExit, stop_all, wait_all
 from launch.process_plan import (
     ORCHESTRATOR_NAME,
     ProcessPlan,
@@ -51,6 +51,7 @@ from launch.process_plan import (
     plan_workers,
 )
 from launch.terminal_text import said
+from runtime.start import prepare_forks
 
 READY_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 3.0
@@ -257,6 +258,7 @@ class LocalCluster:
         if self._folder is not None:
             raise RuntimeError("a LocalCluster starts once; make a new one")
         deadline = awake_s() + self._ready_timeout_s
+        prepare_forks(IMPORTS)
         source = resolve_model(self.topology.model)  # an unknown name is refused here; a conversion happens once
         check_fit(self.topology, source)
         self._folder = private_folder()

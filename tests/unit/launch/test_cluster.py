@@ -21,8 +21,9 @@ from anabranch_client import Admin, Client, Sampling, Tokens
 from anabranch_client import WorkerDied as RequestLost
 from launch import sweeper
 from launch.cluster import LocalCluster
-from launch.process import ProcessExit
+from launch.process import IMPORTS, ProcessExit
 from launch.process_plan import plan_processes, plan_workers
+from runtime.start import prepare_forks
 from tests.support.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.distributed
@@ -44,6 +45,7 @@ def shm_entries() -> set[str]:
 
 def test_a_cluster_serves_and_leaves_nothing() -> None:
     shm = shm_entries()
+    prepare_forks(IMPORTS)  # whose thread stays
     threads = threading.active_count()
     with LocalCluster(COLOCATED, ready_timeout_s=READY_TIMEOUT_S) as cluster:
         folder = cluster.folder
