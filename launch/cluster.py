@@ -465,7 +465,7 @@ def _ranks(worker: WorkerConfig, pid: int) -> list[ProcessInfo]:
     """The ranks with processes of their own, by the names that they go by; none where the worker has ended."""
     found: list[ProcessInfo] = []
     with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(pid).children():
+        for child in psutil.Process(pid).children(recursive=True):
             name, _, rank = child.name().rpartition(".")
             # The kernel cuts long names.
             if rank.isdigit() and worker.name.startswith(name) and 0 < int(rank) < worker.num_ranks:

@@ -21,23 +21,18 @@ from anabranch.system.child_process import signal_name
 from anabranch.system.clock import awake_s
 from launch.terminal_text import visible
 from runtime.running_process import RunningProcess
-from runtime.start import start_process
+from runtime.start import SHARED_IMPORTS, start_process
 
 _TAIL_BYTES = 16384
-# What every process of a cluster imports, which takes seconds: once, in the fork server.
+# What the processes of a cluster import.
 IMPORTS = (
+    *SHARED_IMPORTS,
     "prefill.worker",
     "decode.worker",
     "attn_nodes.worker",
     "ffn_nodes.worker",
     "orchestrator.service",
     "orchestrator.resolved_model",
-    "runtime.entry",
-    "runtime.rank_process",
-    # What transformers loads when it first reads a model's configuration, and that takes as long as torch.
-    "transformers.models.auto.configuration_auto",
-    "transformers.models.llama.configuration_llama",
-    "transformers.models.auto.tokenization_auto",
 )
 
 

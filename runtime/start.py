@@ -22,6 +22,17 @@ from runtime.running_process import RunningProcess, StartedProcess
 
 logger = logging.getLogger(__name__)
 
+# What every worker and rank imports, which takes seconds: once, in the fork server.
+SHARED_IMPORTS = (
+    "runtime.entry",
+    "runtime.rank_process",
+    "runtime.generation.worker",
+    # What transformers loads when it first reads a model's configuration, and that takes as long as torch.
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.auto.tokenization_auto",
+)
+
 
 class _Source:
     """This process's fork server."""
@@ -50,7 +61,7 @@ class _Source:
 
     def fork_here(self) -> None:
         with self._lock:
-            if self._possible:
+            if self._possible and len(os.listdir("/proc/self/task")) == 1:
                 self._server = fork_server_here()
 
 
@@ -63,7 +74,7 @@ def prepare_forks(modules: Sequence[str]) -> None:
 
 
 def fork_from_here() -> None:
-    """Let children be forks of this process as it is now, while it has one thread."""
+    """Let children be forks of this process as it is now, where it has one thread still."""
     _source.fork_here()
 
 

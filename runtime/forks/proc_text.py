@@ -21,7 +21,7 @@ def show_arguments(arguments: Iterable[bytes]) -> None:
 
 def show_environment(environment: Mapping[bytes, bytes]) -> None:
     """Let this be seen as the environment, the last names first, as they are what was added."""
-    _write(_ENVIRONMENT, b"\0".join(name + b"=" + value for name, value in reversed(environment.items())))
+    _write(_ENVIRONMENT, b"\0".join(name + b"=" + value for name, value in reversed([*environment.items()])))
 
 
 def _write(area: slice, text: bytes) -> None:
