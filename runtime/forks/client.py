@@ -87,11 +87,6 @@ class ForkServer:
                 ours.close()
                 return None
 
-    def close(self) -> None:
-        """End the server and all its children."""
-        self.lost = True
-        self._control.close()
-
 
 def start_server(modules: Sequence[str]) -> ForkServer:
     """Start a server that imports these modules first; it ends with this process. Raises OSError."""
@@ -100,6 +95,7 @@ def start_server(modules: Sequence[str]) -> ForkServer:
     started = threading.Event()
     ended = threading.Event()
     errors: list[OSError] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def keep() -> None:
         # The kernel ends a child with the thread that started it, which therefore waits.
@@ -119,11 +115,19 @@ def start_server(modules: Sequence[str]) -> ForkServer:
         except OSError as error:
             errors.append(error)
             return
+        else:
+            processes.append(process)
         finally:
             theirs.close()
             started.set()
-        process.wait()
+        processes[0].wait()
         ended.set()
+
+    def end() -> None:
+        if os.getpid() == server.owner_pid:
+            # It may be in the middle of its imports; the kernel ends its children with it.
+            processes[0].kill()
+            ended.wait(END_TIMEOUT_S)
 
     threading.Thread(target=keep, name="fork-server", daemon=True).start()
     started.wait()
@@ -131,12 +135,6 @@ def start_server(modules: Sequence[str]) -> ForkServer:
         ours.close()
         raise errors[0]
     server = ForkServer(ours, environment)
-
-    def end() -> None:
-        if os.getpid() == server.owner_pid:
-            server.close()
-            ended.wait(END_TIMEOUT_S)
-
     atexit.register(end)
     return server
 
