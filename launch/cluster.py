@@ -194,6 +194,9 @@ class LocalCluster:
         if self._ffn_scale is not None:
             self._ffn_scale.stop()
         children = [child for child in self._table.children.values() if child.alive]
+        for child in self._table.children.values():
+            if not child.started:
+                child.kill()
         # The orchestrator leads: it ends its requests, then tells the workers to exit.
         leader = [child for child in children if child.name == ORCHESTRATOR_NAME]
         workers = [child for child in children if child not in leader]
@@ -241,7 +244,7 @@ class LocalCluster:
             *plan_processes(self.topology, workers),
         )
         for plan in self._table.plans:
-            self._start_child(plan)
+            self._enter_child(plan).start()
         self._wait_ready(endpoints, {worker.name for worker in workers}, deadline)
         self._supervisor = Supervisor(self.topology.restart, self._start_again, self._back, self._say)
         if self.topology.pools.ffn is not None:
@@ -252,10 +255,10 @@ class LocalCluster:
                     f"cluster start: the orchestrator does not say how many ffn workers it wants ({FOLLOW_TIMEOUT_S} s)"
                 )
 
-    def _start_child(self, plan: ProcessPlan) -> None:
-        child = self._child(plan)
-        self._table.children[plan.name] = child
-        child.start()
+    def _enter_child(self, plan: ProcessPlan) -> ChildProcess:
+        """A process of the table, to be started outside the lock: that may take as long as a fork server's imports."""
+        child = self._table.children[plan.name] = self._child(plan)
+        return child
 
     def _say(self, text: str) -> None:
         sys.stderr.write(f"{said(text)}\n")
@@ -281,7 +284,8 @@ class LocalCluster:
             name = next(name for name in names if not self._alive(name) and not self._returns(name))
             plan = plan_ffn_worker(self.topology, control, int(name.removeprefix("ffn-")), secret_file=secret)
             self._table.add(plan)
-            self._start_child(plan)
+            child = self._enter_child(plan)
+        child.start()
         return name
 
     def expect_leave(self, name: str) -> None:
@@ -296,7 +300,7 @@ class LocalCluster:
 
     def _alive(self, name: str) -> bool:
         child = self._table.children.get(name)
-        return child is not None and child.alive
+        return child is not None and not child.ended
 
     def _returns(self, name: str) -> bool:
         return self._supervisor is not None and self._supervisor.expects(name)
@@ -304,15 +308,18 @@ class LocalCluster:
     def _start_again(self, name: str) -> None:
         with self._changed:
             plan = self._table.plan(name)
-            if plan is not None and not self._stopping and not self._alive(name):
-                self._start_child(plan)
+            if plan is None or self._stopping or self._alive(name):
+                return
+            child = self._enter_child(plan)
+        child.start()
 
     def _back(self, name: str) -> bool:
         plan = self._table.plan(name)
-        if plan is None or self._probe is None or not self._alive(name):
+        child = self._table.children[name]
+        if plan is None or self._probe is None or not child.alive:
             return False
         registered = self._probe.worker_pids()
-        pid = self._table.children[name].pid
+        pid = child.pid
         return all(registered.get(worker.name) == pid for worker in plan.workers)
 
     # Start and end ----------------------------------------------------------------------------------------

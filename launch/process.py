@@ -96,6 +96,7 @@ class ChildProcess:
         self._started = threading.Event()
         self._ended = threading.Event()
         self.exit: ProcessExit | None = None
+        self._unwanted = False
         # Copies the output, where it is echoed.
         self._pumping: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=f"child-{name}", daemon=True)
@@ -106,8 +107,18 @@ class ChildProcess:
         return self._process.pid
 
     @property
+    def started(self) -> bool:
+        """Whether there is, or was, a process."""
+        return self._process is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no process any more."""
+        return self._ended.is_set()
+
+    @property
     def alive(self) -> bool:
-        return self._process is not None and not self._ended.is_set()
+        return self.started and not self.ended
 
     def start(self) -> None:
         """Start the process. Raises OSError where the system refuses."""
@@ -122,7 +133,8 @@ class ChildProcess:
             self._process.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to its whole process group."""
+        """SIGKILL to its whole process group; one that is being started gets it as soon as it is there."""
+        self._unwanted = True
         if self._process is not None:
             self._process.signal(signal.SIGKILL, group=True)
 
@@ -164,6 +176,8 @@ class ChildProcess:
             return
         finally:
             self._started.set()
+        if self._unwanted:
+            self.kill()
         code = process.wait()
         if self._pumping is not None:
             self._pumping.join(1.0)

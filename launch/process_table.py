@@ -109,7 +109,7 @@ class ProcessTable:
         found: list[ProcessInfo] = []
         for plan in self.plans:
             child = self.children.get(plan.name)
-            if child is None:
+            if child is None or not child.started:
                 continue
             roles = dict.fromkeys(worker.role for worker in plan.workers)
             meshes = dict.fromkeys(f" tp {w.tp} x cp {w.cp}" for w in plan.workers if w.num_ranks > 1)

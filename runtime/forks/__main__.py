@@ -23,6 +23,8 @@ if __name__ == "__main__":
         importlib.import_module(module)
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit("an import started a thread, which a fork would not take along")
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.exit("an import initialised CUDA, which a fork cannot use")
     order = serve_forks(socket.socket(fileno=int(control_fd)))
     if order is not None:
         run_order(order)

@@ -24,6 +24,8 @@ FORK_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
 # Beyond what this process's environment takes; what `/proc` is to show of the children.
 _PADDING_BYTES = 8192
+# Libraries must start no threads as they are loaded, and may look for GPUs only in a way that leaves them to children.
+_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 # What libraries read when they are loaded, which a fork does not do again. A child for whom it differs is started anew.
 _READ_AT_IMPORT = (
     "ATEN_", "CUDA_", "DNNL_", "GLIBC_", "GOMP_", "GRPC_", "HF_", "HOME", "KMP_", "LANG", "LC_", "LD_", "MALLOC_",
@@ -104,8 +106,7 @@ def start_server(modules: Sequence[str]) -> ForkServer:
             number = str(theirs.fileno())
             process = subprocess.Popen(
                 python_module("runtime.forks", str(os.getpid()), number, ",".join(modules), "." * _PADDING_BYTES),
-                # Libraries must start no threads of their own as they are loaded.
-                env=environment | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "ANABRANCH_PADDING": padding},
+                env=environment | _SERVER_ENVIRONMENT | {"ANABRANCH_PADDING": padding},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
