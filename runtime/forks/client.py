@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -106,7 +107,11 @@ def start_server(modules: Sequence[str]) -> ForkServer:
             number = str(theirs.fileno())
             process = subprocess.Popen(
                 python_module("runtime.forks", str(os.getpid()), number, ",".join(modules), "." * _PADDING_BYTES),
-                env=environment | _SERVER_ENVIRONMENT | {"ANABRANCH_PADDING": padding},
+                # torch makes this folder as it is loaded, which is to make none.
+                env={"TORCHINDUCTOR_CACHE_DIR": tempfile.gettempdir()}
+                | environment
+                | _SERVER_ENVIRONMENT
+                | {"ANABRANCH_PADDING": padding},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
