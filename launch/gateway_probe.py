@@ -48,11 +48,10 @@ class GatewayProbe:
         """Whether gRPC health says SERVING."""
         return _or_default(lambda: self._client.health(timeout_s=PROBE_TIMEOUT_S) == "serving", False)
 
-    def worker_names(self) -> frozenset[str]:
-        """Names of the registered workers."""
+    def worker_pids(self) -> dict[str, int]:
+        """Process ids of the registered workers, by name."""
         return _or_default(
-            lambda: frozenset(worker.name for worker in self._admin.cluster(timeout_s=PROBE_TIMEOUT_S).workers),
-            frozenset(),
+            lambda: {worker.name: worker.pid for worker in self._admin.cluster(timeout_s=PROBE_TIMEOUT_S).workers}, {}
         )
 
     def report_exit(self, worker: str, pid: int, how: str, timeout_s: float) -> None:

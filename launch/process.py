@@ -2,6 +2,8 @@
 
 A thread starts the child, waits for it and reports its end at once. The same thread must do both: the kernel
 ties PR_SET_PDEATHSIG (see `runtime.child`) to the thread that forked, so that thread lives as long as the child.
+Where a fork server makes the child, which `runtime.start` decides, the kernel ends it with that server, and the
+server with this process.
 """
 
 from __future__ import annotations
@@ -9,19 +11,29 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.system.child_process import python_module, signal_name
+from anabranch.system.child_process import signal_name
 from anabranch.system.clock import awake_s
 from launch.terminal_text import visible
+from runtime.running_process import RunningProcess
+from runtime.start import SHARED_IMPORTS, start_process
 
 _TAIL_BYTES = 16384
-_START_TIMEOUT_S = 30.0
+# What the processes of a cluster import.
+IMPORTS = (
+    *SHARED_IMPORTS,
+    "prefill.worker",
+    "decode.worker",
+    "attn_nodes.worker",
+    "ffn_nodes.worker",
+    "orchestrator.service",
+    "orchestrator.resolved_model",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,43 +86,57 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self.log = log
-        self._command = python_module("runtime.child", str(os.getpid()), name, module, *arguments)
+        self._module = module
+        self._arguments = tuple(arguments)
         self._environment = dict(environment)
         self._on_exit = on_exit
         self._echo = echo
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._process: RunningProcess | None = None
         self._start_error: OSError | None = None
         self._started = threading.Event()
         self._ended = threading.Event()
-        # Held while the process is reaped or signalled, so that a signal never goes to a reused pid.
-        self._reap_lock = threading.Lock()
-        self._reaped = False
         self.exit: ProcessExit | None = None
+        self._unwanted = False
+        # Copies the output, where it is echoed.
+        self._pumping: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name=f"child-{name}", daemon=True)
 
     @property
     def pid(self) -> int:
-        assert self._popen is not None
-        return self._popen.pid
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def started(self) -> bool:
+        """Whether there is, or was, a process."""
+        return self._process is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no process any more."""
+        return self._ended.is_set()
 
     @property
     def alive(self) -> bool:
-        return self._popen is not None and not self._ended.is_set()
+        return self.started and not self.ended
 
     def start(self) -> None:
         """Start the process. Raises OSError where the system refuses."""
         self._thread.start()
-        self._started.wait(_START_TIMEOUT_S)
+        self._started.wait()
         if self._start_error is not None:
             raise self._start_error
 
     def terminate(self) -> None:
         """SIGTERM: asks it to drain and end."""
-        self._signal(signal.SIGTERM)
+        if self._process is not None:
+            self._process.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to its whole process group."""
-        self._signal(signal.SIGKILL)
+        """SIGKILL to its whole process group; one that is being started gets it as soon as it is there."""
+        self._unwanted = True
+        if self._process is not None:
+            self._process.signal(signal.SIGKILL, group=True)
 
     def wait(self, timeout_s: float) -> ProcessExit | None:
         """The end, or None where it still runs after `timeout_s`."""
@@ -128,52 +154,48 @@ class ChildProcess:
             return ()
         return tuple(text.splitlines()[-max_lines:])
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._popen is None:
-            return
-        with self._reap_lock, contextlib.suppress(ProcessLookupError):
-            if self._reaped:
-                return
-            if number is signal.SIGKILL:
-                os.killpg(self._popen.pid, number)
-            else:
-                os.kill(self._popen.pid, number)
-
     def _run(self) -> None:
         try:
-            with self.log.open("ab") as log:
-                self._popen = subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if self._echo else log,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment,
-                    start_new_session=True,
+            output = self._open_output()
+            try:
+                process = self._process = start_process(
+                    name=self.name,
+                    module=self._module,
+                    arguments=self._arguments,
+                    environment=self._environment,
+                    stdout=output,
+                    stderr=output,
+                    new_session=True,
+                    imports=IMPORTS,
                 )
+            finally:
+                os.close(output)
         except OSError as error:
             self._start_error = error
             self._ended.set()
             return
         finally:
             self._started.set()
-        pump: threading.Thread | None = None
-        if self._echo:
-            pump = threading.Thread(target=self._pump, name=f"log-{self.name}", daemon=True)
-            pump.start()
-        os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
-        with self._reap_lock:
-            code = self._popen.wait()
-            self._reaped = True
-        if pump is not None:
-            pump.join(1.0)
-        self.exit = ProcessExit(name=self.name, pid=self._popen.pid, code=code, log_tail=self.log_tail())
+        if self._unwanted:
+            self.kill()
+        code = process.wait()
+        if self._pumping is not None:
+            self._pumping.join(1.0)
+        self.exit = ProcessExit(name=self.name, pid=process.pid, code=code, log_tail=self.log_tail())
         self._ended.set()
         self._on_exit(self.exit)
 
-    def _pump(self) -> None:
-        assert self._popen is not None
-        assert self._popen.stdout is not None
-        with self.log.open("ab", buffering=0) as log, self._popen.stdout as lines:
+    def _open_output(self) -> int:
+        """Where the child is to write: the log, or a pipe to what copies into the log and to stderr."""
+        if not self._echo:
+            return os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        read_end, write_end = os.pipe()
+        self._pumping = threading.Thread(target=self._pump, args=(read_end,), name=f"log-{self.name}", daemon=True)
+        self._pumping.start()
+        return write_end
+
+    def _pump(self, read_end: int) -> None:
+        with self.log.open("ab", buffering=0) as log, open(read_end, "rb") as lines:
             for line in lines:
                 # A full disk must not stop the reading, or the child would wait for room in the pipe.
                 with contextlib.suppress(OSError):

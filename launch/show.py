@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anabranch_client import Completion
-from launch.cluster import ProcessInfo
+from launch.process_table import ProcessInfo
 from launch.terminal_text import said
 
 # People's words go to stderr, so that stdout holds the answer alone.

@@ -16,8 +16,8 @@ from anabranch_client import Client, ClientError
 from launch.cluster import READY_TIMEOUT_S, LocalCluster
 from launch.cluster_record import record_path, write_record
 from launch.numbers import seconds
-from launch.process import ProcessExit
 from launch.process_plan import ORCHESTRATOR_NAME
+from launch.process_table import ProcessEnd
 from launch.ready_file import claim_ready_file
 from launch.report import EXIT_FAILED, interrupt_on_signals, reported, warn
 from launch.show import err, out, process_table
@@ -74,7 +74,7 @@ def up(
         log_folder=log_dir,
         sweep_paths=[record_path(), *([ready] if ready is not None else [])],
     )
-    num_deaths = 0
+    num_ends = 0
     ready_to_serve = False
     try:
         with err.status(f"starting {said(topology.model)} ..."):
@@ -94,13 +94,12 @@ def up(
         out.print(f"\ngRPC [bold]{said(cluster.endpoint)}[/bold]", soft_wrap=True)
         out.print('try  anabranch generate --chat "What is the capital of France?"\n', soft_wrap=True)
         while True:
-            death = cluster.wait_for_death(after=num_deaths)
-            assert death is not None
-            num_deaths += 1
+            end = cluster.wait_for_end(after=num_ends)
+            num_ends += 1
+            role = next((process.role for process in cluster.processes if process.name == end.exit.name), "")
             missing_role = cluster.missing_role
-            role = next(process.role for process in cluster.processes if process.name == death.name)
-            say_death(death, role, still_serves=not missing_role)
-            if death.name == ORCHESTRATOR_NAME:
+            say_end(end, role, still_serves=not missing_role)
+            if end.exit.name == ORCHESTRATOR_NAME:
                 raise typer.Exit(EXIT_FAILED)
             if missing_role:
                 err.print(f"no {missing_role} worker is left, so nothing can be served; `anabranch up` starts anew")
@@ -110,8 +109,9 @@ def up(
         if not ready_to_serve:
             raise
     finally:
+        lost = cluster.lost
         cluster.stop()
-    if num_deaths:
+    if lost:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -142,12 +142,20 @@ def say_lowered_context(topology: Topology, endpoint: str) -> None:
         err.print(f"[yellow]max_context:[/yellow] {asked} asked, {served} served: the model's context ends there")
 
 
-def say_death(death: ProcessExit, role: str, *, still_serves: bool) -> None:
-    """Say what died, how, what it said last, and what that means where the others go on."""
+def say_end(end: ProcessEnd, role: str, *, still_serves: bool) -> None:
+    """Say what ended, how, what it said last, and what that means where the others go on."""
+    death = end.exit
+    if end.left:
+        err.print(f"{said(death.name)} has left", soft_wrap=True)
+        return
     lines = "".join(f"\n    {line}" for line in death.log_tail[-5:])
     err.print(f"[bold red]died:[/bold red] {said(str(death) + lines)}", soft_wrap=True)
-    if death.name != ORCHESTRATOR_NAME and still_serves:
+    if death.name == ORCHESTRATOR_NAME:
+        return
+    if end.again_in_s is not None:
+        err.print(f"{said(death.name)} is started again in {end.again_in_s:g} s", soft_wrap=True)
+    elif still_serves:
         meanwhile = "its requests have failed, the others go on"
         if role.startswith("ffn"):
             meanwhile = "the other ffn workers load what it held, where that fits"
-        err.print(f"{meanwhile}; `anabranch up` again brings it back")
+        err.print(f"{said(death.name)} stays away (restart); {meanwhile}; `anabranch up` again brings it back")

@@ -19,6 +19,7 @@ from anabranch.errors import AnabranchError
 from anabranch.protocol.workers import Role
 from anabranch.system.logs import configure_logging
 from anabranch.system.standard_streams import standard_streams
+from runtime.start import fork_from_here
 from runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ def worker_main(role: Role, about: str, build: Callable[[WorkerConfig], Worker])
     with standard_streams():
         config = parse_flags(WorkerConfig, sys.argv[1:], prog=f"python -m {role}", about=about, defaults={"role": role})
         configure_logging(config.name)
+        if config.rank_processes and config.num_ranks > 1:
+            # Now, while there is one thread and nothing is loaded: its ranks are there at once.
+            fork_from_here()
         try:
             own = rank_config(config, 0)
             pin_process(own.cores, own.threads)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
-import subprocess
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from anabranch.model.config import ModelConfig
 from anabranch.parallel.context import RankContext
 from anabranch.parallel.mesh import Mesh
 from anabranch.parallel.threads import ThreadGroup, thread_groups
-from anabranch.system.child_process import python_environment, python_module, signal_name
+from anabranch.system.child_process import python_environment, signal_name
 from anabranch.system.clock import awake_s, wait_for
 from anabranch.system.private_files import private_folder
 from runtime.rank import Command, Event, FollowerRoom
@@ -49,7 +48,9 @@ from runtime.rank_channel import (
 )
 from runtime.rank_mesh import RankMesh, join_world
 from runtime.rank_process import serve_rank
+from runtime.running_process import RunningProcess
 from runtime.silence import Silence
+from runtime.start import SHARED_IMPORTS, start_process
 from transport.collectives.base import CollectiveGroup
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class RankGroup(Generic[Command, Event]):
         # Guards the command sockets, which belong to the engine's thread and at the end to whoever closes.
         self._sending = threading.Lock()
         self._commands: list[zmq.Socket[bytes]] = []
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._children: dict[int, RunningProcess] = {}
         self._threads: list[threading.Thread] = []
         self._rank_mesh: RankMesh | None = None
         # Guards what follows, and tells of changes.
@@ -249,14 +250,19 @@ class RankGroup(Generic[Command, Event]):
     def _keep_process(self, rank: int) -> str:
         """Start a rank and wait for its end, in one thread: the kernel ends a child with the thread that forked it."""
         name = f"{self.config.name}.{rank}"
-        child = subprocess.Popen(
-            python_module("runtime.child", str(os.getpid()), name, self._room.module, str(self._folder), str(rank)),
-            env=python_environment({"OMP_NUM_THREADS": str(rank_config(self.config, rank).threads)}),
-            stdin=subprocess.DEVNULL,
+        child = start_process(
+            name=name,
+            module=self._room.module,
+            arguments=(str(self._folder), str(rank)),
+            environment=python_environment({"OMP_NUM_THREADS": str(rank_config(self.config, rank).threads)}),
+            stdout=1,
+            stderr=2,
+            new_session=False,
+            imports=SHARED_IMPORTS,
         )
         self._children[rank] = child
         if self._closing:
-            child.kill()
+            child.signal(signal.SIGKILL)
         code = child.wait()
         if code < 0:
             return f"(pid {child.pid}) was killed by {signal_name(-code)}"
@@ -340,8 +346,7 @@ class RankGroup(Generic[Command, Event]):
 
     def _kill(self) -> None:
         for child in self._children.values():
-            if child.returncode is None:
-                child.kill()
+            child.signal(signal.SIGKILL)
 
     def _join_threads(self) -> None:
         deadline_s = time.monotonic() + END_TIMEOUT_S

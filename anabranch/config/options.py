@@ -19,6 +19,7 @@ Preemption = Literal["auto", "recompute", "offload"]
 RingChoice = Literal["auto", "pass_kv", "pass_q"]
 FfnTransport = Literal["auto", "shm", "tcp", "ucx"]
 RowExact = Literal["auto", "on", "off"]
+RestartPolicy = Literal["on_failure", "never"]
 CombineChoice = Literal["auto", "slots", "sums"]
 SharedExpert = Literal["attn", "ffn"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, get_args
 
 from anabranch.config.bounds import Between, Options, is_port
-from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions, RankOptions
+from anabranch.config.options import AttnOptions, ClusterOptions, FfnOptions, PoolOptions, RankOptions, RestartPolicy
 from anabranch.config.tenants import TenantWeights, parse_tenant_weights
 from anabranch.errors import ConfigError
 from anabranch.parallel.mesh import Mesh
@@ -100,6 +100,19 @@ class Pools:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RestartConfig(Options):
+    """What becomes of a worker whose process died; one that was drained stays away.
+
+    Attributes:
+        policy: whether it is started again, under its name, after 0.5 to 30 s, twice as long after each death in a row.
+        max_per_10min: starts of one worker within 10 minutes, after which it stays away.
+    """
+
+    policy: RestartPolicy = "on_failure"
+    max_per_10min: Annotated[int, Between(1, 1000)] = 20
+
+
+@dataclass(frozen=True, kw_only=True)
 class Topology(ClusterOptions):
     """A whole cluster on one machine.
 
@@ -107,11 +120,13 @@ class Topology(ClusterOptions):
         grpc: address that the gateway listens on; port 0: chosen by the system.
         tenant_weights: NAME=WEIGHT of tenants that are served more or less than others, whose weight is 1.
         pools: which workers there are.
+        restart: what becomes of a worker that died.
     """
 
     grpc: str = "127.0.0.1:0"
     tenant_weights: TenantWeights = ()
     pools: Pools = field(default_factory=lambda: Pools(prefill=PoolConfig(), decode=PoolConfig()))
+    restart: RestartConfig = field(default_factory=RestartConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

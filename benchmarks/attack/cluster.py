@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import PoolConfig, Pools, RestartConfig, Topology
 from anabranch.model.identity import read_identity
 from anabranch.model.sources import resolve_model
 from anabranch.protocol.workers import WorkerInfo
@@ -25,6 +25,7 @@ def topology(model: Path) -> Topology:
         dtype="float32",
         kv_transport="tcp",
         native_kernels=False,
+        restart=RestartConfig(policy="never"),  # who is left is to go on
         pools=Pools(prefill=pool, decode=pool, colocated=pool),
     )
 

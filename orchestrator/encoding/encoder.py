@@ -19,12 +19,11 @@ from orchestrator.encoding.messages import (
     EncodeChat,
     Encoded,
     Failed,
-    FrameReader,
     FromEncoder,
     Rendered,
     ToEncoder,
-    frame,
 )
+from transport.local_frames import FrameReader, frame
 
 # The time limit is counted in parts: while this process is stopped, with all others, no more than one passes.
 _NUM_TICKS = 4

@@ -17,11 +17,10 @@ from orchestrator.encoding.messages import (
     Failed,
     Fork,
     Forked,
-    FrameReader,
     FromForkServer,
     ToForkServer,
-    frame,
 )
+from transport.local_frames import FrameReader, frame
 
 # The server only forks, kills and reaps; it answers within milliseconds unless the machine stands still. One that does
 # not counts as lost: its late answer would be taken for the next one.

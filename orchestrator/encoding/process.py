@@ -33,12 +33,11 @@ from orchestrator.encoding.messages import (
     Failed,
     Fork,
     Forked,
-    FrameReader,
     FromEncoder,
     ToEncoder,
     ToForkServer,
-    frame,
 )
+from transport.local_frames import FrameReader, frame
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +89,12 @@ def serve_forks(control: socket.socket, encode: Encode, *, memory_bytes: int, ma
     pids: set[int] = set()
     try:
         while (received := messages.receive(control)) is not None:
-            message, descriptor = received
+            message, descriptors = received
             if not isinstance(message, Fork):
                 pids.remove(message.pid)  # an id that is reaped may be another process's already
                 control.sendall(frame(Ended(how=_end(message.pid))))
                 continue
-            assert descriptor is not None
-            connection = socket.socket(fileno=descriptor)
+            connection = socket.socket(fileno=descriptors[0])
             try:
                 server_pid = os.getpid()
                 pid = os.fork()

@@ -24,8 +24,8 @@ import launch.doctor
 import launch.up
 import launch.verify
 from anabranch.config.topology import Topology
-from launch.cluster import ProcessInfo
 from launch.main import main
+from launch.process_table import ProcessInfo
 
 
 class ReadyCluster:
@@ -42,7 +42,9 @@ class ReadyCluster:
 
     def stop(self) -> None: ...
 
-    def wait_for_death(self, **_: object) -> None:
+    lost = ()
+
+    def wait_for_end(self, **_: object) -> None:
         raise KeyboardInterrupt
 
 

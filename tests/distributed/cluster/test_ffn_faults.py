@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import ffn_nodes.worker
-from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, RestartConfig, Topology
 from anabranch_client import Admin, Client
 from benchmarks.spoiling_proxy import SpoilingProxy
 from launch.cluster import LocalCluster
@@ -52,6 +52,7 @@ def running(
         ffn_transport=transport,  # type: ignore[arg-type]
         ffn_timeout_s=FFN_TIMEOUT_S,
         ffn_unavailable_s=FFN_UNAVAILABLE_S,
+        restart=RestartConfig(policy="never"),
         pools=Pools(
             prefill=PoolConfig(**SMALL),  # type: ignore[arg-type]
             attn=AttnPoolConfig(workers=num_attn, lanes=2, **SMALL),  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, RestartConfig, Topology
 from anabranch.model.size import expert_bytes, num_experts
 from anabranch.model.sources import resolve_model
 from anabranch_client import Admin, Client, InvalidRequest
@@ -45,6 +45,7 @@ def running(model: Known, *, num_ffn: int, replicas: int) -> Iterator[tuple[Loca
         prefix_cache=False,
         ffn_timeout_s=1.0,
         ffn_unavailable_s=20.0,
+        restart=RestartConfig(policy="never"),
         pools=Pools(
             prefill=PoolConfig(**SMALL),  # type: ignore[arg-type]
             attn=AttnPoolConfig(lanes=2, **SMALL),  # type: ignore[arg-type]

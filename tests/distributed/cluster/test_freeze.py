@@ -138,9 +138,10 @@ def test_an_answer_goes_on(cluster: LocalCluster, good: dict[tuple[int, ...], tu
         everybody = {
             child.name(): child.pid
             for top in cluster.processes
-            for child in (psutil.Process(top.pid), *psutil.Process(top.pid).children())
+            for child in (psutil.Process(top.pid), *psutil.Process(top.pid).children(recursive=True))
+            if not child.name().startswith("encode-")
         }
-        assert {"orchestrator", "encoders", "prefill-0", "decode-0", "decode-0.1"} == set(everybody)
+        assert {"orchestrator", "encoders", "prefill-0", "decode-0", "fork-server", "decode-0.1"} == set(everybody)
         workers = [pid for name, pid in everybody.items() if name not in ("orchestrator", "encoders")]
         for prompt, answer in good.items():
             assert tuple(Answer(client, prompt, len(answer)).result()) == answer

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from anabranch.config.topology import PoolConfig, Pools, Topology
+from anabranch.config.topology import PoolConfig, Pools, RestartConfig, Topology
 from anabranch_client import Admin, Client, Sampling, Worker
 from launch.cluster import LocalCluster
 from tests.support.in_process import wait_until
@@ -49,6 +49,7 @@ def running(model: object, transport: str, num_prefill: int, num_decode: int) ->
         kv_transport=transport,  # type: ignore[arg-type]
         native_kernels=False,
         prefix_cache=False,
+        restart=RestartConfig(policy="never"),  # what is left is looked at
         pools=Pools(prefill=pool(num_prefill), decode=pool(num_decode)),
     )
     with (

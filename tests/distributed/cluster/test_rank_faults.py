@@ -31,6 +31,7 @@ model: {model}
 dtype: float32
 native_kernels: false
 prefix_cache: false
+restart: {{policy: never}}
 collective_timeout_s: {timeout_s}
 pools:
   prefill: {{workers: 2, cp: 2, threads: 1, kv_cache: 16MiB, max_step_tokens: 64}}

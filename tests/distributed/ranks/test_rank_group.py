@@ -105,7 +105,7 @@ def make(folder: Path, temporary: Path) -> Iterator[Start]:
     assert list(temporary.iterdir()) == []
     assert set(os.listdir("/dev/shm")) <= shm
     wait_until(lambda: our_threads() <= threads, "the group's threads to end", describe=our_threads)
-    assert not [child for child in psutil.Process().children() if child.name().startswith("talk-0")]
+    assert not [child for child in psutil.Process().children(recursive=True) if child.name().startswith("talk-0")]
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_rank_that_cannot_be_started_is_named_at_once(make: Start, monkeypatch
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     group = make()
-    monkeypatch.setattr("runtime.rank_group.subprocess.Popen", refuse)
+    monkeypatch.setattr("runtime.rank_group.start_process", refuse)
     with pytest.raises(WorkerDied, match=r"rank 1 of talk-0 could not be started or watched: BlockingIOError: .*temp"):
         group.ranks.start()
 

@@ -9,19 +9,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.config.topology import PoolConfig, Pools, Topology
 from anabranch.errors import WorkerDied
+from anabranch.protocol.workers import Role
 from anabranch_client import Admin, Client, Sampling, Tokens
 from launch import sweeper
 from launch.cluster import LocalCluster
 from launch.process import ProcessExit
-from launch.process_plan import plan_processes, plan_workers
+from launch.process_table import missing_role
 from tests.support.waiting import WAIT_S, eventually
 
 pytestmark = pytest.mark.distributed
@@ -41,9 +42,14 @@ def shm_entries() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+def of_clusters() -> list[str]:
+    """Names of this process's threads without those that it has one of, and keeps."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name not in ("clock", "fork-server"))
+
+
 def test_a_cluster_serves_and_leaves_nothing() -> None:
     shm = shm_entries()
-    threads = threading.active_count()
+    threads = of_clusters()
     with LocalCluster(COLOCATED, ready_timeout_s=READY_TIMEOUT_S) as cluster:
         folder = cluster.folder
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -62,7 +68,7 @@ def test_a_cluster_serves_and_leaves_nothing() -> None:
     assert not folder.exists()
     assert sweeper.marked_processes(str(folder)) == []
     assert shm_entries() <= shm
-    eventually(lambda: threading.active_count() <= threads)
+    eventually(lambda: of_clusters() == threads)
 
 
 def test_prefill_and_decode_share_a_process_in_process() -> None:
@@ -81,33 +87,49 @@ def test_prefill_and_decode_share_a_process_in_process() -> None:
         assert answer.kv.transport == "inproc"
 
 
-def test_a_killed_worker_is_named_and_its_requests_go_on() -> None:
+def test_a_killed_worker_is_named_and_comes_back_while_its_requests_go_on_and_a_drained_one_stays_away() -> None:
     deaths: list[ProcessExit] = []
     pools = Pools(colocated=PoolConfig(workers=2, kv_cache_bytes=64 << 20, threads=1))
-    with LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster:
-        with Client(cluster.endpoint) as client, Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin:
-            sampling = Sampling(max_tokens=200, ignore_eos=True)
-            stream = client.generate("Once upon a time", sampling)
-            begun = next(event for event in stream if isinstance(event, Tokens))
-            holder = next(worker for worker in admin.cluster().workers if worker.num_requests)
-            os.kill(holder.pid, signal.SIGKILL)
-            death = cluster.wait_for_death(WAIT_S)
-            assert death is not None
-            assert death.name == holder.name
-            assert death.reason == "was killed by SIGKILL"
-            *rest, finished = stream
-            assert (finished.num_recoveries, finished.routes[0].workers) == (1, (holder.name,))
-            assert finished.route != (holder.name,)
-            found = [token for event in (begun, *rest) for token in event.token_ids]
-            assert tuple(found) == client.complete("Once upon a time", sampling).token_ids
-            eventually(lambda: deaths == [death])
-            departures = admin.cluster().departures
-            assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]
-            other = client.complete("The capital of France is", Sampling(max_tokens=4))
-            assert other.route != (holder.name,)
-        table = {process.name: process.alive for process in cluster.processes}
-        assert table[holder.name] is False
-        assert sum(table.values()) == 2
+    with (
+        LocalCluster(Topology(pools=pools), ready_timeout_s=READY_TIMEOUT_S, on_death=deaths.append) as cluster,
+        Client(cluster.endpoint) as client,
+        Admin(cluster.endpoint, token_file=cluster.admin_token_file) as admin,
+    ):
+        sampling = Sampling(max_tokens=200, ignore_eos=True)
+        stream = client.generate("Once upon a time", sampling)
+        begun = next(event for event in stream if isinstance(event, Tokens))
+        holder = next(worker for worker in admin.cluster().workers if worker.num_requests)
+        os.kill(holder.pid, signal.SIGKILL)
+        death = cluster.wait_for_death(WAIT_S)
+        assert death is not None
+        assert death.name == holder.name
+        assert death.reason == "was killed by SIGKILL"
+        *rest, finished = stream
+        assert (finished.num_recoveries, finished.routes[0].workers) == (1, (holder.name,))
+        assert finished.route != (holder.name,)
+        found = [token for event in (begun, *rest) for token in event.token_ids]
+        assert tuple(found) == client.complete("Once upon a time", sampling).token_ids
+        eventually(lambda: deaths == [death])
+        departures = admin.cluster().departures
+        assert [(gone.name, gone.expected) for gone in departures] == [(holder.name, False)]
+
+        def back() -> bool:
+            pids = {worker.name: worker.pid for worker in admin.cluster().workers}
+            return pids.get(holder.name, holder.pid) != holder.pid
+
+        eventually(back, within_s=READY_TIMEOUT_S)
+        assert cluster.process(holder.name).alive
+        (other,) = {worker.name for worker in admin.cluster().workers} - {holder.name}
+        admin.drain(other)
+        assert cluster.wait_for_end(after=1).left
+        again = client.complete("Once upon a time", sampling)
+        assert (again.route, again.token_ids) == ((holder.name,), tuple(found))
+        assert cluster.deaths == (death,)
+        assert {process.name: process.alive for process in cluster.processes} == {
+            "orchestrator": True,
+            holder.name: True,
+        }
+        assert cluster.lost == ()
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
@@ -131,13 +153,19 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    with running_up(tmp_path, environment) as process:
+        yield process
+
+
+@contextmanager
+def running_up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """`anabranch up`, ready to serve, in a folder whose files have our modules' names."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in ("anabranch", "decode", "orchestrator", "prefill", "runtime", "transport", "launch", "json", "torch"):
         (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was run')\n")
     topology = tmp_path / "topology.yaml"
-    topology.write_text("colocated: {kv_cache: 32MiB, threads: 1}\n")
+    topology.write_text("colocated: {kv_cache: 32MiB, threads: 1}\nrestart: {max_per_10min: 1}\n")
     process = subprocess.Popen(
         [Path(sys.executable).with_name("anabranch"), "up", topology, "--ready-file", tmp_path / "ready.json"],
         cwd=folder,
@@ -154,7 +182,8 @@ def up(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=WAIT_S)
+        if process.stderr is not None and not process.stderr.closed:
+            process.communicate(timeout=WAIT_S)
 
 
 def children_of(up: subprocess.Popen[str]) -> list[int]:
@@ -219,17 +248,25 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path, up: subprocess.Popen[s
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
-def test_up_says_what_died(up: subprocess.Popen[str], tmp_path: Path) -> None:
-    ready = json.loads((tmp_path / "ready.json").read_text())
-    worker = next(process for process in ready["processes"] if process["name"] == "colocated-0")
-    os.kill(worker["pid"], signal.SIGKILL)
-    # Nobody has to stop it: with its only worker gone there is nothing that it could do.
-    _, err = up.communicate(timeout=WAIT_S)
-    assert up.returncode == 1
-    said = " ".join(err.split())
-    assert f"died: colocated-0 (pid {worker['pid']}) was killed by SIGKILL" in said
-    assert "no colocated worker is left, so nothing can be served" in said
-    assert "the others go on" not in said
+def test_up_says_what_died_and_what_comes_of_it(tmp_path: Path, environment: dict[str, str]) -> None:
+    with running_up(tmp_path, environment) as up, up.stderr as said:  # type: ignore[union-attr]
+        ready = json.loads((tmp_path / "ready.json").read_text())
+        worker = next(process for process in ready["processes"] if process["name"] == "colocated-0")
+        os.kill(worker["pid"], signal.SIGKILL)
+        lines = iter(said.readline, "")
+        assert f"died: colocated-0 (pid {worker['pid']}) was killed by SIGKILL\n" in lines
+        assert "colocated-0 is started again in 0.5 s\n" in lines
+        assert "colocated-0 is back\n" in lines
+        with Admin(ready["grpc"], token_file=ready["admin_token_file"]) as admin, Client(ready["grpc"]) as client:
+            (again,) = admin.cluster().workers
+            assert len(client.complete("The capital of France is", Sampling(max_tokens=4)).token_ids) == 4
+        # That was its only start in ten minutes, and with its only worker gone there is nothing that `up` could do.
+        os.kill(again.pid, signal.SIGKILL)
+        rest = " ".join(said.read().split())
+        assert up.wait(WAIT_S) == 1
+    assert f"died: colocated-0 (pid {again.pid}) was killed by SIGKILL" in rest
+    assert "no colocated worker is left, so nothing can be served" in rest
+    assert "the others go on" not in rest
 
 
 def test_the_demo_answers_and_leaves_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -260,12 +297,5 @@ def test_the_demo_answers_and_leaves_nothing(tmp_path: Path, environment: dict[s
         (set(), "prefill"),
     ],
 )
-def test_a_role_that_nobody_has_any_more(living: set[str], missing: str) -> None:
-    pools = Pools(prefill=PoolConfig(), decode=PoolConfig(), attn=AttnPoolConfig(), ffn=FfnPoolConfig())
-    cluster = LocalCluster(Topology(pools=pools))
-    cluster._plans = plan_processes(cluster.topology, plan_workers(cluster.topology, "ipc://x"))
-    cluster._children = {
-        plan.name: SimpleNamespace(alive=plan.workers[0].role in living)  # type: ignore[misc]
-        for plan in cluster._plans
-    }
-    assert cluster.missing_role == missing
+def test_a_role_that_nobody_has_any_more(living: set[Role], missing: str) -> None:
+    assert missing_role({"prefill", "decode", "attn", "ffn"}, living) == missing

@@ -89,5 +89,5 @@ def test_no_other_place_starts_an_interpreter() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "executable"
     }
-    assert found == {"anabranch/system/child_process.py", "launch/cluster.py"}
-    assert '[sys.executable, "-I", "-S", sweeper.__file__' in (ROOT / "launch" / "cluster.py").read_text()
+    assert found == {"anabranch/system/child_process.py", "launch/sweep.py"}
+    assert '[sys.executable, "-I", "-S", sweeper.__file__' in (ROOT / "launch" / "sweep.py").read_text()

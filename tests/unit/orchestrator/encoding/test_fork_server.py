@@ -23,12 +23,11 @@ from orchestrator.encoding.messages import (
     Ended,
     Fork,
     Forked,
-    FrameReader,
     FromForkServer,
     ToForkServer,
-    frame,
 )
 from tests.support.waiting import WAIT_S
+from transport.local_frames import FrameReader, frame
 
 pytestmark = pytest.mark.unit
 
@@ -44,8 +43,8 @@ class Peer:
         received = await asyncio.to_thread(self._messages.receive, self._connection)
         if received is None:
             return None
-        message, descriptor = received
-        if descriptor is not None:
+        message, descriptors = received
+        for descriptor in descriptors:
             os.close(descriptor)
         return message
 
