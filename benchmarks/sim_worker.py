@@ -81,7 +81,7 @@ class SimModel:
     has_chat_template = False
     longest_token_chars = 1
 
-    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
+    def expert_bytes(self, dtype: str, *, shared: bool) -> tuple[tuple[int, int], ...]:
         return ()
 
     def text_stream(self, sampling: SamplingParams) -> SimText:
