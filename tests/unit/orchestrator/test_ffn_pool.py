@@ -26,7 +26,7 @@ REBALANCE_S = 100
 
 
 class Model:
-    def expert_bytes(self, dtype: str) -> tuple[tuple[int, int], ...]:
+    def expert_bytes(self, dtype: str, *, shared: bool) -> tuple[tuple[int, int], ...]:
         return LAYERS
 
 
