@@ -347,6 +347,8 @@ class Lifecycle:
             self._give_out(attempt, first_index, "".join(texts), tuple(logprobs))
         if wrong is not None:
             raise wrong
+        if stopped:
+            self._membership.served(member)
         return "stop" if stopped else None
 
     def _give_out(self, attempt: Attempt, first_index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> None:

@@ -62,6 +62,13 @@ class WorkerConfig(PoolOptions, AttnOptions, FfnOptions, ClusterOptions):
         longer = "heartbeat_s" if self.num_ranks == 1 else "collective_timeout_s"
         if self.step_stall_s <= getattr(self, longer):
             raise ConfigError("step_stall_s", self.step_stall_s, f"must be above {longer} ({getattr(self, longer)} s)")
+        if self.role in ("decode", "attn") and self.num_ranks > 1 and self.lease_s < self.collective_timeout_s:
+            raise ConfigError(
+                "lease_s",
+                self.lease_s,
+                f"must not be below collective_timeout_s ({self.collective_timeout_s} s): a rank that it waits "
+                "for is named before reservations are given up; raise the one or lower the other",
+            )
         # A rank's rows may wait so long, and once more for the node that has them, while the others wait for it.
         waited_s = self.ffn_unavailable_s + self.ffn_timeout_s
         if self.role == "attn" and self.num_ranks > 1 and waited_s >= self.collective_timeout_s:

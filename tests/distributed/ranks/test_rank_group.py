@@ -93,6 +93,7 @@ def make(folder: Path, temporary: Path) -> Iterator[Start]:
                 "dtype": "float32",
                 "native_kernels": False,
                 "collective_timeout_s": WAIT_S,
+                "lease_s": WAIT_S,
             }
             config = WorkerConfig(
                 role="decode", name="talk-0", orchestrator="", model=str(folder), **{**defaults, **options}

@@ -25,6 +25,7 @@ def config(*, role: str = "decode", **options: object) -> WorkerConfig:
         ({"step_stall_s": 0.5}, "step_stall_s", r"above heartbeat_s \(0\.5 s\)"),
         ({"step_stall_s": 30.0, "tp": 2}, "step_stall_s", r"above collective_timeout_s \(30\.0 s\)"),
         ({"collective_timeout_s": 200.0, "cp": 2}, "step_stall_s", r"above collective_timeout_s \(200\.0 s\)"),
+        ({"lease_s": 29.0, "tp": 2}, "lease_s", r"not be below collective_timeout_s \(30\.0 s\).*raise the one"),
         ({"role": "attn", "cp": 2, "ffn_unavailable_s": 25.0}, "ffn_unavailable_s", r"below collective_timeout_s"),
         ({"role": "attn", "tp": 2, "ffn_timeout_s": 10.0}, "ffn_unavailable_s", r"ffn_timeout_s \(10\.0 s\)"),
     ],
@@ -36,4 +37,5 @@ def test_timeouts_out_of_order_are_refused(options: dict[str, object], key: str,
 
 def test_one_rank_waits_for_no_other() -> None:
     assert config(step_stall_s=1.0).step_stall_s == 1.0
+    assert config(lease_s=1.0).lease_s == 1.0
     assert config(role="attn", ffn_unavailable_s=60.0).ffn_unavailable_s == 60.0
