@@ -160,8 +160,8 @@ def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
         wait_until(lambda: busy(admin, "prefill-1"), "requests at prefill-1")
         os.kill(up.children()["prefill-1.1"].pid, signal.SIGSTOP)
         results = load.results()
-        # They wait for another to come, which nobody starts.
-        assert all(result.startswith(("no_workers: ", "draining: ")) for result in results), results
+        # They wait for another to come, which nobody starts, and meanwhile `up` ends everything.
+        assert all(result.startswith(("no_workers: ", "draining: ", "unavailable: ")) for result in results), results
         wait_until(lambda: up.process.poll() is not None, "up to end", READY_TIMEOUT_S, up.said)
         assert up.process.returncode == 1
         assert "died: prefill-1 (pid" in up.said()
