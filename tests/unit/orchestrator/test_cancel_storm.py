@@ -24,6 +24,7 @@ from anabranch.request.request import Request
 from anabranch.request.sampling_params import SamplingParams
 from anabranch.request.token import Token
 from orchestrator.answer import Finished
+from orchestrator.client_deadline import ClientDeadline
 from orchestrator.dispatcher import Dispatcher
 from orchestrator.membership import Membership
 from orchestrator.router import LeastWork
@@ -134,7 +135,9 @@ async def ask(dispatcher: Dispatcher, number: int, dice: random.Random) -> str:
     place = dispatcher.room.enter(10)
     sampling = SamplingParams(max_tokens=LENGTH)
     request = Request(request_id=f"r{number}", epoch=0, prompt_ids=(1, 2, 3), sampling=sampling)
-    life = dispatcher.submit(request, 0.0, client_id="", place=place)
+    life = dispatcher.submit(
+        request, 0.0, client_id="", place=place, tenant="", priority=0, deadline=ClientDeadline(None)
+    )
     wanted = {"queued": 0, "reserved": 1, "prefilling": 3, "decoding": 30, "ending": 60}.get(stage)
     if wanted is not None:
         for _ in range(dice.randrange(wanted + 1)):
