@@ -111,7 +111,7 @@ def start_server(modules: Sequence[str]) -> ForkServer:
                 env={"TORCHINDUCTOR_CACHE_DIR": tempfile.gettempdir()}
                 | environment
                 | _SERVER_ENVIRONMENT
-                | {"ANABRANCH_PADDING": padding},
+                | {"_PADDING": padding},
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

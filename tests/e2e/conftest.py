@@ -8,7 +8,15 @@ from functools import cache
 import pytest
 import torch
 
+from launch.process import IMPORTS
+from runtime.start import prepare_forks
 from tests.support.known import Known, Prompt
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Imports what processes need while models are made."""
+    prepare_forks(IMPORTS)
 
 
 @pytest.fixture(scope="module")

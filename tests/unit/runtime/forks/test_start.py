@@ -20,6 +20,7 @@ from anabranch.system.child_process import python_environment
 from launch import process as launch_process
 from launch import sweeper
 from runtime import start
+from runtime.forks.client import FORK_TIMEOUT_S
 from runtime.running_process import ForkedProcess, RunningProcess, StartedProcess
 from tests.support.waiting import WAIT_S, eventually
 
@@ -37,7 +38,8 @@ class Child:
         self._running: list[RunningProcess] = []
         self._thread = threading.Thread(target=self._keep, args=(environment, arguments, name), daemon=True)
         self._thread.start()
-        eventually(lambda: bool(self._running))
+        # The first waits for the server's imports.
+        eventually(lambda: bool(self._running), within_s=FORK_TIMEOUT_S)
 
     def _keep(self, environment: dict[str, str], arguments: tuple[str, ...], name: str) -> None:
         with self.log.open("ab") as log:
