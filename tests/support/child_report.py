@@ -46,7 +46,7 @@ if __name__ == "__main__":
         "random": random.random(),
         "threads": compute_threads() if "threads" in sys.argv else [],
         "descriptors": descriptors(),
-        "modules": "prefill.worker" in sys.modules,
+        "modules": "runtime.generation.worker" in sys.modules,
         "handlers": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
         "cuda": "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized(),
     }
