@@ -39,7 +39,7 @@ class Load:
 
     def results(self) -> list[str]:
         """How each ended: its route, or an error's code and message."""
-        found = [end.result(60) for end in self.ends]
+        found = [end.result(180) for end in self.ends]
         self._pool.shutdown()
         return found
 

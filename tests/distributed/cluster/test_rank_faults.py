@@ -38,7 +38,7 @@ pools:
   decode: {{workers: 3, tp: 2, threads: 1, kv_cache: 16MiB}}
 """
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2")
-LONG_ANSWER = ([tuple((number * 31 + index) % 97 + 3 for index in range(60)) for number in range(9)], 900)
+LONG_ANSWER = ([tuple((number * 31 + index) % 97 + 3 for index in range(60)) for number in range(9)], 300)
 LONG_PROMPT = ([tuple((number * 31 + index) % 97 + 3 for index in range(1900)) for number in range(8)], 4)
 
 
@@ -121,7 +121,7 @@ def strike(up: Up, admin: Admin, load: Load, worker: str, number: signal.Signals
 
 
 def test_ranks_die_and_hang(up: Up, good: dict[Prompt, Prompt]) -> None:
-    with Client(up.endpoint, timeout_s=60.0) as client, Admin(up.endpoint, token_file=up.admin_token_file) as admin:
+    with Client(up.endpoint, timeout_s=180.0) as client, Admin(up.endpoint, token_file=up.admin_token_file) as admin:
 
         def check() -> None:
             """What is left serves, and holds nothing of what was."""
