@@ -32,6 +32,13 @@ class Products(Protocol):
         """`silu_mul(linear(x))` in one pass: `[T, C] -> [T, F / 2]`."""
         ...
 
+    def exact_from(self, x_TC: torch.Tensor, weight_FC: torch.Tensor) -> int | None:
+        """Rows from which on the bits of a row of these products depend neither on the others nor on their number.
+
+        None: they may depend on the number, however many there are.
+        """
+        ...
+
     def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
         """`group.all_reduce(x)`, known to the kernels, so that it can be a part of what they record."""
         ...

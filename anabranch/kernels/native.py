@@ -91,6 +91,7 @@ class NativeKernels:
         max_rows = getattr(library, f"ab_max_linear_rows_{SUFFIXES[dtype]}")
         max_rows.argtypes, max_rows.restype = [c_long], c_long
         self._max_rows_of = max_rows
+        self._exact_from: int | None = library.ab_exact_from() or None
         self._max_rows: dict[int, int] = {}
 
     def rms_norm(self, x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
@@ -145,6 +146,18 @@ class NativeKernels:
         """See `Kernels.linear_silu_mul`."""
         return self._product(x_TC, gate_up_FC, bias_F, gated=True)
 
+    def exact_from(self, x_TC: torch.Tensor, weight_FC: torch.Tensor) -> int | None:
+        """See `Products.exact_from`."""
+        return self._exact_from if self._covers(x_TC, weight_FC) else None
+
+    def _covers(self, x_TC: torch.Tensor, weight_FC: torch.Tensor) -> bool:
+        return (
+            x_TC.dtype is self._dtype
+            and weight_FC.dtype is self._dtype
+            and x_TC.stride(1) == 1
+            and weight_FC.is_contiguous()
+        )
+
     def _product(
         self, x_TC: torch.Tensor, weight_FC: torch.Tensor, bias_F: torch.Tensor | None, gated: bool
     ) -> torch.Tensor:
@@ -152,13 +165,7 @@ class NativeKernels:
         max_rows = self._max_rows.get(channels)
         if max_rows is None:
             max_rows = self._max_rows[channels] = self._max_rows_of(channels)
-        if (
-            rows > max_rows
-            or x_TC.dtype is not self._dtype
-            or weight_FC.dtype is not self._dtype
-            or x_TC.stride(1) != 1
-            or not weight_FC.is_contiguous()
-        ):
+        if rows > max_rows or not self._covers(x_TC, weight_FC):
             whole = self._plain.linear(x_TC, weight_FC, bias_F)
             return self.silu_mul(whole) if gated else whole
         features = weight_FC.shape[0]

@@ -120,6 +120,10 @@ class PlainKernels:
         """See `Kernels.argmax`."""
         return x_SV.argmax(-1)
 
+    def exact_from(self, x_TC: torch.Tensor, weight_FC: torch.Tensor) -> int | None:
+        """See `Products.exact_from`: a library's product."""
+        return None
+
     def all_reduce(self, x: torch.Tensor, group: Group) -> torch.Tensor:
         """See `Kernels.all_reduce`."""
         return group.all_reduce(x)

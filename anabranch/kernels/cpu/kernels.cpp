@@ -150,6 +150,15 @@ AB_API int ab_run_program(const ab::Op* ops, long count, int threads, long* plac
     return ab::run_program(ops, count, threads, place);
 }
 
+// Rows from which on a product's rows do not depend on each other nor on their number; 0: they may.
+AB_API int ab_exact_from() {
+#if defined(AB_TILES) || defined(__AVX512F__)
+    return 0;
+#else
+    return ab::MAX_DOT_ROWS + 1;
+#endif
+}
+
 // What the build uses: 4 AMX, 3 AVX-512 BF16, 2 AVX-512, 1 AVX2, 0 what the compiler makes of it.
 AB_API int ab_level() {
 #if defined(AB_TILES)
