@@ -88,7 +88,9 @@ class ForkedProcess(RunningProcess):
             if received is not None and isinstance(received[0], Ended):
                 self._code = received[0].code
                 return
-        select.select([self._pidfd], [], [])
+        ended = select.poll()
+        ended.register(self._pidfd, select.POLLIN)
+        ended.poll()
 
     def _reap(self) -> int:
         os.close(self._pidfd)
