@@ -254,11 +254,16 @@ def test_a_node_that_never_answers_counts_as_dead(play):
 
 def test_experts_that_do_not_fit_are_said(play):
     async def scenario(world):
+        async def is_said() -> bool:
+            # Experts are shared out beside the event loop; until that has been done, something else is missing.
+            with pytest.raises(NoWorkers, match="no ffn worker") as error:
+                await world.client.complete("abc")
+            return "capacity" in str(error.value)
+
         await world.worker("prefill-0", "prefill")
         attn = await world.worker("attn-0", "attn")
         first = await world.worker("ffn-0", "ffn", capacity_bytes=40)
-        with pytest.raises(NoWorkers, match=r"no ffn worker holds experts of .*capacity"):
-            await world.client.complete("abc")
+        await eventually_async(is_said)
         assert first.received == []
         second = await world.worker("ffn-1", "ffn", capacity_bytes=20)
         placed = [(await holds(node)).holding for node in (first, second)]
@@ -267,8 +272,7 @@ def test_experts_that_do_not_fit_are_said(play):
         await second.close()
         # What is left is published; nobody has room for the rest.
         assert list(holdings(await told(attn))) == ["ffn-0"]
-        with pytest.raises(NoWorkers, match=r"no ffn worker holds experts of .*capacity"):
-            await world.client.complete("abc")
+        await eventually_async(is_said)
 
     play(scenario, **FOREVER)
 
