@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.system.child_process import python_module
 from anabranch_client import Admin, AsyncClient
 from benchmarks.load import Answer, ask, quantile
 from benchmarks.report import Figure, Options, option_parser, parse_options, report
@@ -258,7 +259,7 @@ async def _spoilt(bench: Bench, whole: int, note: Callable[[str, Streams, float]
     )
     with tempfile.TemporaryFile("w+") as log:
         worker = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.spoilt_ffn", *plan.arguments, stderr=log
+            *python_module("benchmarks.spoilt_ffn", *plan.arguments), stderr=log
         )
         try:
             await bench.until_ffn(3, 3 * whole)
