@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, Topology
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Pools, RestartConfig, Topology
 from anabranch.system.child_process import python_module
 from anabranch_client import Admin, AsyncClient
 from benchmarks.load import Answer, ask, quantile
@@ -50,6 +50,7 @@ def topology(model: Path, num_attn: int, num_ffn: int, replicas: int) -> Topolog
         dtype="float32",
         prefix_cache=False,
         ffn_timeout_s=FFN_TIMEOUT_S,
+        restart=RestartConfig(policy="never"),  # the benchmark starts them again when it is ready
         pools=Pools(
             prefill=PoolConfig(**small),  # type: ignore[arg-type]
             attn=AttnPoolConfig(workers=num_attn, lanes=2, **small),  # type: ignore[arg-type]

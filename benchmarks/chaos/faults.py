@@ -36,7 +36,7 @@ class Faults:
         kind = self._dice.choice(("kill", "kill", "short stop", "long stop"))
         workers = self._admin.cluster().workers
         roles = Counter(worker.role for worker in workers)
-        # A worker that went may come back, if the launcher starts it again; until then its role has one less.
+        # The launcher starts a worker again that went; until it is back its role has one less.
         spare = [worker for worker in workers if roles[worker.role] > 1]
         if not spare:
             kind = "short stop"
