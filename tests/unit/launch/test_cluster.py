@@ -214,7 +214,10 @@ def test_up_generate_and_ctrl_c(tmp_path: Path, environment: dict[str, str], up:
     assert parsed["usage"]["num_prompt_tokens"] == 3
     assert parsed["route"] == ["colocated-0"]
     assert parsed["kv"] is None
-    assert set(parsed["timings"]) == {"queue_s", "prefill_s", "kv_stream_s", "ttft_s", "tpot_s", "e2e_s"}
+    assert set(parsed["timings"]) == {
+        *("queue_s", "prefill_s", "kv_stream_s", "ttft_s", "tpot_s", "e2e_s"),
+        "recovery_s",
+    }
 
     streamed = generate("The capital of France is", "--max-tokens", "5")
     assert streamed.returncode == 0, streamed.stderr

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, Topology, file_key
+from anabranch.config.topology import AttnPoolConfig, FfnPoolConfig, PoolConfig, RestartConfig, Topology, file_key
 
 pytestmark = pytest.mark.unit
 
@@ -32,10 +32,11 @@ def test_the_page_has_the_options_of_today(script: ModuleType) -> None:
 
 
 def test_every_key_of_a_file_has_a_row(script: ModuleType) -> None:
-    tables = ("topology", "pool", "attn", "ffn")
+    tables = ("topology", "pool", "attn", "ffn", "restart")
     rows = {line.split(" | ")[0] for name in tables for line in script.table(name).splitlines()}
     classes: tuple[type, ...] = (Topology, PoolConfig, AttnPoolConfig, FfnPoolConfig)
-    keys = {file_key(field.name) for options in classes for field in fields(options)} - {"pools"}
+    keys = {file_key(field.name) for options in classes for field in fields(options)} - {"pools", "restart"}
+    keys |= {f"restart.{field.name}" for field in fields(RestartConfig)}
     assert {f"| `{key}`" for key in keys} <= rows
 
 
