@@ -13,7 +13,7 @@ constexpr int SPAN = 64;  // tokens whose scores are held at once; a multiple of
 // Scores of G query heads with as many keys as a vector has lanes: to[g * SPAN + i] = q[g] . keys[i].
 template <class E, int G>
 inline void dot_keys(const E* const* keys, const E* q, long q_stride, long d, float* to) {
-    f32 totals[G][LANES];
+    f32 quads[G][LANES / 4];
     for (int block = 0; block < LANES / 4; block++) {
         f32 acc[G][4] = {};
         long i = 0;
@@ -39,10 +39,9 @@ inline void dot_keys(const E* const* keys, const E* q, long q_stride, long d, fl
                 for (int j = 0; j < 4; j++) acc[g][j] = multiply_add(key[j], query, acc[g][j]);
             }
         }
-        for (int g = 0; g < G; g++)
-            for (int j = 0; j < 4; j++) totals[g][4 * block + j] = acc[g][j];
+        for (int g = 0; g < G; g++) quads[g][block] = sums4(acc[g]);
     }
-    for (int g = 0; g < G; g++) store(to + g * SPAN, sums_of(totals[g]));
+    for (int g = 0; g < G; g++) store(to + g * SPAN, join_quads(quads[g]));
 }
 
 // Vectors of values that are added up at once: with four heads, half of the registers or more.

@@ -139,7 +139,7 @@ inline float max1(f32 v) {
 #endif
 }
 
-// e^x to about 2 units in the last place; exactly 0 for -inf.
+// e^x to about 2 units in the last place; exactly 0 for -inf, and no number where x is none.
 inline f32 exp(f32 x) {
     const f32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     f32 clamped = max(x, splat(-87.0f));
@@ -155,38 +155,39 @@ inline f32 exp(f32 x) {
     y = y * r * r + r + 1.0f;
     i32 exponent = (__builtin_convertvector(n, i32) + 127) << 23;
     y = y * (f32)exponent;
-    return x < splat(-87.0f) ? f32{} : y;
+    y = x < splat(-87.0f) ? f32{} : y;
+    return x == x ? y : x;
 }
 
-// The sums of as many vectors as one has lanes, as its lanes.
-inline f32 sums_of(const f32 v[LANES]) {
+// Towards the sums of as many vectors as one has lanes, as its lanes: four vectors to one whose lane 4 i + j is a part of
+// the sum of v[j], then a quarter of LANES of those to the sums.
+inline f32 sums4(const f32 v[4]) {
 #if defined(__AVX512F__)
-    __m512 quads[4];  // lane 4 i + j is a part of the sum of the j-th of four
-    for (int q = 0; q < 4; q++) {
-        const __m512 a = (__m512)v[4 * q], b = (__m512)v[4 * q + 1], c = (__m512)v[4 * q + 2], d = (__m512)v[4 * q + 3];
-        const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-        const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-        quads[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    }
-    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
-                                     _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
-    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
-                                      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
-    return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return (f32)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                              _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
 #elif defined(__AVX__)
-    __m256 quads[2];
-    for (int q = 0; q < 2; q++) {
-        const __m256 ab = _mm256_hadd_ps((__m256)v[4 * q], (__m256)v[4 * q + 1]);
-        const __m256 cd = _mm256_hadd_ps((__m256)v[4 * q + 2], (__m256)v[4 * q + 3]);
-        quads[q] = _mm256_hadd_ps(ab, cd);
-    }
-    return (f32)_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
-                              _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+    return (f32)_mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]), _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
 #else
     f32 out;
-    for (int i = 0; i < LANES; i++) out[i] = sum(v[i]);
+    for (int j = 0; j < 4; j++) out[j] = sum(v[j]);
     return out;
+#endif
+}
+
+inline f32 join_quads(const f32 quads[LANES / 4]) {
+#if defined(__AVX512F__)
+    const __m512 a = (__m512)quads[0], b = (__m512)quads[1], c = (__m512)quads[2], d = (__m512)quads[3];
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+    return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+#elif defined(__AVX__)
+    const __m256 a = (__m256)quads[0], b = (__m256)quads[1];
+    return (f32)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#else
+    return quads[0];
 #endif
 }
 

@@ -269,6 +269,18 @@ def test_paged_attention_with_far_scores(native: NativeKernels, dtype: torch.dty
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-3)
 
 
+def test_what_is_no_number_shows(native: NativeKernels, dtype: torch.dtype, make_case: MakeCase) -> None:
+    """Broken weights end requests by name; attention must not average what is broken away."""
+    case = make_case(lens=[(1, 200), (50, 120)], heads=6, kv_heads=2, head_dim=64, block_size=16, dtype=dtype)
+    for b in range(2):
+        # The first token, which all see, in one of two KV heads.
+        case.kv.k[case.batch.block_tables_BN[b, 0], 0, 1] = torch.nan
+    out, _ = native.paged_attention(case.q, case.kv, case.batch, 0.125, None)
+    want, _ = plain.paged_attention(case.q, case.kv, case.batch, 0.125, None)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert bool(out[:, 3:].isnan().all()) and not bool(out[:, :3].isnan().any())
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
 def test_experts(native: NativeKernels, dtype: torch.dtype, num_tokens: int) -> None:
     x = torch.randn(num_tokens, 64).to(dtype)
