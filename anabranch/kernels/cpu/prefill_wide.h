@@ -21,7 +21,7 @@ public:
         static thread_local Scratch own;
         // A last tile of features writes beyond the D that there are.
         output_floats = ceil_div(d, WIDE_FEATURES) * WIDE_FEATURES * WIDE_TOKENS;
-        queries = (float*)own.get((KEYS * WIDE_TOKENS + PANELS * (d * WIDE_TOKENS + output_floats)) * sizeof(float));
+        queries = (float*)own.get(PANELS * ((KEYS + d) * WIDE_TOKENS + output_floats) * sizeof(float));
         output = queries + PANELS * d * WIDE_TOKENS;
         scores = output + PANELS * output_floats;
     }
@@ -60,14 +60,15 @@ public:
             const long keys = std::min(KEYS, ceil_div(last + 1 - at, WIDE_FEATURES) * WIDE_FEATURES);
             const float* k = s.k + (kv_head * s.padded + at - s.base) * d;
             const float* v = s.v + kv_head * d * s.padded + at - s.base;
-            for (long p = 0; p < panels; p++) {
-                const long query = op.whole ? first : first + p * WIDE_TOKENS;
-                if (at > query + WIDE_TOKENS - 1 && !op.whole) continue;
-                score(k, std::min(keys, s.base + s.padded - at), p);
-                hide(at, keys, query);
+            const long there = std::min(keys, s.base + s.padded - at);
+            // Panels before this one see nothing of the block. All others pass a tile while it is in the cache.
+            const long begin = op.whole ? 0 : std::max(0L, (at - first) / WIDE_TOKENS);
+            score(k, there, begin, panels);
+            for (long p = begin; p < panels; p++) {
+                hide(at, keys, op.whole ? first : first + p * WIDE_TOKENS, p);
                 soften(keys, p);
-                add(v, s.padded, std::min(keys, s.base + s.padded - at), p);
             }
+            add(v, s.padded, there, begin, panels);
         }
         for (long p = 0; p < panels; p++) put(row + p * WIDE_TOKENS, item.head, count - p * WIDE_TOKENS, p);
     }
@@ -81,6 +82,7 @@ private:
 
     float* query_panel(long p) const { return queries + p * d * WIDE_TOKENS; }
     float* output_panel(long p) const { return output + p * output_floats; }
+    float* score_panel(long p) const { return scores + p * KEYS * WIDE_TOKENS; }
 
     // Queries of one head as [D][tokens], scaled; those that are not there are zero.
     void pack(long row, long head, long count, long p) {
@@ -91,22 +93,23 @@ private:
                     t < count ? load1(op.q + (row + t) * op.q_stride_t + head * op.q_stride_h + k) * op.scale : 0;
     }
 
-    // Scores of `count` keys with a panel of queries.
-    void score(const float* k, long count, long p) {
-        memset(scores, 0, KEYS * WIDE_TOKENS * sizeof(float));
+    // Scores of `count` keys with the queries of panels [begin, end).
+    void score(const float* k, long count, long begin, long end) {
+        memset(score_panel(begin), 0, (end - begin) * KEYS * WIDE_TOKENS * sizeof(float));
         for (long i = 0; i < count; i += WIDE_FEATURES)
-            wide_tile(k + i * d, d, query_panel(p), d, scores + i * WIDE_TOKENS);
+            for (long p = begin; p < end; p++)
+                wide_tile(k + i * d, d, query_panel(p), d, score_panel(p) + i * WIDE_TOKENS);
     }
 
     // Hides keys [at, at + count) from the queries that do not see them; the first query stands at position `first`.
-    void hide(long at, long count, long first) {
+    void hide(long at, long count, long first, long p) {
         const long end = op.whole ? first : first + WIDE_TOKENS - 1;
         if (at + count <= first + 1 && (!op.window || at > end - op.window)) return;
         for (int j = 0; j < 2; j++) {
             i32 position = i32{} + int(first);
             for (int t = 0; t < LANES && !op.whole; t++) position[t] += j * LANES + t;
             const i32 oldest = op.window ? position - int(op.window) : i32{} - 1;
-            float* column = scores + j * LANES;
+            float* column = score_panel(p) + j * LANES;
             for (long i = 0; i < count; i++, column += WIDE_TOKENS) {
                 const i32 key = i32{} + int(at + i);
                 store(column, (key <= position) & (key > oldest) ? load(column) : splat(-INF));
@@ -117,7 +120,7 @@ private:
     // Scores to weights, in place.
     void soften(long count, long p) {
         for (int j = 0; j < 2; j++) {
-            float* column = scores + j * LANES;
+            float* column = score_panel(p) + j * LANES;
             f32 &m = highest[p][j], &l = totals[p][j], top = load(column);
             for (long i = 1; i < count; i++) top = max(top, load(column + i * WIDE_TOKENS));
             if (max1(top - m) > MAX_GROWTH) {
@@ -135,11 +138,12 @@ private:
         }
     }
 
-    // output[D][tokens] += values[D][keys] weights[keys][tokens].
-    void add(const float* v, long stride, long count, long p) {
+    // output[D][tokens] += values[D][keys] weights[keys][tokens], of panels [begin, end).
+    void add(const float* v, long stride, long count, long begin, long end) {
         // A last tile reads rows beyond the D that there are; nobody reads what it makes of them.
         for (long i = 0; i < d; i += WIDE_FEATURES)
-            wide_tile(v + i * stride, stride, scores, count, output_panel(p) + i * WIDE_TOKENS);
+            for (long p = begin; p < end; p++)
+                wide_tile(v + i * stride, stride, score_panel(p), count, output_panel(p) + i * WIDE_TOKENS);
     }
 
     void put(long row, long head, long count, long p) {
@@ -160,7 +164,7 @@ private:
     const Attention<E>& op;
     const long d;
     long output_floats;
-    float *queries, *output, *scores;  // [panel][D][tokens], [panel][D][tokens], [keys][tokens]
+    float *queries, *output, *scores;  // [panel][D][tokens], [panel][D][tokens], [panel][keys][tokens]
     f32 highest[PANELS][2], totals[PANELS][2];
 };
 
